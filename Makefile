@@ -1,0 +1,26 @@
+# Every target sets up what it needs in .venv, from a bare Python 3.10 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
+	$(BIN)/python examples/digits/demo.py --output runs/demo
+
+test: .venv/dev.stamp  ## every test that needs no GPU and no network
+	$(BIN)/pytest
+
+lint: .venv/dev.stamp  ## ruff, mypy and the import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## remove what the targets above made, but never runs/
+	rm -rf .venv build dist
+
+# One stamp an extra: the environment is made again only when the dependencies change.
+.venv/%.stamp: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@

@@ -1,0 +1,32 @@
+"""CvT, the Convolutional vision Transformer: exact, strict, with transformers' API and weights.
+
+Names load on first use: importing `cvt` imports neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CvtConfig": "configuration",
+    "CvtModel": "modeling",
+    "CvtForImageClassification": "modeling",
+    "CvtBackbone": "modeling",
+    "register_auto_classes": "modeling",
+    "image_processor": "images",
+}
+_MODULES = ("checkpoints",)
+__all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"cvt.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"cvt.{name}")
+    raise AttributeError(f"module 'cvt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,633 @@
+"""CvT, the Convolutional vision Transformer, in PyTorch; in the order of the paper (arXiv 2103.15808).
+
+B batch, C channels, H W grid, N tokens (H·W, one more with a class token), h heads, d head width.
+Tokens are (B, N, C) everywhere; an image (B, C, H, W) is a channels-last view of them.
+
+Parameter names are those of `transformers.models.cvt`, so that weights pass both ways.
+"Authors" means `lib/models/cls_cvt.py` of github.com/microsoft/CvT.
+"""
+
+import math
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+
+from cvt import hub
+from cvt.configuration import CvtConfig, StageConfig
+
+logger = logging.get_logger(__name__)
+
+
+# ------------------------------------------------------------------------------ elementary layers
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in float32 and given back in the input's type, under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d that counts a batch once, though gradient checkpointing runs forward twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if self.training and recomputing:
+            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        return super().forward(x)
+
+
+class QuickGELU(nn.Module):
+    """The sigmoid approximation of GELU, with which the released models were trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: leaves a residual branch out, sample by sample."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand((x.shape[0], 1, 1), device=x.device) >= self.rate
+        return x / (1 - self.rate) * kept
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.4f}"
+
+
+class Dense(nn.Module):
+    """Linear, activation, dropout."""
+
+    def __init__(self, width_in: int, width_out: int, dropout: float, activation: str = "") -> None:
+        super().__init__()
+        activations = {"": nn.Identity, "gelu": nn.GELU, "quick_gelu": QuickGELU}
+        self.dense = nn.Linear(width_in, width_out)
+        self.activation = activations[activation]()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.activation(self.dense(x)))
+
+
+# -------------------------------------------- convolutional token embedding, section 3.1
+
+
+class ConvEmbedding(nn.Module):
+    """Image (B, C', H', W') to tokens (B, H·W, C): an overlapping convolution and a LayerNorm."""
+
+    def __init__(self, stage: StageConfig, eps: float) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(
+            stage.in_channels,
+            stage.embed_dim,
+            kernel_size=stage.patch_sizes,
+            stride=stage.patch_stride,
+            padding=stage.patch_padding,
+        )
+        self.normalization = LayerNorm(stage.embed_dim, eps=eps)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        image = self.projection(image)  # (B, C, H, W)
+        H, W = image.shape[2:]
+        return self.normalization(image.flatten(2).transpose(1, 2)), (H, W)
+
+
+# -------------------------------------------- convolutional projection for attention, section 3.2
+
+
+class Projection(nn.Module):
+    """Image (B, C, H, W) to the tokens (B, H'·W', C) that a query, key or value Linear reads."""
+
+    def __init__(self, method: str, width: int, kernel: int, stride: int, padding: int) -> None:
+        super().__init__()
+        self.convolution_projection: nn.Module = nn.Identity()
+        if method == "dw_bn":
+            convolution = nn.Conv2d(width, width, kernel, stride, padding, groups=width, bias=False)
+            self.convolution_projection = nn.Sequential(
+                OrderedDict(convolution=convolution, normalization=BatchNorm(width))
+            )
+        elif method == "avg":
+            self.convolution_projection = nn.AvgPool2d(kernel, stride, padding, ceil_mode=True)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.convolution_projection(image).flatten(2).transpose(1, 2)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,  # (B, h, N, d)
+    key: Tensor,  # (B, h, N', d)
+    value: Tensor,  # (B, h, N', d)
+    attention_mask: None,
+    scaling: float,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out: context (B, N, h, d) and weights (B, h, N, N')."""
+    weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1)
+    context = F.dropout(weights, dropout, module.training) @ value
+    return context.transpose(1, 2), weights
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention on convolutionally projected tokens; the class token skips the projection."""
+
+    is_causal = False  # read by transformers' attention functions
+
+    def __init__(self, config: CvtConfig, stage: StageConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, method = stage.embed_dim, stage.projection_methods
+        q = (width, stage.kernel_qkv, stage.stride_q, stage.padding_q)
+        kv = (width, stage.kernel_qkv, stage.stride_kv, stage.padding_kv)
+        self.convolution_projection_query = Projection(method["query"], *q)
+        self.convolution_projection_key = Projection(method["key"], *kv)
+        self.convolution_projection_value = Projection(method["value"], *kv)
+        self.projection_query = nn.Linear(width, width, bias=stage.qkv_bias)
+        self.projection_key = nn.Linear(width, width, bias=stage.qkv_bias)
+        self.projection_value = nn.Linear(width, width, bias=stage.qkv_bias)
+        self.num_heads = stage.num_heads
+        self.dropout = stage.attention_drop_rate
+        # The whole width, not the head's (authors: `Attention.__init__`); the weights expect it.
+        self.scale = width**-0.5
+
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        B, N, C = x.shape
+        H, W = grid
+        class_token, tokens = x.split((N - H * W, H * W), dim=1)
+        image = tokens.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
+
+        def project(projection: Projection, linear: nn.Linear) -> Tensor:
+            projected = projection(image)  # (B, H'·W', C)
+            if N > H * W:
+                projected = torch.cat((class_token, projected), dim=1)
+            return linear(projected).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+        query = project(self.convolution_projection_query, self.projection_query)  # (B, h, N, d)
+        key = project(self.convolution_projection_key, self.projection_key)  # (B, h, N', d)
+        value = project(self.convolution_projection_value, self.projection_value)  # (B, h, N', d)
+        if query.shape[2] not in (N, 1):  # one query is broadcast, as by the authors
+            raise ValueError(
+                f"kernel_qkv, stride_q and padding_q make {query.shape[2]} queries of {N} tokens "
+                f"({H} x {W}); the residual connection needs as many queries as tokens"
+            )
+        implementation = "eager" if output_attentions else self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        dropout = self.dropout if self.training else 0.0
+        context, weights = attend(
+            self, query, key, value, None, scaling=self.scale, dropout=dropout
+        )  # (B, N, h, d)
+        return context.flatten(2), weights
+
+
+class Attention(nn.Module):
+    """Self-attention and its output Linear."""
+
+    def __init__(self, config: CvtConfig, stage: StageConfig) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config, stage)
+        self.output = Dense(stage.embed_dim, stage.embed_dim, stage.drop_rate)
+
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        context, weights = self.attention(x, grid, output_attentions)
+        return self.output(context), weights
+
+
+# ------------------------------------------------------------------------------ the network
+
+
+class Block(GradientCheckpointingLayer):
+    """Convolutional Transformer block: attention and MLP, each normed before and residual."""
+
+    def __init__(self, config: CvtConfig, stage: StageConfig, drop_path_rate: float) -> None:
+        super().__init__()
+        width, hidden = stage.embed_dim, int(stage.embed_dim * stage.mlp_ratio)
+        self.attention = Attention(config, stage)
+        self.intermediate = Dense(width, hidden, stage.drop_rate, config.hidden_act)
+        self.output = Dense(hidden, width, stage.drop_rate)
+        self.drop_path = DropPath(drop_path_rate)
+        self.layernorm_before = LayerNorm(width, eps=config.layer_norm_eps)
+        self.layernorm_after = LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.attention(self.layernorm_before(x), grid, output_attentions)
+        x = x + self.drop_path(attended)
+        x = x + self.drop_path(self.output(self.intermediate(self.layernorm_after(x))))
+        return x, weights
+
+
+class Stage(nn.Module):
+    """Token embedding, class token where the stage has one, blocks."""
+
+    def __init__(self, config: CvtConfig, stage: StageConfig) -> None:
+        super().__init__()
+        if stage.cls_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, stage.embed_dim))
+        else:
+            self.register_parameter("cls_token", None)
+        embedding = ConvEmbedding(stage, config.layer_norm_eps)
+        self.embedding = nn.Sequential(OrderedDict(convolution_embeddings=embedding))
+        self.dropout = nn.Dropout(stage.drop_rate)
+        self.layers = nn.ModuleList(Block(config, stage, rate) for rate in stage.drop_path_rates)
+
+    def forward(
+        self, image: Tensor, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        x, (H, W) = self.embedding(image)  # (B, H·W, C)
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        x = self.dropout(x)
+        attentions: tuple[Tensor, ...] = ()
+        for block in self.layers:
+            x, weights = block(x, (H, W), output_attentions)
+            if output_attentions:
+                attentions += (weights,)
+        class_token, tokens = x.split((x.shape[1] - H * W, H * W), dim=1)
+        image = tokens.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
+        return image, class_token if self.cls_token is not None else None, attentions
+
+
+@dataclass
+class CvtModelOutput(ModelOutput):
+    """What `CvtModel` returns.
+
+    Attributes:
+        last_hidden_state: output of the last stage, (B, C, H, W).
+        cls_token_value: its class token, (B, 1, C); None where the last stage has none.
+        hidden_states: the output of every stage, (B, C, H, W) each.
+        attentions: the attention weights of every block, (B, heads, queries, keys) each.
+    """
+
+    last_hidden_state: Tensor | None = None
+    cls_token_value: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class Encoder(nn.Module):
+    """The stages, one after the other, and the checks of their input."""
+
+    def __init__(self, config: CvtConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stages = nn.ModuleList(Stage(config, stage) for stage in config.stages)
+        self.minimum_image_size = config.minimum_image_size
+
+    def forward(
+        self,
+        pixel_values: Tensor | None,
+        output_hidden_states: bool | None,
+        output_attentions: bool | None,
+    ) -> CvtModelOutput:
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        image, class_token = self.check(pixel_values), None
+        hidden_states: tuple[Tensor, ...] = ()
+        attentions: tuple[Tensor, ...] = ()
+        for stage in self.stages:
+            image, class_token, weights = stage(image, bool(output_attentions))
+            hidden_states += (image,)
+            attentions += weights
+        return CvtModelOutput(
+            last_hidden_state=image,
+            cls_token_value=class_token,
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
+
+    def check(self, pixel_values: Tensor | None) -> Tensor:
+        """`pixel_values` in the type of the weights, or a ValueError that says what was expected."""
+        channels, minimum = self.config.num_channels, self.minimum_image_size
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing")
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype}; expected floats, normalised as "
+                "cvt.image_processor does"
+            )
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"pixel_values have shape {tuple(pixel_values.shape)}; expected (batch, {channels}, "
+                "height, width)"
+            )
+        H, W = pixel_values.shape[2:]
+        if H < minimum or W < minimum:
+            raise ValueError(
+                f"pixel_values are {H} x {W} pixels; this model needs at least {minimum} x {minimum}"
+            )
+        return pixel_values.to(
+            self.stages[0].embedding.convolution_embeddings.projection.weight.dtype
+        )
+
+
+# ------------------------------------------------------------------------------ public classes
+
+
+class CvtPreTrainedModel(PreTrainedModel):
+    """What the CvT models share: initialisation, loading and transformers' switches."""
+
+    config: CvtConfig
+    config_class = CvtConfig
+    base_model_prefix = "cvt"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: CvtConfig) -> None:
+        config.validate()
+        super().__init__(config)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The authors' initialisation (`_init_weights_*`); convolutions keep PyTorch's own."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            is_head = module is getattr(self, "classifier", None)
+            if self.config.init == "xavier" and not is_head:
+                init.xavier_uniform_(module.weight)
+            else:
+                init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None and is_head:  # the authors leave it as PyTorch makes it
+                init.uniform_(module.bias, -(module.in_features**-0.5), module.in_features**-0.5)
+            elif module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = module.weight[0].numel() ** -0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, Stage) and module.cls_token is not None:
+            init.trunc_normal_(module.cls_token, std=std)
+        elif isinstance(module, LayerNorm | BatchNorm):
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers, and strict; takes the short names of published checkpoints too.
+
+        A checkpoint with another number of classes gets a new, random classifier if `num_labels` or
+        `id2label` asks for one, which is logged. `ignore_mismatched_sizes` and
+        `output_loading_info` leave the judgement to the caller, as in transformers.
+
+        Raises:
+            ValueError: weights are missing, unexpected or of the wrong shape; lists all of them.
+            OSError: there is no such model, or it cannot be reached.
+        """
+        with hub.resolved(pretrained_model_name_or_path) as source:
+            if kwargs.get("ignore_mismatched_sizes") or kwargs.get("output_loading_info"):
+                return super().from_pretrained(source, *args, **kwargs)
+            kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, loaded = super().from_pretrained(source, *args, **kwargs)
+        asked = "num_labels" in kwargs or "id2label" in kwargs
+        is_new_head = (
+            {"classifier.weight", "classifier.bias"}.__contains__ if asked else lambda _: False
+        )
+        problems = [
+            *(
+                f"missing {name}"
+                for name in sorted(loaded["missing_keys"])
+                if not is_new_head(name)
+            ),
+            *(f"unexpected {name}" for name in sorted(loaded["unexpected_keys"])),
+            *(
+                f"{name} is {tuple(found)}, expected {tuple(expected)}"
+                for name, found, expected in sorted(loaded["mismatched_keys"])
+                if not is_new_head(name)
+            ),
+        ]
+        if problems:
+            raise ValueError(
+                f"the weights of {pretrained_model_name_or_path} do not fit {cls.__name__} (a new "
+                "classifier is made only if num_labels asks for it):\n  " + "\n  ".join(problems)
+            )
+        if asked and (loaded["missing_keys"] or loaded["mismatched_keys"]):
+            logger.warning(
+                f"New classifier of {model.config.num_labels} classes: {pretrained_model_name_or_path} "
+                "has none for them. It is random until trained."
+            )
+        return model
+
+
+class CvtModel(CvtPreTrainedModel):
+    """CvT without a head."""
+
+    _keys_to_ignore_on_load_unexpected = (r"^layernorm\.", r"^classifier\.")
+
+    def __init__(self, config: CvtConfig) -> None:
+        super().__init__(config)
+        self.encoder = Encoder(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CvtModelOutput | tuple:
+        """Features of a batch of images.
+
+        Args:
+            pixel_values: normalised images, (B, C, H, W).
+            output_hidden_states: return the output of every stage.
+            output_attentions: return the attention weights of every block; they are then computed
+                with the written-out softmax.
+            return_dict: return a `CvtModelOutput` rather than a tuple.
+
+        Raises:
+            ValueError: wrong type or number of channels, or too small an image.
+        """
+        output = self.encoder(pixel_values, output_hidden_states, output_attentions)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+class CvtForImageClassification(CvtPreTrainedModel):
+    """CvT with a linear classifier on the class token, or on the mean token where there is none."""
+
+    def __init__(self, config: CvtConfig) -> None:
+        super().__init__(config)
+        width, classes = config.embed_dim[-1], config.num_labels
+        self.num_labels = classes
+        self.cvt = CvtModel(config)
+        self.layernorm = LayerNorm(width, eps=config.layer_norm_eps)
+        self.classifier = nn.Linear(width, classes) if classes else nn.Identity()
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutput | tuple:
+        """Logits of a batch of images, and the loss where labels are given.
+
+        Args:
+            pixel_values: normalised images, (B, C, H, W).
+            labels: see `classification_loss`.
+            output_hidden_states: as in `CvtModel`.
+            output_attentions: as in `CvtModel`.
+            return_dict: return an `ImageClassifierOutput` rather than a tuple.
+
+        Raises:
+            ValueError: as in `CvtModel`, or labels that do not fit.
+        """
+        output = self.cvt(pixel_values, output_hidden_states, output_attentions, return_dict=True)
+        tokens = output.cls_token_value  # (B, 1, C)
+        if tokens is None:
+            tokens = output.last_hidden_state.flatten(2).transpose(1, 2)  # (B, N, C)
+        logits = self.classifier(self.layernorm(tokens).mean(dim=1))  # (B, classes)
+        output = ImageClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config),
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+def classification_loss(logits: Tensor, labels: Tensor, config: CvtConfig) -> Tensor:
+    """The loss of `config.problem_type`, or of the problem that the labels make likely.
+
+    Args:
+        logits: (B, K).
+        labels: `regression` (assumed if K is 1): values, as many as logits, mean squared error;
+            `single_label_classification` (assumed for integers): class indices (B,) or
+            probabilities (B, K), cross-entropy; `multi_label_classification` (assumed for floats):
+            0 to 1 each, (B, K), binary cross-entropy.
+        config: its `problem_type` and `num_labels` are read.
+
+    Raises:
+        ValueError: the labels' shape does not fit.
+    """
+    integers = not labels.is_floating_point()
+    problem = config.problem_type
+    if problem is None:
+        likely = "single_label_classification" if integers else "multi_label_classification"
+        problem = "regression" if config.num_labels == 1 else likely
+    indices = problem == "single_label_classification" and integers
+    if labels.numel() != (logits.shape[0] if indices else logits.numel()):
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, which does not fit {problem} with logits of "
+            f"shape {tuple(logits.shape)}"
+        )
+    if indices:
+        return F.cross_entropy(logits, labels.flatten().long())
+    targets = labels.reshape(logits.shape).to(logits.dtype)
+    losses = {
+        "regression": F.mse_loss,
+        "single_label_classification": F.cross_entropy,
+        "multi_label_classification": F.binary_cross_entropy_with_logits,
+    }
+    return losses[problem](logits, targets)
+
+
+class CvtBackbone(BackboneMixin, CvtPreTrainedModel):
+    """CvT as a feature extractor for detection and segmentation heads.
+
+    `out_features` or `out_indices` in the config choose the stages, `stage1` to the last; `channels`
+    and `strides` describe the maps.
+    """
+
+    _keys_to_ignore_on_load_unexpected = CvtModel._keys_to_ignore_on_load_unexpected
+
+    def __init__(self, config: CvtConfig) -> None:
+        super().__init__(config)
+        self.num_features = list(config.embed_dim)
+        self.encoder = Encoder(config)
+        self.post_init()
+
+    @property
+    def out_feature_strides(self) -> dict[str, int]:
+        """Stride of every stage's map, in pixels of the image."""
+        patch_stride = self.config.patch_stride
+        strides = (math.prod(patch_stride[: i + 1]) for i in range(len(patch_stride)))
+        return dict(zip(self.stage_names, strides, strict=True))
+
+    @property
+    def strides(self) -> list[int]:
+        """Stride of every map returned, in pixels of the image."""
+        return [self.out_feature_strides[name] for name in self.out_features]
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple:
+        """Feature maps of the chosen stages, (B, C, H, W) each; arguments as in `CvtModel`."""
+        output = self.encoder(pixel_values, True, output_attentions)
+        maps = dict(zip(self.stage_names, output.hidden_states, strict=True))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = BackboneOutput(
+            feature_maps=tuple(maps[name] for name in self.out_features),
+            hidden_states=output.hidden_states if output_hidden_states else None,
+            attentions=output.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+def register_auto_classes() -> None:
+    """Make transformers' Auto classes and `pipeline` give this package's CvT instead of its own."""
+    from transformers import (
+        AutoBackbone,
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageClassification,
+        ConvNextImageProcessor,
+        ConvNextImageProcessorPil,
+    )
+
+    AutoConfig.register("cvt", CvtConfig, exist_ok=True)
+    AutoModel.register(CvtConfig, CvtModel, exist_ok=True)
+    AutoModelForImageClassification.register(CvtConfig, CvtForImageClassification, exist_ok=True)
+    AutoBackbone.register(CvtConfig, CvtBackbone, exist_ok=True)
+    AutoImageProcessor.register(
+        CvtConfig,
+        image_processor_classes={
+            "torchvision": ConvNextImageProcessor,
+            "pil": ConvNextImageProcessorPil,
+        },
+        exist_ok=True,
+    )
