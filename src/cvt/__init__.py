@@ -13,11 +13,11 @@ _HOME = {
     "CvtModel": "modeling",
     "CvtForImageClassification": "modeling",
     "CvtBackbone": "modeling",
-    "register_auto_classes": "modeling",
+    "register_auto_classes": "auto",
     "image_processor": "images",
 }
 _MODULES = ("checkpoints",)
-__all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

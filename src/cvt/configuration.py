@@ -1,28 +1,28 @@
 """The configuration of a CvT: its fields, their validation and the paper's variants.
 
-Field names and defaults are those of `CvtConfig` in transformers, so that config.json files pass both ways.
+Field names and defaults are those of `CvtConfig` in transformers: config.json files pass both ways.
 """
 
+import logging
 import math
-import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
-from transformers.utils import logging
 
 from cvt import hub
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 PROJECTION_METHODS = ("dw_bn", "avg", "linear")
 INITIALISATIONS = ("trunc_norm", "xavier")
 
-# Table 2 of the paper; what differs from the defaults of `CvtConfig`. The released weights were trained with QuickGELU.
+# What differs from the defaults of `CvtConfig`: table 1 of the paper and the authors' yaml files.
 VARIANTS: dict[str, dict[str, Any]] = {
     "cvt-13": {"depth": (1, 2, 10)},
     "cvt-21": {"depth": (1, 4, 16)},
@@ -35,61 +35,47 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _integer(at_least: int) -> Callable[[Any], int]:
-    def convert(value: Any) -> int:
-        if isinstance(value, bool) or (number := operator.index(value)) < at_least:
-            raise ValueError
-        return number
+class _Kind(NamedTuple):
+    """What a field takes: said in words, as a test, and the type it is kept as."""
 
-    convert.__doc__ = f"an integer of at least {at_least}"
-    return convert
+    wanted: str
+    accepts: Callable[[Any], bool]
+    convert: Callable[[Any], Any]
 
-
-def _flag(value: Any) -> bool:
-    """True or False"""
-    if value not in (0, 1):
-        raise ValueError
-    return bool(value)
+    def check(self, name: str, value: Any) -> Any:
+        if not self.accepts(value):
+            raise ValueError(f"{name} = {value!r}: must be {self.wanted}")
+        return self.convert(value)
 
 
-def _ratio(value: Any) -> float:
-    """a number above 0"""
-    if isinstance(value, str) or not 0 < float(value) < math.inf:
-        raise ValueError
-    return float(value)
+def _integer(at_least: int) -> _Kind:
+    def accepts(value: Any) -> bool:
+        return isinstance(value, Integral) and not isinstance(value, bool) and value >= at_least
+
+    return _Kind(f"an integer of at least {at_least}", accepts, int)
 
 
-def _probability(value: Any) -> float:
-    """a probability, at least 0 and below 1"""
-    if isinstance(value, str) or not 0 <= float(value) < 1:
-        raise ValueError
-    return float(value)
+def _one_of(choices: tuple[str, ...]) -> _Kind:
+    return _Kind("one of " + ", ".join(choices), lambda value: value in choices, str)
 
 
-def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
-    def convert(value: Any) -> str:
-        if value not in choices:
-            raise ValueError
-        return str(value)
+_FLAG = _Kind("True or False", lambda value: value in (0, 1), bool)
+_RATIO = _Kind("a number above 0", lambda v: isinstance(v, Real) and 0 < v < math.inf, float)
+_RATE = _Kind("at least 0 and below 1", lambda v: isinstance(v, Real) and 0 <= v < 1, float)
 
-    convert.__doc__ = "one of " + ", ".join(choices)
-    return convert
-
-
-# Each field's check; it converts the value or raises, and its docstring says what it takes.
-_PER_STAGE: dict[str, Callable[[Any], Any]] = {
+_PER_STAGE = {
     "patch_sizes": _integer(1),
     "patch_stride": _integer(1),
     "patch_padding": _integer(0),
     "embed_dim": _integer(1),
     "num_heads": _integer(1),
     "depth": _integer(1),
-    "mlp_ratio": _ratio,
-    "attention_drop_rate": _probability,
-    "drop_rate": _probability,
-    "drop_path_rate": _probability,
-    "qkv_bias": _flag,
-    "cls_token": _flag,
+    "mlp_ratio": _RATIO,
+    "attention_drop_rate": _RATE,
+    "drop_rate": _RATE,
+    "drop_path_rate": _RATE,
+    "qkv_bias": _FLAG,
+    "cls_token": _FLAG,
     "qkv_projection_method": _one_of(PROJECTION_METHODS),
     "kernel_qkv": _integer(1),
     "padding_kv": _integer(0),
@@ -97,20 +83,13 @@ _PER_STAGE: dict[str, Callable[[Any], Any]] = {
     "padding_q": _integer(0),
     "stride_q": _integer(1),
 }
-_WHOLE: dict[str, Callable[[Any], Any]] = {
+_WHOLE = {
     "num_channels": _integer(1),
     "hidden_act": _one_of(ACTIVATIONS),
     "init": _one_of(INITIALISATIONS),
-    "initializer_range": _ratio,
-    "layer_norm_eps": _ratio,
+    "initializer_range": _RATIO,
+    "layer_norm_eps": _RATIO,
 }
-
-
-def _checked(name: str, value: Any, convert: Callable[[Any], Any]) -> Any:
-    try:
-        return convert(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} = {value!r}: must be {convert.__doc__}") from None
 
 
 @dataclass(frozen=True)
@@ -144,29 +123,29 @@ class StageConfig:
 
     @property
     def projection_methods(self) -> dict[str, str]:
-        """The method of query, key and value; `avg` leaves the query alone (authors: `Attention.__init__`)."""
+        """The methods of query, key and value; `avg` leaves the query alone, as by the authors."""
         method = self.qkv_projection_method
         return {"query": "linear" if method == "avg" else method, "key": method, "value": method}
 
-    @property
-    def minimum_size(self) -> int:
-        """The smallest height and width, in pixels of the stage's input, that leave a token everywhere."""
-        grid = 1
+    def minimum_size(self, grid: int = 1) -> int:
+        """The smallest height and width of its input, in pixels, that leave a token everywhere.
+
+        Args:
+            grid: height and width, in tokens, that the next stage needs.
+        """
         for part, method in self.projection_methods.items():
-            padding, stride = (
-                (self.padding_q, self.stride_q)
-                if part == "query"
-                else (self.padding_kv, self.stride_kv)
-            )
-            if method == "dw_bn":
-                grid = max(grid, self.kernel_qkv - 2 * padding)
-            elif method == "avg":  # rounds its output size up
-                grid = max(grid, self.kernel_qkv - 2 * padding - stride + 1)
+            query = part == "query"
+            needed = self.kernel_qkv - 2 * (self.padding_q if query else self.padding_kv)
+            if method == "avg":  # rounds its output size up
+                needed -= (self.stride_q if query else self.stride_kv) - 1
+            grid = grid if method == "linear" else max(grid, needed)
         return max(1, (grid - 1) * self.patch_stride + self.patch_sizes - 2 * self.patch_padding)
 
 
 class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Configuration of a CvT. Every list has one value per stage; the number of stages is the length of `depth`.
+    """Configuration of a CvT.
+
+    Every list has one value per stage; the number of stages is the length of `depth`.
 
     Args:
         num_channels: channels of the image.
@@ -178,23 +157,26 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
         depth: number of blocks.
         mlp_ratio: hidden width of the MLP as a multiple of `embed_dim`.
         attention_drop_rate: dropout on the attention weights.
-        drop_rate: dropout on the tokens at the head of a stage, after the attention and inside the MLP.
-        drop_path_rate: stochastic depth of the stage's last block; block j of n has `j / (n - 1)` of it.
+        drop_rate: dropout on the tokens at the head of a stage, after the attention, and twice in
+            the MLP.
+        drop_path_rate: stochastic depth of the stage's last block; it rises linearly from 0.
         qkv_bias: whether the query, key and value Linears have a bias.
         cls_token: whether the stage has a class token.
-        qkv_projection_method: `dw_bn` (depthwise convolution and BatchNorm), `avg` (average pooling of key and
-            value) or `linear` (none).
+        qkv_projection_method: `dw_bn` (depthwise convolution and BatchNorm), `avg` (average pooling
+            of key and value) or `linear` (none).
         kernel_qkv: kernel of the projection, for query, key and value.
         padding_kv: padding of the key and value projection.
         stride_kv: its stride.
         padding_q: padding of the query projection.
         stride_q: its stride.
-        hidden_act: activation of the MLP: `gelu`, as transformers computes, or `quick_gelu`, as the authors do.
-        init: initialisation of the Linears: `trunc_norm` or `xavier`.
-        initializer_range: standard deviation of `trunc_norm`, of the class tokens and of the classifier.
-        layer_norm_eps: epsilon of every LayerNorm. A config.json without `hidden_act` was written by transformers,
-            whose 1e-12 never took effect; it is read as 1e-5.
-        kwargs: fields of transformers' `PreTrainedConfig`, `out_features` and `out_indices` (of `stage1`, ...).
+        hidden_act: activation of the MLP: `gelu`, as transformers computes, or `quick_gelu`, as the
+            authors do.
+        init: initialisation of the Linears, `trunc_norm` or `xavier`.
+        initializer_range: standard deviation of `trunc_norm`, class tokens and the classifier.
+        layer_norm_eps: epsilon of every LayerNorm. A config.json without `hidden_act` was written
+            by transformers, whose 1e-12 never took effect; it is read as 1e-5.
+        kwargs: fields of transformers' `PreTrainedConfig`; `out_features`, `out_indices` of
+            `CvtBackbone`.
 
     Raises:
         ValueError: a field is illegal; names the field, its stage and the value.
@@ -237,29 +219,29 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(out_features, out_indices)
 
     def validate(self) -> None:
-        """Check every field and bring it to its own type. Models call it again, since fields can be set.
+        """Check every field and bring it to its own type; models call it again.
 
         Raises:
             ValueError: names the field, its stage and the value.
         """
-        for name, convert in _WHOLE.items():
-            setattr(self, name, _checked(name, getattr(self, name), convert))
-        for name in ("depth", *_PER_STAGE):
+        for name, kind in _WHOLE.items():
+            setattr(self, name, kind.check(name, getattr(self, name)))
+        lengths = {}
+        for name in _PER_STAGE:
             values = getattr(self, name)
             if not isinstance(values, list | tuple) or not values:
                 raise ValueError(f"{name} = {values!r}: must be a list of one value per stage")
-            if len(values) != len(self.depth):
-                raise ValueError(
-                    f"{name} = {values!r}: {len(values)} values, but depth = {list(self.depth)!r} makes "
-                    f"{len(self.depth)} stages"
-                )
-        for name, convert in _PER_STAGE.items():
-            values = getattr(self, name)
-            setattr(
-                self,
-                name,
-                [_checked(f"stage {i + 1}: {name}[{i}]", v, convert) for i, v in enumerate(values)],
+            lengths[name] = len(values)
+        stages = lengths["depth"]
+        if wrong := [name for name, length in lengths.items() if length != stages]:
+            raise ValueError(
+                f"depth = {list(self.depth)!r} makes {stages} stages; of another length: "
+                + ", ".join(f"{name} ({lengths[name]})" for name in wrong)
             )
+        for name, kind in _PER_STAGE.items():
+            values = enumerate(getattr(self, name))
+            checked = [kind.check(f"stage {i + 1}: {name}[{i}]", value) for i, value in values]
+            setattr(self, name, checked)
         for i, stage in enumerate(self.stages):
             if stage.embed_dim % stage.num_heads:
                 raise ValueError(
@@ -294,11 +276,10 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def minimum_image_size(self) -> int:
-        """The smallest height and width, in pixels, of an image that leaves at least one token per stage."""
+        """The smallest height and width of an image, in pixels, that leave a token per stage."""
         size = 1
         for stage in reversed(self.stages):
-            before = (size - 1) * stage.patch_stride + stage.patch_sizes - 2 * stage.patch_padding
-            size = max(stage.minimum_size, before)
+            size = stage.minimum_size(size)
         return size
 
     @property
@@ -312,7 +293,7 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> "CvtConfig":
-        """The authors' model of that name: `cvt-13`, `cvt-21` or `cvt-w24`, with QuickGELU and 1000 classes.
+        """The authors' model: `cvt-13`, `cvt-21` or `cvt-w24`, QuickGELU, 1000 classes.
 
         Args:
             name: a key of `VARIANTS`.
@@ -340,7 +321,7 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CvtConfig":
-        """As in transformers; without `hidden_act`, `config_dict` comes from transformers' own CvtConfig."""
+        """As in transformers; a `config_dict` without `hidden_act` comes from its own CvtConfig."""
         if "hidden_act" not in config_dict:
             logger.info(
                 "The configuration has no hidden_act: exact GELU, as transformers computes."

@@ -1,1 +1,390 @@
-"""placeholder, being written"""
+"""Images: decoded with Pillow, safely, and preprocessed as the released models were evaluated.
+
+`decode` makes 8-bit RGB of whatever is in an image file. What it does with each kind:
+
+| kind | what becomes of it |
+|---|---|
+| JPEG, MPO, PNG, WebP, BMP, GIF, TIFF, PPM, AVIF | decoded; told by content, not by suffix; AVIF and WebP where Pillow was built with them |
+| any other format (EPS, PDF, PSD, ICO, SVG, ...) | refused unread, so that nothing is ever executed for it |
+| EXIF orientation | applied (XMP's where there is no EXIF); unreadable EXIF is ignored, as viewers do |
+| greyscale, 1 bit | the same value in R, G and B |
+| 16-bit greyscale (modes I;16, I;16B, ..., and I) | divided by 257 and rounded, so 65535 becomes 255; 12-bit TIFF from its own range; white-is-zero TIFF inverted |
+| 32-bit integers beyond 0 to 65535, floating point | refused: what is white in them is not known |
+| 16-bit RGB, and 16-bit greyscale with alpha | the high byte: Pillow reads no more of them |
+| palette | its colours |
+| transparency: RGBA, LA, PA, palette, one transparent colour | laid over white |
+| CMYK, YCCK, YCbCr, LAB, HSV | converted to RGB by Pillow's formulas |
+| embedded colour profile, gamma | ignored, as in the authors' evaluation |
+| animated GIF, WebP, PNG, AVIF; TIFF pages; MPO views | the first, for PNG the default image |
+| more than `MAX_PIXELS` pixels by its header | refused before a pixel is decoded |
+| a JPEG of more than `MAX_SCANS` scans | refused likewise: a small file could take hours |
+| truncated, damaged, empty, missing, a folder, a pipe | refused |
+| PIL image | converted like a file, at the frame where it stands; neither changed nor given back itself |
+
+"Refused" is an `ImageError` that names the file. Pillow's warnings are kept from the user, its settings are left alone.
+"""  # noqa: E501
+
+import contextlib
+import io
+import logging
+import operator
+import os
+import re
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from numbers import Real
+from typing import IO, TYPE_CHECKING, Any, SupportsIndex
+
+from PIL import ExifTags, Image
+
+from cvt import hub
+from cvt.zoo import PUBLISHED
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+    from cvt.configuration import CvtConfig
+
+logger = logging.getLogger(__name__)
+
+# Pillow's names of the formats that are decoded; it opens MPO, as phones write it, as a JPEG.
+IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+# The suffixes, in lower case, of the files that a folder is searched for.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".avif"),
+)
+MAX_PIXELS = 2**27
+MAX_SCANS = 100  # of a JPEG, as in libtiff; encoders make about ten
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+IMAGE_SIZE = 224  # where neither the caller nor the source says
+CROP_PCT = 0.875  # of the resized image's short side; not used from 384 pixels up
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+# The next marker that a segment follows; within pixel data 0xff is followed by 0 or a restart.
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names the file."""
+
+
+# ------------------------------------------------------------------------------ decoding
+
+_filters_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _filters_lock
+    _filters_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # another thread may have held it, and is not in the child
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keeps Pillow's warnings from the user; one thread at a time, as `catch_warnings` demands."""
+    with _filters_lock, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def decode(source: str | os.PathLike | bytes | IO[bytes] | Image.Image) -> Image.Image:
+    """An image as 8-bit RGB, upright; the module's table says what becomes of each kind.
+
+    Args:
+        source: a path, the bytes of a file, a binary file object (read from its start), or a PIL
+            image.
+
+    Returns:
+        A new PIL image of mode RGB, without metadata.
+
+    Raises:
+        ImageError: the image cannot be read or is refused; names the file.
+        TypeError: `source` is none of these.
+    """
+    name = _name(source)
+    try:
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source, name)
+        with _file(source, name) as file:
+            return _upright_rgb(_opened(file, name), name)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow raises nearly everything on damaged files
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError(f"{name}: cannot be decoded: {reason}") from error
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, str | os.PathLike):
+        return os.fsdecode(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return "<bytes>"
+    if isinstance(source, Image.Image):
+        return os.fsdecode(getattr(source, "filename", "") or "<PIL image>")
+    if hasattr(source, "read"):
+        return str(getattr(source, "name", "<file object>"))
+    raise TypeError(
+        "an image is a path, bytes, a binary file object or a PIL image, "
+        f"not {type(source).__module__}.{type(source).__qualname__}"
+    )
+
+
+def _file(source: Any, name: str) -> IO[bytes]:
+    if isinstance(source, str | os.PathLike):
+        mode = os.stat(source).st_mode
+        if not stat.S_ISREG(mode):  # reading a pipe or a device might never end
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise ImageError(f"{name}: is {kind}, not an image file")
+        return open(source, "rb")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    with contextlib.suppress(AttributeError, OSError):  # a stream is read from where it is
+        source.seek(0)
+    data = source.read()
+    if not isinstance(data, bytes):
+        raise ImageError(f"{name}: is not open in binary mode")
+    return io.BytesIO(data)
+
+
+def _opened(file: IO[bytes], name: str) -> Image.Image:
+    """The image, its header read: as `Image.open` does, for our formats and without its limit."""
+    image_format = _format(file.read(16), name)
+    if image_format == "JPEG" and _scans(file) > MAX_SCANS:
+        raise ImageError(f"{name}: has more than {MAX_SCANS} scans, which would take very long")
+    file.seek(0)
+    with _without_warnings():
+        factory, _ = Image.OPEN[image_format]
+        return factory(file, "")  # without a name, Pillow maps no file into memory
+
+
+def _format(prefix: bytes, name: str) -> str:
+    """The format, as Pillow tells it from the first 16 bytes."""
+    if not prefix:
+        raise ImageError(f"{name}: is empty")
+    Image.init()
+    for image_format in IMAGE_FORMATS:
+        _, accept = Image.OPEN.get(image_format, (None, None))
+        accepted = accept and accept(prefix)
+        if isinstance(accepted, str):  # Pillow was built without this format
+            raise ImageError(f"{name}: {accepted}")
+        if accepted:
+            return image_format
+    raise ImageError(f"{name}: is not an image of a known format ({', '.join(IMAGE_FORMATS)})")
+
+
+def _scans(file: IO[bytes]) -> int:
+    """The scans of a JPEG: 200 bytes of one can cost a pass over all its pixels."""
+    file.seek(0)
+    data = file.read()
+    scans, position = data.count(b"\xff\xda"), 2
+    if scans <= MAX_SCANS:  # at most as many; not each of them need be a marker
+        return scans
+    scans = 0
+    while (marker := _JPEG_MARKER.search(data, position)) and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.format and image.format not in IMAGE_FORMATS:
+        raise ImageError(
+            f"{name}: is {image.format}, which is not decoded; "
+            f"the formats are {', '.join(IMAGE_FORMATS)}"
+        )
+    width, height = image.size
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ImageError(f"{name}: is {width} x {height} pixels; at most {MAX_PIXELS} are decoded")
+    with _without_warnings() if image.format == "TIFF" else contextlib.nullcontext():
+        image.load()
+    transposition = None
+    with _without_warnings(), contextlib.suppress(Exception):  # unreadable EXIF
+        transposition = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    rgb = _rgb(image, name)
+    if transposition is not None:
+        rgb = rgb.transpose(transposition)
+    rgb.info = {}  # the orientation in it would be applied again by whoever reads it next
+    return rgb
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "F":
+        raise ImageError(f"{name}: has floating-point pixels; convert them to 8 or 16 bits first")
+    if image.mode.startswith("I"):
+        image = _grey(image, name)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode == "La":  # Pillow knows no direct way
+        image = image.convert("LA")
+    rgba = image.copy().convert("RGBA")  # converting writes into the palette
+    white = Image.new("RGB", rgba.size, "white")
+    white.paste(rgba, mask=rgba)
+    return white
+
+
+def _grey(image: Image.Image, name: str) -> Image.Image:
+    """Mode L of 16-bit greyscale."""
+    import numpy as np
+
+    values = np.asarray(image).astype(np.int32)  # (H, W)
+    tags = getattr(image, "tag_v2", {})  # a TIFF's
+    white = 4095 if tags.get(ExifTags.Base.BitsPerSample) == (12,) else 65535
+    if values.min() < 0 or values.max() > white:
+        raise ImageError(
+            f"{name}: has integer pixels from {values.min()} to {values.max()}; "
+            f"0 to {white} can be decoded"
+        )
+    grey = (values * 255 + white // 2) // white
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero
+        grey = 255 - grey
+    if "transparency" in image.info:  # one transparent value
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+# ------------------------------------------------------------------------------ preprocessing
+
+
+def image_processor(
+    source: "str | os.PathLike | CvtConfig",
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    backend: str | None = None,
+    **kwargs: Any,
+) -> "BaseImageProcessor":
+    """The image processor of transformers, set right for a CvT.
+
+    Below 384 pixels it resizes the short side to `int(image_size / crop_pct)` and crops the centre;
+    from 384 pixels up it squashes the image to a square. Bicubic, ImageNet's mean and deviation.
+
+    Args:
+        source: a published checkpoint (short name or hub id; needs no network), a model folder or
+            a `CvtConfig`.
+        image_size: height and width of the result, in pixels. By default what the checkpoint was
+            published with or the folder says, else 224.
+        crop_pct: share of the resized short side that is kept, above 0 and at most 1. By default
+            what the folder says, else 0.875.
+        backend: `torchvision` or `pil`; by default torchvision where it is installed, else PIL.
+        kwargs: other settings of the processor, as `do_normalize=False`.
+
+    Returns:
+        A `ConvNextImageProcessor`, or `ConvNextImageProcessorPil`: images in,
+        `pixel_values` (batch, 3, image_size, image_size) out. A folder may name another class.
+
+    Raises:
+        OSError: `source` is neither published nor a folder, or the folder's files cannot be read.
+        TypeError: `source` is of another type.
+        ValueError: a setting is illegal, or does not fit the model.
+    """
+    from transformers import (
+        AutoImageProcessor,
+        ConvNextImageProcessor,
+        ConvNextImageProcessorPil,
+    )
+    from transformers.utils import is_torchvision_available
+
+    if backend not in (None, "torchvision", "pil"):
+        raise ValueError(f"backend = {backend!r}: must be torchvision or pil")
+    changes = {**_checked_changes(image_size, crop_pct), **kwargs}
+    config, default_size = _model(source)
+    if config is not None and config.num_channels != 3:
+        raise ValueError(
+            f"num_channels = {config.num_channels}: images are decoded to RGB, so only models of 3 "
+            "channels have an image processor"
+        )
+
+    processor: BaseImageProcessor
+    if default_size is None:
+        processor = AutoImageProcessor.from_pretrained(
+            source, backend=backend, trust_remote_code=False, **changes
+        )
+        described = f"{source}: its {type(processor).__name__}"
+    else:
+        settings = {
+            "size": {"shortest_edge": default_size},
+            "crop_pct": CROP_PCT,
+            "resample": Image.Resampling.BICUBIC,
+            "image_mean": list(IMAGE_MEAN),
+            "image_std": list(IMAGE_STD),
+        }
+        with_torchvision = backend != "pil" and is_torchvision_available()
+        chosen = ConvNextImageProcessor if with_torchvision else ConvNextImageProcessorPil
+        processor = chosen.from_dict(settings, **changes)
+        described = chosen.__name__
+    if unknown := sorted(changes.keys() - type(processor).valid_kwargs.__annotations__.keys()):
+        raise ValueError(f"{described} has no setting {', '.join(unknown)}")
+    size = getattr(getattr(processor, "size", None), "shortest_edge", None)
+    if config is not None and size is not None and size < config.minimum_image_size:
+        raise ValueError(
+            f"image_size = {size}: this model needs at least {config.minimum_image_size} pixels"
+        )
+    return processor
+
+
+def _checked_changes(image_size: int | None, crop_pct: float | None) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    if image_size is not None:
+        whole = isinstance(image_size, SupportsIndex) and not isinstance(image_size, bool)
+        if not whole or operator.index(image_size) < 1:
+            raise ValueError(f"image_size = {image_size!r}: must be an integer of at least 1")
+        changes["size"] = {"shortest_edge": operator.index(image_size)}
+    if crop_pct is not None:
+        if not isinstance(crop_pct, Real) or not 0 < crop_pct <= 1:
+            raise ValueError(f"crop_pct = {crop_pct!r}: must be a number above 0 and at most 1")
+        changes["crop_pct"] = float(crop_pct)
+    return changes
+
+
+def _model(source: "str | os.PathLike | CvtConfig") -> "tuple[CvtConfig | None, int | None]":
+    """Its configuration, where it has one, and its image size, where no file of its own says."""
+    from transformers import PreTrainedConfig
+
+    from cvt.configuration import CvtConfig
+
+    if isinstance(source, CvtConfig):
+        return source, IMAGE_SIZE
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            "source is a published name, a model folder or a cvt.CvtConfig, "
+            f"not {type(source).__module__}.{type(source).__qualname__}"
+        )
+    if checkpoint := hub.published(source):
+        return CvtConfig.from_variant(checkpoint.variant), checkpoint.image_size
+    if not os.path.isdir(source):
+        raise OSError(
+            f"{source}: is neither a model folder nor a published checkpoint; "
+            f"those are {', '.join(PUBLISHED)}"
+        )
+    config = None
+    if os.path.isfile(os.path.join(source, "config.json")):
+        fields, _ = PreTrainedConfig.get_config_dict(source)
+        if fields.get("model_type") == CvtConfig.model_type:
+            config = CvtConfig.from_dict(fields)
+    files = ("preprocessor_config.json", "processor_config.json")
+    if any(os.path.isfile(os.path.join(source, file)) for file in files):
+        return config, None
+    logger.warning(
+        "%s has no %s: CvT's own preprocessing is assumed, at %d pixels unless image_size is given",
+        source,
+        files[0],
+        IMAGE_SIZE,
+    )
+    return config, IMAGE_SIZE

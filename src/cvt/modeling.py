@@ -1,4 +1,4 @@
-"""CvT, the Convolutional vision Transformer, in PyTorch; in the order of the paper (arXiv 2103.15808).
+"""CvT in PyTorch, in the order of the paper (arXiv 2103.15808).
 
 B batch, C channels, H W grid, N tokens (H·W, one more with a class token), h heads, d head width.
 Tokens are (B, N, C) everywhere; an image (B, C, H, W) is a channels-last view of them.
@@ -22,13 +22,10 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging
 
 from cvt import hub
 from cvt.configuration import CvtConfig, StageConfig
-
-logger = logging.get_logger(__name__)
-
+from cvt.losses import classification_loss
 
 # ------------------------------------------------------------------------------ elementary layers
 
@@ -149,7 +146,7 @@ def eager_attention(
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention on convolutionally projected tokens; the class token skips the projection."""
+    """Multi-head attention on projected tokens; the class token skips the projection."""
 
     is_causal = False  # read by transformers' attention functions
 
@@ -173,9 +170,8 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, grid: tuple[int, int], output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
-        B, N, C = x.shape
-        H, W = grid
-        class_token, tokens = x.split((N - H * W, H * W), dim=1)
+        N, (H, W) = x.shape[1], grid
+        class_token, tokens = x.split((N - H * W, H * W), dim=1)  # (B, 0 or 1, C)
         image = tokens.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
 
         def project(projection: Projection, linear: nn.Linear) -> Tensor:
@@ -323,8 +319,8 @@ class Encoder(nn.Module):
         )
 
     def check(self, pixel_values: Tensor | None) -> Tensor:
-        """`pixel_values` in the type of the weights, or a ValueError that says what was expected."""
-        channels, minimum = self.config.num_channels, self.minimum_image_size
+        """`pixel_values` in the weights' type, or a ValueError that says what was expected."""
+        channels, least = self.config.num_channels, self.minimum_image_size
         if pixel_values is None:
             raise ValueError("pixel_values is missing")
         if not pixel_values.is_floating_point():
@@ -334,17 +330,15 @@ class Encoder(nn.Module):
             )
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(
-                f"pixel_values have shape {tuple(pixel_values.shape)}; expected (batch, {channels}, "
-                "height, width)"
+                f"pixel_values have shape {tuple(pixel_values.shape)}; "
+                f"expected (batch, {channels}, height, width)"
             )
         H, W = pixel_values.shape[2:]
-        if H < minimum or W < minimum:
+        if least > H or least > W:
             raise ValueError(
-                f"pixel_values are {H} x {W} pixels; this model needs at least {minimum} x {minimum}"
+                f"pixel_values are {H} x {W} pixels; this model needs at least {least} x {least}"
             )
-        return pixel_values.to(
-            self.stages[0].embedding.convolution_embeddings.projection.weight.dtype
-        )
+        return pixel_values.to(next(self.parameters()).dtype)
 
 
 # ------------------------------------------------------------------------------ public classes
@@ -357,9 +351,9 @@ class CvtPreTrainedModel(PreTrainedModel):
     config_class = CvtConfig
     base_model_prefix = "cvt"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -394,58 +388,18 @@ class CvtPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers, and strict; takes the short names of published checkpoints too.
-
-        A checkpoint with another number of classes gets a new, random classifier if `num_labels` or
-        `id2label` asks for one, which is logged. `ignore_mismatched_sizes` and
-        `output_loading_info` leave the judgement to the caller, as in transformers.
-
-        Raises:
-            ValueError: weights are missing, unexpected or of the wrong shape; lists all of them.
-            OSError: there is no such model, or it cannot be reached.
-        """
-        with hub.resolved(pretrained_model_name_or_path) as source:
-            if kwargs.get("ignore_mismatched_sizes") or kwargs.get("output_loading_info"):
-                return super().from_pretrained(source, *args, **kwargs)
-            kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-            model, loaded = super().from_pretrained(source, *args, **kwargs)
-        asked = "num_labels" in kwargs or "id2label" in kwargs
-        is_new_head = (
-            {"classifier.weight", "classifier.bias"}.__contains__ if asked else lambda _: False
-        )
-        problems = [
-            *(
-                f"missing {name}"
-                for name in sorted(loaded["missing_keys"])
-                if not is_new_head(name)
-            ),
-            *(f"unexpected {name}" for name in sorted(loaded["unexpected_keys"])),
-            *(
-                f"{name} is {tuple(found)}, expected {tuple(expected)}"
-                for name, found, expected in sorted(loaded["mismatched_keys"])
-                if not is_new_head(name)
-            ),
-        ]
-        if problems:
-            raise ValueError(
-                f"the weights of {pretrained_model_name_or_path} do not fit {cls.__name__} (a new "
-                "classifier is made only if num_labels asks for it):\n  " + "\n  ".join(problems)
-            )
-        if asked and (loaded["missing_keys"] or loaded["mismatched_keys"]):
-            logger.warning(
-                f"New classifier of {model.config.num_labels} classes: {pretrained_model_name_or_path} "
-                "has none for them. It is random until trained."
-            )
-        return model
+        """As in transformers, published names too, and strict: see `hub.load_strictly`."""
+        load = super().from_pretrained
+        return hub.load_strictly(load, pretrained_model_name_or_path, *args, **kwargs)
 
 
 class CvtModel(CvtPreTrainedModel):
     """CvT without a head."""
 
-    _keys_to_ignore_on_load_unexpected = (r"^layernorm\.", r"^classifier\.")
+    _keys_to_ignore_on_load_unexpected = [r"^layernorm\.", r"^classifier\."]
 
     def __init__(self, config: CvtConfig) -> None:
         super().__init__(config)
@@ -500,7 +454,7 @@ class CvtForImageClassification(CvtPreTrainedModel):
 
         Args:
             pixel_values: normalised images, (B, C, H, W).
-            labels: see `classification_loss`.
+            labels: see `cvt.losses.classification_loss`.
             output_hidden_states: as in `CvtModel`.
             output_attentions: as in `CvtModel`.
             return_dict: return an `ImageClassifierOutput` rather than a tuple.
@@ -523,47 +477,11 @@ class CvtForImageClassification(CvtPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
-def classification_loss(logits: Tensor, labels: Tensor, config: CvtConfig) -> Tensor:
-    """The loss of `config.problem_type`, or of the problem that the labels make likely.
-
-    Args:
-        logits: (B, K).
-        labels: `regression` (assumed if K is 1): values, as many as logits, mean squared error;
-            `single_label_classification` (assumed for integers): class indices (B,) or
-            probabilities (B, K), cross-entropy; `multi_label_classification` (assumed for floats):
-            0 to 1 each, (B, K), binary cross-entropy.
-        config: its `problem_type` and `num_labels` are read.
-
-    Raises:
-        ValueError: the labels' shape does not fit.
-    """
-    integers = not labels.is_floating_point()
-    problem = config.problem_type
-    if problem is None:
-        likely = "single_label_classification" if integers else "multi_label_classification"
-        problem = "regression" if config.num_labels == 1 else likely
-    indices = problem == "single_label_classification" and integers
-    if labels.numel() != (logits.shape[0] if indices else logits.numel()):
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, which does not fit {problem} with logits of "
-            f"shape {tuple(logits.shape)}"
-        )
-    if indices:
-        return F.cross_entropy(logits, labels.flatten().long())
-    targets = labels.reshape(logits.shape).to(logits.dtype)
-    losses = {
-        "regression": F.mse_loss,
-        "single_label_classification": F.cross_entropy,
-        "multi_label_classification": F.binary_cross_entropy_with_logits,
-    }
-    return losses[problem](logits, targets)
-
-
 class CvtBackbone(BackboneMixin, CvtPreTrainedModel):
     """CvT as a feature extractor for detection and segmentation heads.
 
-    `out_features` or `out_indices` in the config choose the stages, `stage1` to the last; `channels`
-    and `strides` describe the maps.
+    `out_features` or `out_indices` in the config choose the stages, `stage1` to the last;
+    `channels` and `strides` describe the maps.
     """
 
     _keys_to_ignore_on_load_unexpected = CvtModel._keys_to_ignore_on_load_unexpected
@@ -605,29 +523,3 @@ class CvtBackbone(BackboneMixin, CvtPreTrainedModel):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
-
-
-def register_auto_classes() -> None:
-    """Make transformers' Auto classes and `pipeline` give this package's CvT instead of its own."""
-    from transformers import (
-        AutoBackbone,
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModel,
-        AutoModelForImageClassification,
-        ConvNextImageProcessor,
-        ConvNextImageProcessorPil,
-    )
-
-    AutoConfig.register("cvt", CvtConfig, exist_ok=True)
-    AutoModel.register(CvtConfig, CvtModel, exist_ok=True)
-    AutoModelForImageClassification.register(CvtConfig, CvtForImageClassification, exist_ok=True)
-    AutoBackbone.register(CvtConfig, CvtBackbone, exist_ok=True)
-    AutoImageProcessor.register(
-        CvtConfig,
-        image_processor_classes={
-            "torchvision": ConvNextImageProcessor,
-            "pil": ConvNextImageProcessorPil,
-        },
-        exist_ok=True,
-    )

@@ -1,0 +1,27 @@
+"""This package's classes behind transformers' Auto classes."""
+
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    ConvNextImageProcessor,
+    ConvNextImageProcessorPil,
+)
+
+from cvt.configuration import CvtConfig
+from cvt.modeling import CvtBackbone, CvtForImageClassification, CvtModel
+
+
+def register_auto_classes() -> None:
+    """Make transformers' Auto classes and `pipeline` give this package's CvT, not their own."""
+    AutoConfig.register("cvt", CvtConfig, exist_ok=True)
+    AutoModel.register(CvtConfig, CvtModel, exist_ok=True)
+    AutoModelForImageClassification.register(CvtConfig, CvtForImageClassification, exist_ok=True)
+    AutoBackbone.register(CvtConfig, CvtBackbone, exist_ok=True)
+    processors: dict[str, type] = {
+        "torchvision": ConvNextImageProcessor,
+        "pil": ConvNextImageProcessorPil,
+    }
+    AutoImageProcessor.register(CvtConfig, image_processor_classes=processors, exist_ok=True)

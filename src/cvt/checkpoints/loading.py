@@ -1,0 +1,92 @@
+"""From whatever names a model to the model, its configuration and its preprocessing."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from cvt import hub
+from cvt.checkpoints.authors import load_authors
+from cvt.configuration import VARIANTS, CvtConfig
+from cvt.images import image_processor
+from cvt.modeling import CvtForImageClassification
+from cvt.zoo import PUBLISHED
+
+logger = logging.getLogger(__name__)
+
+
+def load_classifier(
+    source: str | Path,
+    *,
+    config: str | Path | None = None,
+    num_labels: int | None = None,
+    hidden_act: str | None = None,
+) -> CvtForImageClassification:
+    """A trained classifier.
+
+    Args:
+        source: an authors' .pth file, a model folder or the name of a published checkpoint.
+        config: a config.json for an authors' file that is no published variant.
+        num_labels: make a new, random classifier for so many classes if the source's has others.
+        hidden_act: the activation, if not the source's own.
+
+    Raises:
+        FileNotFoundError: `source` is none of these.
+        ValueError: its weights do not fit; lists every fault.
+    """
+    if Path(source).is_file():
+        known = None
+        if config is not None:
+            known = CvtConfig.from_json_file(config)
+            hidden_act = hidden_act or "quick_gelu"
+        return load_authors(source, config=known, num_labels=num_labels, hidden_act=hidden_act)
+    if config is not None:
+        raise ValueError(f"a config is for authors' files; {source} brings its own")
+    if not hub.published(source) and not Path(source).is_dir():
+        raise unknown_model(source)
+    given = {"num_labels": num_labels, "hidden_act": hidden_act}
+    given = {name: value for name, value in given.items() if value is not None}
+    return CvtForImageClassification.from_pretrained(source, **given)
+
+
+def load_config(source: str | Path) -> CvtConfig:
+    """The configuration of whatever `load_classifier` takes, or of a variant, without its weights.
+
+    Raises:
+        FileNotFoundError: `source` is none of these.
+    """
+    if Path(source).is_file():
+        return load_authors(source).config
+    if Path(source).is_dir():
+        return CvtConfig.from_pretrained(source)
+    if checkpoint := hub.published(source):
+        return CvtConfig.from_variant(checkpoint.variant)
+    if source in VARIANTS:
+        return CvtConfig.from_variant(str(source))
+    raise unknown_model(source)
+
+
+def load_processor(source: str | Path, config: CvtConfig, image_size: int | None = None) -> Any:
+    """The image processor of whatever `load_classifier` takes.
+
+    Args:
+        source: as in `load_classifier`.
+        config: the model's configuration.
+        image_size: height and width in pixels; else the source's, else told by the name of a
+            published file, else 224, with a warning.
+    """
+    if not Path(source).is_file():
+        return image_processor(source, image_size=image_size)
+    files = {checkpoint.authors_file: checkpoint for checkpoint in PUBLISHED.values()}
+    if image_size is None and (checkpoint := files.get(Path(source).name)):
+        image_size = checkpoint.image_size
+    if image_size is None:
+        logger.warning(f"{source} does not tell its resolution; preprocessing is set for 224")
+    return image_processor(config, image_size=image_size)
+
+
+def unknown_model(source: str | Path) -> FileNotFoundError:
+    """The error for a name that means no model."""
+    return FileNotFoundError(
+        f"no model {source}: it is no file, no folder and none of "
+        + ", ".join(dict.fromkeys([*PUBLISHED, *VARIANTS]))
+    )

@@ -1,0 +1,76 @@
+"""One table of parameter names, read in every direction."""
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+Weight = TypeVar("Weight")
+
+# transformers' and our names to the authors', by the module that holds the tensors (the class token
+# holds itself). {s} is the stage, {b} the block.
+_IN_BLOCK = {
+    "layernorm_before": "norm1",
+    "attention.output.dense": "attn.proj",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+for _ours, _authors in {"query": "q", "key": "k", "value": "v"}.items():
+    _projection = f"attention.attention.convolution_projection_{_ours}.convolution_projection"
+    _IN_BLOCK |= {
+        f"{_projection}.convolution": f"attn.conv_proj_{_authors}.conv",
+        f"{_projection}.normalization": f"attn.conv_proj_{_authors}.bn",
+        f"attention.attention.projection_{_ours}": f"attn.proj_{_authors}",
+    }
+_EMBEDDING = "cvt.encoder.stages.{s}.embedding.convolution_embeddings"
+_TABLE = {
+    "cvt.encoder.stages.{s}.cls_token": "stage{s}.cls_token",
+    f"{_EMBEDDING}.projection": "stage{s}.patch_embed.proj",
+    f"{_EMBEDDING}.normalization": "stage{s}.patch_embed.norm",
+    **{
+        f"cvt.encoder.stages.{{s}}.layers.{{b}}.{ours}": f"stage{{s}}.blocks.{{b}}.{authors}"
+        for ours, authors in _IN_BLOCK.items()
+    },
+    "layernorm": "norm",
+    "classifier": "head",
+}
+_TENSOR = r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
+
+
+def authors_to_transformers(state_dict: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Rename the weights of an authors' model to those of `CvtForImageClassification`.
+
+    Raises:
+        ValueError: names that no CvT of the authors has; lists all of them.
+    """
+    return _renamed(state_dict, {authors: ours for ours, authors in _TABLE.items()})
+
+
+def transformers_to_authors(state_dict: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Rename the weights of a `CvtForImageClassification` or `CvtModel` to the authors' names.
+
+    Raises:
+        ValueError: names that no CvT of transformers has; lists all of them.
+    """
+    # A model without a head has its names without the prefix.
+    prefixed = {f"cvt.{k}" if k.startswith("encoder.") else k: v for k, v in state_dict.items()}
+    return _renamed(prefixed, _TABLE)
+
+
+def _renamed(state_dict: Mapping[str, Weight], table: Mapping[str, str]) -> dict[str, Weight]:
+    patterns = {}
+    for source, target in table.items():
+        module = re.escape(source).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")
+        tensor = "" if source.endswith("cls_token") else _TENSOR
+        patterns[re.compile(f"{module}(?P<tensor>{tensor})")] = target + "{tensor}"
+    renamed, unknown = {}, []
+    for name, weight in state_dict.items():
+        matches = ((pattern.fullmatch(name), target) for pattern, target in patterns.items())
+        new = next((target.format(**match.groupdict()) for match, target in matches if match), None)
+        if new is None:
+            unknown.append(name)
+        else:
+            renamed[new] = weight
+    if unknown:
+        raise ValueError("these are not weights of a CvT: " + ", ".join(unknown))
+    return renamed

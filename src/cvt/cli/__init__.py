@@ -1,0 +1,62 @@
+"""The command line: `cvt --help`."""
+
+import sys
+
+import typer
+
+from cvt import __version__
+from cvt.cli.convert import convert
+from cvt.cli.evaluate import evaluate
+from cvt.cli.info import info
+from cvt.cli.predict import predict
+from cvt.cli.train import train
+
+app = typer.Typer(
+    name="cvt",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        typer.echo(f"cvt-vision {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def cvt(
+    version: bool = typer.Option(
+        False, "--version", callback=show_version, is_eager=True, help="Print the version."
+    ),
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks; works anywhere."),
+) -> None:
+    """CvT, the Convolutional vision Transformer: train, evaluate, predict, convert.
+
+    A MODEL is a published name (cvt-13, cvt-13-384, ...), a model folder, or an authors' .pth file.
+    """
+
+
+for command in (predict, train, evaluate, convert, info):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0, 1 failure, 2 usage, 3 images skipped, 130 Ctrl-C."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        expected = isinstance(error, ValueError | OSError | ArithmeticError)
+        kind = "" if expected else f"{type(error).__name__}: "
+        hint = "" if expected else "\nRun again with --debug for a traceback."
+        typer.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+        typer.echo(f"{kind}{error}{hint}", err=True)
+        sys.exit(1)

@@ -1,0 +1,60 @@
+"""`cvt info`."""
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="MODEL, or a variant: cvt-13, cvt-21, cvt-w24.")],
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Height and width in pixels, if not the model's.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, for the memory.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show a model's parameters, operations, stages and memory; no weights are loaded."""
+    from rich.table import Table
+
+    from cvt.checkpoints import load_config, load_processor
+    from cvt.cli.console import out, quiet_libraries
+    from cvt.configuration import VARIANTS
+    from cvt.hub import published
+    from cvt.profile import profile
+
+    quiet_libraries()
+    config = load_config(model)
+    if image_size is None:
+        bare = model in VARIANTS and not published(model)
+        image_size = 224 if bare else load_processor(model, config).size["shortest_edge"]
+    result = profile(config, image_size, batch_size)
+    if as_json:
+        out.print_json(json.dumps(dataclasses.asdict(result), default=str))
+        return
+    out.print(
+        f"[bold]{model}[/]  {config.num_labels} classes, {config.hidden_act}, "
+        f"{image_size} x {image_size} pixels"
+    )
+    out.print(f"parameters  {result.parameters:,}")
+    out.print(
+        f"operations  {result.macs / 1e9:.2f} G multiply-adds per image "
+        "(convolutions and matrix products, attention included)"
+    )
+    out.print(
+        f"memory      {result.weight_bytes / 2**20:,.0f} MiB weights; "
+        f"{result.inference_bytes / 2**20:,.0f} MiB to infer, "
+        f"{result.training_bytes / 2**20:,.0f} MiB to train (AdamW), float32, batch {batch_size}"
+    )
+    table = Table("stage", *("grid", "tokens", "width", "blocks", "heads", "parameters", "GMAC"))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for stage in result.stages:
+        grid = f"{stage.grid[0]} x {stage.grid[1]}"
+        numbers = (stage.tokens, stage.width, stage.depth, stage.heads)
+        table.add_row(
+            *(stage.name, grid, *map(str, numbers)),
+            *(f"{stage.parameters:,}", f"{stage.macs / 1e9:.2f}"),
+        )
+    out.print(table)

@@ -1,0 +1,39 @@
+"""The losses of an image classifier."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cvt.configuration import CvtConfig
+
+
+def classification_loss(logits: Tensor, labels: Tensor, config: CvtConfig) -> Tensor:
+    """The loss of `config.problem_type`, or of the problem that the labels make likely.
+
+    Args:
+        logits: (B, K).
+        labels: `regression` (assumed if K is 1): values, as many as logits, mean squared error;
+            `single_label_classification` (assumed for integers): class indices (B,) or
+            probabilities (B, K), cross-entropy; `multi_label_classification` (assumed for floats):
+            0 to 1 each, (B, K), binary cross-entropy.
+        config: its `problem_type` and `num_labels` are read.
+
+    Raises:
+        ValueError: the labels' shape does not fit.
+    """
+    integers = not labels.is_floating_point()
+    likely = "single_label_classification" if integers else "multi_label_classification"
+    problem = config.problem_type or ("regression" if config.num_labels == 1 else likely)
+    indices = problem == "single_label_classification" and integers
+    if labels.numel() != (logits.shape[0] if indices else logits.numel()):
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, which does not fit {problem} with logits of "
+            f"shape {tuple(logits.shape)}"
+        )
+    if indices:
+        return F.cross_entropy(logits, labels.flatten().long())
+    targets = labels.reshape(logits.shape).to(logits.dtype)
+    if problem == "regression":
+        return F.mse_loss(logits, targets)
+    if problem == "single_label_classification":
+        return F.cross_entropy(logits, targets)
+    return F.binary_cross_entropy_with_logits(logits, targets)

@@ -1,0 +1,233 @@
+"""What a CvT costs at an image size: parameters, multiply-accumulates and memory, without allocating any of it.
+
+The model runs on fake tensors, which have a shape, a type and a device but no data. Operators are
+chosen as eager PyTorch chooses them on a CPU, fused attention included.
+"""
+
+import copy
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import initialization
+
+from cvt.configuration import CvtConfig
+from cvt.modeling import CvtForImageClassification
+
+
+@dataclass(frozen=True)
+class StageProfile:
+    """What one stage costs.
+
+    Attributes:
+        name: `stage1`, ..., as in `CvtConfig.stage_names`.
+        grid: its tokens, as rows and columns (H, W).
+        tokens: their number, the class token included.
+        width: channels of a token.
+        depth: number of blocks.
+        heads: attention heads.
+        parameters: of the token embedding, the class token and the blocks.
+        macs: per image; see `Profile`.
+    """
+
+    name: str
+    grid: tuple[int, int]
+    tokens: int
+    width: int
+    depth: int
+    heads: int
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a `CvtForImageClassification` costs.
+
+    Parameters and MACs are those of the stages and of the head (a LayerNorm and a Linear).
+
+    The two peaks are bytes of live tensors, each storage counted once. What a kernel allocates for
+    itself, what an allocator keeps in reserve and what the libraries take are not in them.
+
+    Attributes:
+        parameters: trainable numbers.
+        macs: multiply-accumulates of one forward per image: half of the floating point operations
+            that `torch.utils.flop_counter` counts. Those are matrix products and convolutions,
+            attention included; norms, activations and softmax are not counted.
+        stages: the same, stage by stage.
+        weight_bytes: parameters and buffers.
+        inference_bytes: peak of one eager forward of a batch without gradients, weights and images
+            included.
+        training_bytes: peak of forward, backward and AdamW step with a batch, weights, gradients
+            and optimizer state included; None if PyTorch cannot train on it, since BatchNorm needs
+            more than one key per channel (one small image can leave just that).
+        image_size: height and width, in pixels.
+        batch_size: images in the batch of the two peaks.
+        dtype: of weights, images and optimizer state.
+    """
+
+    parameters: int
+    macs: int
+    stages: list[StageProfile]
+    weight_bytes: int
+    inference_bytes: int
+    training_bytes: int | None
+    image_size: tuple[int, int]
+    batch_size: int
+    dtype: torch.dtype
+
+
+class LiveMemory(TorchDispatchMode):
+    """Watches the tensors made inside it, fake or real; `peak` is the most bytes alive at a time.
+
+    Args:
+        tensors: those alive from the start, to be counted too.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.storages: set[int] = set()
+        for tensor in tensors:
+            self.add(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return result
+
+    def add(self, tensor: Tensor) -> None:
+        """Count the storage of `tensor` until it is freed; views and second sights cost nothing."""
+        storage = tensor.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address not in self.storages:
+            self.storages.add(address)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.free, address, size)
+
+    def free(self, address: int, size: int) -> None:
+        """The storage at `address` is gone."""
+        self.storages.remove(address)
+        self.live -= size
+
+
+def inference_peak(model: CvtForImageClassification, pixels: Tensor) -> int:
+    """Most bytes alive in one eager forward of `pixels` (B, C, H, W) without gradients."""
+    model.eval()
+    with torch.no_grad(), LiveMemory([*model.state_dict().values(), pixels]) as memory:
+        model(pixels)
+    return memory.peak
+
+
+def training_peak(model: CvtForImageClassification, pixels: Tensor) -> int:
+    """Most bytes alive in a forward, backward and AdamW step on `pixels` (B, C, H, W).
+
+    It is not the first step: the optimizer has its state from the start.
+
+    Raises:
+        ValueError: a BatchNorm sees one value per channel.
+    """
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with LiveMemory([*model.state_dict().values(), pixels]) as memory:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        logits = model(pixels).logits
+        F.cross_entropy(logits, torch.zeros_like(logits)).backward()
+        optimizer.step()
+    return memory.peak
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Trainable numbers in `module`."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def profile(
+    config: CvtConfig,
+    image_size: int | tuple[int, int] = 224,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Profile:
+    """Count what `CvtForImageClassification(config)` costs; takes neither its memory nor its time.
+
+    Args:
+        config: its attention implementation is that of the peaks: SDPA unless it says otherwise.
+        image_size: pixels of a square image's side, or (height, width).
+        batch_size: images in the batch of the two peaks.
+        dtype: a floating point type, of weights and images.
+
+    Raises:
+        ValueError: the image is smaller than the model needs, `batch_size` is below 1, or `dtype`
+            is no floating point type.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    minimum = config.minimum_image_size
+    if min(height, width) < minimum:
+        raise ValueError(
+            f"image_size = {height} x {width}: this model needs at least {minimum} x {minimum} pixels"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}: must be at least 1")
+
+    with FakeTensorMode():
+        with initialization.no_init_weights():
+            model = CvtForImageClassification._from_config(
+                copy.deepcopy(config), dtype=dtype
+            ).eval()
+        pixels = torch.empty(batch_size, config.num_channels, height, width, dtype=dtype)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            maps = model(pixels, output_hidden_states=True).hidden_states
+        weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+        inference_bytes = inference_peak(model, pixels)
+        try:
+            training_bytes = training_peak(model, pixels)
+        except ValueError:  # of BatchNorm: the same forward in eval mode went well above
+            training_bytes = None
+
+    operations = counter.get_flop_counts()  # of a batch, by module and operator
+
+    def macs(module: str) -> int:
+        return sum(operations[module].values()) // (2 * batch_size)
+
+    stages = []
+    for i, stage in enumerate(config.stages):
+        H, W = maps[i].shape[2:]
+        stages.append(
+            StageProfile(
+                name=config.stage_names[i],
+                grid=(H, W),
+                tokens=H * W + stage.cls_token,
+                width=stage.embed_dim,
+                depth=stage.depth,
+                heads=stage.num_heads,
+                parameters=count_parameters(model.cvt.encoder.stages[i]),
+                macs=macs(f"{type(model).__name__}.cvt.encoder.stages.{i}"),
+            )
+        )
+    return Profile(
+        parameters=count_parameters(model),
+        macs=macs("Global"),
+        stages=stages,
+        weight_bytes=weight_bytes,
+        inference_bytes=inference_bytes,
+        training_bytes=training_bytes,
+        image_size=(height, width),
+        batch_size=batch_size,
+        dtype=dtype,
+    )
