@@ -2,6 +2,39 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network by accident
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 torch.set_num_threads(2)
+
+COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """An image folder of three classes, twelve images each, told apart by their colour."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (root / name).mkdir()
+        for i in range(12):
+            noise = generator.normal(0, 40, (24 + i, 40, 3))
+            pixels = np.clip(np.array(colour) + noise, 0, 255).astype("uint8")
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A small classifier of the three colours, with random weights, and its preprocessing."""
+    from cvt import CvtConfig, CvtForImageClassification, image_processor
+
+    torch.manual_seed(0)
+    config = CvtConfig(embed_dim=[8, 16, 32], num_heads=[1, 2, 4], depth=[1, 1, 2])
+    config.class_names = list(COLOURS)
+    folder = tmp_path_factory.mktemp("model")
+    CvtForImageClassification(config).save_pretrained(folder)
+    image_processor(config, image_size=32).save_pretrained(folder)
+    return folder

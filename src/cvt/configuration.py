@@ -50,7 +50,9 @@ class _Kind(NamedTuple):
 
 def _integer(at_least: int) -> _Kind:
     def accepts(value: Any) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and value >= at_least
+        return (
+            isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= at_least
+        )
 
     return _Kind(f"an integer of at least {at_least}", accepts, int)
 
@@ -60,8 +62,8 @@ def _one_of(choices: tuple[str, ...]) -> _Kind:
 
 
 _FLAG = _Kind("True or False", lambda value: value in (0, 1), bool)
-_RATIO = _Kind("a number above 0", lambda v: isinstance(v, Real) and 0 < v < math.inf, float)
-_RATE = _Kind("at least 0 and below 1", lambda v: isinstance(v, Real) and 0 <= v < 1, float)
+_RATIO = _Kind("a number above 0", lambda v: isinstance(v, Real) and 0 < float(v) < math.inf, float)
+_RATE = _Kind("at least 0 and below 1", lambda v: isinstance(v, Real) and 0 <= float(v) < 1, float)
 
 _PER_STAGE = {
     "patch_sizes": _integer(1),
@@ -275,6 +277,17 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
         return [f"stage{i + 1}" for i in range(len(self.depth))]
 
     @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, in the order of the classifier."""
+        names: dict[Any, str] = self.id2label or {}
+        return [names[i] for i in range(len(names))]
+
+    @class_names.setter
+    def class_names(self, names: list[str]) -> None:
+        self.id2label = dict(enumerate(names))
+        self.label2id = {name: i for i, name in enumerate(names)}
+
+    @property
     def minimum_image_size(self) -> int:
         """The smallest height and width of an image, in pixels, that leave a token per stage."""
         size = 1
@@ -312,7 +325,7 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers; short names work too, and published checkpoints carry QuickGELU."""
-        with hub.resolved(pretrained_model_name_or_path) as source:
+        with hub.resolved(pretrained_model_name_or_path, kwargs) as source:
             config_dict, kwargs = super().get_config_dict(source, **kwargs)
         if "hidden_act" not in config_dict and hub.published(pretrained_model_name_or_path):
             config_dict["hidden_act"] = "quick_gelu"
@@ -323,10 +336,13 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CvtConfig":
         """As in transformers; a `config_dict` without `hidden_act` comes from its own CvtConfig."""
         if "hidden_act" not in config_dict:
-            logger.info(
-                "The configuration has no hidden_act: exact GELU, as transformers computes."
-            )
             config_dict = {**config_dict, "layer_norm_eps": 1e-5}
+            if hub.published(kwargs.get("name_or_path", "")):  # as AutoConfig passes it
+                config_dict["hidden_act"] = "quick_gelu"
+            else:
+                logger.info(
+                    "The configuration has no hidden_act: exact GELU, as transformers computes."
+                )
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod

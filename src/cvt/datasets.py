@@ -69,14 +69,15 @@ def train_and_test(root: str | Path, seed: int = 0) -> tuple[LabelledImages, Lab
     """
     root = Path(root)
     names = {path.name: path for path in root.iterdir()} if root.is_dir() else {}
-    halves = [next((names[n] for n in c if n in names), None) for c in (TRAIN_NAMES, TEST_NAMES)]
-    if None in halves:
+    train_root = next((names[name] for name in TRAIN_NAMES if name in names), None)
+    test_root = next((names[name] for name in TEST_NAMES if name in names), None)
+    if train_root is None or test_root is None:
         train, test = split(image_folder(root), seed)
     else:
-        train, test = map(image_folder, halves)
+        train, test = image_folder(train_root), image_folder(test_root)
         if differing := set(train.classes) ^ set(test.classes):
             raise ValueError(
-                f"only one of {halves[0]} and {halves[1]} has {', '.join(sorted(differing))}"
+                f"only one of {train_root} and {test_root} has {', '.join(sorted(differing))}"
             )
     if len(train.classes) < 2:
         raise ValueError(f"{root} has a single class, {train.classes[0]}; at least two are needed")

@@ -65,9 +65,9 @@ def class_indices(names: list[str], config: CvtConfig) -> dict[str, int]:
     Raises:
         ValueError: the classifier does not know a name; lists all of those and the nearest known.
     """
-    indices = {label: i for i, label in config.id2label.items()}
-    imagenet = imagenet_classes()
-    if len(indices) >= 999 and next(iter(indices)) == next(iter(imagenet.values())):
+    classes, imagenet = config.class_names, imagenet_classes()
+    indices = {name: i for i, name in enumerate(classes)}
+    if len(classes) == len(imagenet) and classes[0] == next(iter(imagenet.values())):
         indices |= {wordnet_id: i for i, wordnet_id in enumerate(imagenet)}
     unknown = []
     for name in names:
@@ -99,8 +99,8 @@ def evaluate(
         ValueError: the model does not know a class, or no image could be decoded.
     """
     indices = class_indices(images.classes, model.config)
-    classes = model.config.num_labels
-    confusion = np.zeros((classes, classes), dtype=np.int64)
+    labels = model.config.class_names
+    confusion = np.zeros((len(labels), len(labels)), dtype=np.int64)
     failures, in_top5, losses = [], 0, 0.0
     results = classify(model, processor, images.paths, batch_size)
     for result, label in zip(results, images.labels, strict=True):
@@ -109,7 +109,7 @@ def evaluate(
             failures.append(result)
             continue
         true = indices[label]
-        best = result.logits.topk(min(5, classes)).indices.tolist()
+        best = result.logits.topk(min(5, len(labels))).indices.tolist()
         confusion[true, best[0]] += 1
         in_top5 += true in best
         losses -= result.logits.log_softmax(dim=-1)[true].item()
@@ -117,7 +117,7 @@ def evaluate(
     if not counted:
         raise ValueError(f"none of the {len(images)} images could be decoded: {failures[0].error}")
     return Evaluation(
-        labels=[model.config.id2label[i] for i in range(classes)],
+        labels=labels,
         confusion=confusion,
         top1=float(confusion.trace() / counted),
         top5=float(in_top5 / counted),

@@ -17,11 +17,13 @@
 | embedded colour profile, gamma | ignored, as in the authors' evaluation |
 | animated GIF, WebP, PNG, AVIF; TIFF pages; MPO views | the first, for PNG the default image |
 | more than `MAX_PIXELS` pixels by its header | refused before a pixel is decoded |
+| more than `MAX_ASPECT` times as long as wide | refused likewise: it would grow so much when resized |
 | a JPEG of more than `MAX_SCANS` scans | refused likewise: a small file could take hours |
 | truncated, damaged, empty, missing, a folder, a pipe | refused |
 | PIL image | converted like a file, at the frame where it stands; neither changed nor given back itself |
 
-"Refused" is an `ImageError` that names the file. Pillow's warnings are kept from the user, its settings are left alone.
+"Refused" is an `ImageError` that names the file. Pillow's warnings are kept from the user, its settings are left alone;
+a limit below ours that was set in Pillow still holds for TIFF and WebP, and libtiff's messages still go to stderr.
 """  # noqa: E501
 
 import contextlib
@@ -57,6 +59,7 @@ IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".avif"),
 )
 MAX_PIXELS = 2**27
+MAX_ASPECT = 1000  # resizing the short side to 256 pixels would make gigabytes of the long one
 MAX_SCANS = 100  # of a JPEG, as in libtiff; encoders make about ten
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -213,6 +216,11 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
         raise ImageError(f"{name}: is {width} x {height} pixels; at most {MAX_PIXELS} are decoded")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(
+            f"{name}: is {width} x {height} pixels; at most {MAX_ASPECT} times as long as wide "
+            "is decoded"
+        )
     with _without_warnings() if image.format == "TIFF" else contextlib.nullcontext():
         image.load()
     transposition = None

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
@@ -90,7 +91,7 @@ def classify(
                     yield Result(path, logits=next(logits))
 
 
-def _decoded(path: Path):
+def _decoded(path: Path) -> Image.Image | ImageError:
     try:
         return decode(path)
     except ImageError as error:
@@ -120,10 +121,11 @@ def predict(
         topk: how many classes to name, at most all.
         batch_size: as in `classify`.
     """
+    names = model.config.class_names
     for result in classify(model, processor, paths, batch_size):
         if result.logits is None:
             yield result
             continue
-        best = scores(result.logits, model.config).topk(min(topk, model.config.num_labels))
-        labels = [model.config.id2label[i] for i in best.indices.tolist()]
+        best = scores(result.logits, model.config).topk(min(topk, len(names)))
+        labels = [names[i] for i in best.indices.tolist()]
         yield Prediction(result.path, labels, best.values.tolist())

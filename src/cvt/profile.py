@@ -1,7 +1,7 @@
-"""What a CvT costs at an image size: parameters, multiply-accumulates and memory, without allocating any of it.
+"""What a CvT costs at an image size: parameters, multiply-accumulates and memory.
 
-The model runs on fake tensors, which have a shape, a type and a device but no data. Operators are
-chosen as eager PyTorch chooses them on a CPU, fused attention included.
+Nothing of it is allocated: the model runs on fake tensors, which have a shape, a type and a device
+but no data. Operators are chosen as eager PyTorch chooses them on a CPU, fused attention included.
 """
 
 import copy
@@ -147,7 +147,7 @@ def training_peak(model: CvtForImageClassification, pixels: Tensor) -> int:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-        logits = model(pixels).logits
+        logits = model(pixels, return_dict=True).logits
         F.cross_entropy(logits, torch.zeros_like(logits)).backward()
         optimizer.step()
     return memory.peak
@@ -180,24 +180,22 @@ def profile(
     minimum = config.minimum_image_size
     if min(height, width) < minimum:
         raise ValueError(
-            f"image_size = {height} x {width}: this model needs at least {minimum} x {minimum} pixels"
+            f"image_size = {height} x {width}: "
+            f"this model needs at least {minimum} x {minimum} pixels"
         )
     if batch_size < 1:
         raise ValueError(f"batch_size = {batch_size}: must be at least 1")
 
     with FakeTensorMode():
         with initialization.no_init_weights():
-            model = CvtForImageClassification._from_config(
-                copy.deepcopy(config), dtype=dtype
-            ).eval()
+            model = CvtForImageClassification._from_config(copy.deepcopy(config), dtype=dtype)
         pixels = torch.empty(batch_size, config.num_channels, height, width, dtype=dtype)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            maps = model(pixels, output_hidden_states=True).hidden_states
         weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
-        inference_bytes = inference_peak(model, pixels)
+        with FlopCounterMode(display=False) as counter:
+            inference_bytes = inference_peak(model, pixels)
         try:
             training_bytes = training_peak(model, pixels)
-        except ValueError:  # of BatchNorm: the same forward in eval mode went well above
+        except ValueError:  # of BatchNorm: in eval mode the same forward went well above
             training_bytes = None
 
     operations = counter.get_flop_counts()  # of a batch, by module and operator
@@ -206,8 +204,10 @@ def profile(
         return sum(operations[module].values()) // (2 * batch_size)
 
     stages = []
+    H, W = height, width
     for i, stage in enumerate(config.stages):
-        H, W = maps[i].shape[2:]
+        margin = 2 * stage.patch_padding - stage.patch_sizes
+        H, W = ((size + margin) // stage.patch_stride + 1 for size in (H, W))
         stages.append(
             StageProfile(
                 name=config.stage_names[i],

@@ -87,8 +87,8 @@ def recognise(weights: Mapping[str, Tensor]) -> CvtConfig:
         depth.append(len({match[1] for name in weights if (match := blocks.match(name))}))
         norm = weights.get(f"{stages}.{s}.embedding.convolution_embeddings.normalization.weight")
         embed_dim.append(0 if norm is None else len(norm))
-    for fields in VARIANTS.values():
-        variant = CvtConfig(**fields)
+    for name in VARIANTS:
+        variant = CvtConfig.from_variant(name)
         if depth == variant.depth and embed_dim == variant.embed_dim:
             break
     else:
@@ -109,9 +109,8 @@ def recognise(weights: Mapping[str, Tensor]) -> CvtConfig:
         )
     head = weights.get("classifier.weight")
     first = weights.get(f"{stages}.0.embedding.convolution_embeddings.projection.weight")
-    return CvtConfig(
-        **fields,
-        hidden_act="quick_gelu",
+    return CvtConfig.from_variant(
+        name,
         num_channels=3 if first is None else first.shape[1],
         cls_token=[has(s, "cls_token") for s in everywhere],
         qkv_bias=[has(s, "projection_query.bias") for s in everywhere],

@@ -104,13 +104,9 @@ def refuse_nonfinite(source: str | Path, weights: Mapping[str, Tensor], allow: b
 def name_classes(config: CvtConfig, labels: str | Path | None) -> None:
     """Set the labels: the file's, or ImageNet's where 1000 classes have no names yet."""
     if labels is not None:
-        names = read_labels(labels, config.num_labels)
-    elif config.num_labels == 1000 and config.id2label[0] == "LABEL_0":
-        names = list(imagenet_classes().values())
-    else:
-        return
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: i for i, name in enumerate(names)}
+        config.class_names = read_labels(labels, len(config.class_names))
+    elif len(config.class_names) == 1000 and config.class_names[0] == "LABEL_0":
+        config.class_names = list(imagenet_classes().values())
 
 
 @torch.no_grad()

@@ -26,26 +26,29 @@ def info(
 
     quiet_libraries()
     config = load_config(model)
-    if image_size is None:
-        bare = model in VARIANTS and not published(model)
-        image_size = 224 if bare else load_processor(model, config).size["shortest_edge"]
-    result = profile(config, image_size, batch_size)
+    bare = model in VARIANTS and not published(model)
+    size = image_size or (224 if bare else load_processor(model, config).size["shortest_edge"])
+    result = profile(config, size, batch_size)
     if as_json:
         out.print_json(json.dumps(dataclasses.asdict(result), default=str))
         return
     out.print(
         f"[bold]{model}[/]  {config.num_labels} classes, {config.hidden_act}, "
-        f"{image_size} x {image_size} pixels"
+        f"{size} x {size} pixels"
     )
     out.print(f"parameters  {result.parameters:,}")
     out.print(
         f"operations  {result.macs / 1e9:.2f} G multiply-adds per image "
         "(convolutions and matrix products, attention included)"
     )
+    training = (
+        "too little for BatchNorm to train on"
+        if result.training_bytes is None
+        else f"{mebibytes(result.training_bytes)} to train (AdamW)"
+    )
     out.print(
-        f"memory      {result.weight_bytes / 2**20:,.0f} MiB weights; "
-        f"{result.inference_bytes / 2**20:,.0f} MiB to infer, "
-        f"{result.training_bytes / 2**20:,.0f} MiB to train (AdamW), float32, batch {batch_size}"
+        f"memory      {mebibytes(result.weight_bytes)} weights; "
+        f"{mebibytes(result.inference_bytes)} to infer, {training}; float32, batch {batch_size}"
     )
     table = Table("stage", *("grid", "tokens", "width", "blocks", "heads", "parameters", "GMAC"))
     for column in table.columns[1:]:
@@ -58,3 +61,8 @@ def info(
             *(f"{stage.parameters:,}", f"{stage.macs / 1e9:.2f}"),
         )
     out.print(table)
+
+
+def mebibytes(size: int) -> str:
+    """A number of bytes in words."""
+    return f"{size / 2**20:,.0f} MiB"

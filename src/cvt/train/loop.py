@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -75,15 +75,27 @@ class Recipe:
         return 0.002 * self.batch_size / 2048 if self.lr is None else self.lr
 
 
-class Progress:
-    """What a caller may want to hear of a run; the command line shows it as bars."""
+class Progress(Protocol):
+    """What hears of a run; the command line shows it as bars."""
 
     def stage(self, name: str, total: int) -> Callable[[], None]:
-        """A part of the run with `total` steps begins; the answer is called after each step."""
+        """A part of the run with `total` steps begins; call the answer after each step."""
+        ...
+
+    def epoch(self, row: dict[str, float]) -> None:
+        """An epoch ended with these results, by the names in `COLUMNS`."""
+        ...
+
+
+class Silence:
+    """The progress of which nobody hears."""
+
+    def stage(self, name: str, total: int) -> Callable[[], None]:
+        """Nothing."""
         return lambda: None
 
     def epoch(self, row: dict[str, float]) -> None:
-        """An epoch ended with these results."""
+        """Nothing."""
 
 
 def train(
@@ -115,7 +127,7 @@ def train(
         FileNotFoundError: there is nothing to resume.
         FloatingPointError: the loss became NaN or infinite; says when and what to try.
     """
-    output, progress = Path(output), progress or Progress()
+    output, progress = Path(output), progress or Silence()
     state = load_state(output) if resume else new_state(output, recipe)
     recipe = Recipe(**state["recipe"])
     if data == "digits":
@@ -125,8 +137,9 @@ def train(
     train_images, test_images = train_and_test(data, recipe.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(recipe.seed)
-    model = classifier_for(recipe.model, train_images.classes, recipe.from_scratch).to(device)
-    processor = image_processor(
+    model: Any = classifier_for(recipe.model, train_images.classes, recipe.from_scratch)
+    model.to(device)
+    processor: Any = image_processor(
         model.config, image_size=recipe.image_size, crop_pct=recipe.crop_pct
     )
     augment = augmentation(

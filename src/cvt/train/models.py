@@ -1,6 +1,7 @@
 """The classifier that a training run starts from."""
 
 from pathlib import Path
+from typing import Any
 
 from cvt import hub
 from cvt.checkpoints.loading import unknown_model
@@ -21,7 +22,7 @@ def classifier_for(
     Raises:
         FileNotFoundError: the name means none of these.
     """
-    labels = {
+    labels: dict[str, Any] = {
         "id2label": dict(enumerate(classes)),
         "label2id": {label: i for i, label in enumerate(classes)},
     }

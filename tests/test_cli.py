@@ -1,0 +1,288 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from cvt import CvtForImageClassification
+from cvt.checkpoints import transformers_to_authors
+from cvt.cli import app, main
+
+CVT = Path(sys.executable).with_name("cvt")
+
+
+@pytest.fixture
+def cvt(monkeypatch, capsys):
+    """Runs the command line in this process; answers exit code, output and errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cvt", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def broken(tmp_path):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(b"\xff\xd8\xff\xe0 this is no photo")
+    return path
+
+
+# A change here is a change for everybody's scripts.
+COMMANDS = {
+    "predict": ["model", "images", "--topk", "--batch-size", "--output", "--json", "--force"],
+    "train": [
+        "data", "--output", "--model", "--from-scratch", "--epochs", "--batch-size", "--lr",
+        "--image-size", "--crop-pct", "--crop-scale", "--flip", "--seed", "--workers", "--resume",
+    ],
+    "evaluate": ["model", "data", "--batch-size", "--output", "--force"],
+    "convert": [
+        "source", "dest", "--to", "--image-size", "--labels", "--num-labels", "--config",
+        "--hidden-act", "--allow-nonfinite", "--force",
+    ],
+    "info": ["model", "--image-size", "--batch-size", "--json"],
+}  # fmt: skip
+
+
+def test_the_command_line_is_what_it_was():
+    commands = typer.main.get_command(app).commands
+    assert {
+        name: [parameter.opts[0] for parameter in command.params if parameter.name != "help"]
+        for name, command in commands.items()
+    } == COMMANDS
+
+
+def test_help_answers_within_half_a_second():
+    durations = []
+    for _ in range(5):
+        start = time.perf_counter()
+        answer = subprocess.run([CVT, "--help"], capture_output=True, text=True, check=True)
+        durations.append(time.perf_counter() - start)
+    assert "predict" in answer.stdout
+    assert min(durations) < 0.5
+
+
+def test_version_and_bare_call(cvt):
+    assert cvt("--version")[:2] == (0, "cvt-vision 0.1.0\n")
+    code, out, err = cvt()
+    assert code == 2
+    assert "Usage" in out + err
+
+
+# ------------------------------------------------------------------------------ predict
+
+
+def test_predict_prints_a_line_per_image(cvt, model_folder, photos):
+    code, out, _ = cvt("predict", model_folder, photos / "red", "--topk", 2)
+    assert code == 0
+    assert len(out.splitlines()) == 12
+    assert out.splitlines()[3].startswith(f"{photos / 'red' / '03.png'}: ")
+
+
+def test_predict_prints_json(cvt, model_folder, photos):
+    code, out, _ = cvt("predict", model_folder, f"{photos}/*/00.png", "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert len(records) == 3
+    assert sorted(p["label"] for p in records[0]["predictions"]) == ["blue", "green", "red"]
+
+
+def test_predict_writes_the_same_to_csv_and_jsonl(cvt, model_folder, photos, tmp_path):
+    for name in ("preds.csv", "preds.jsonl"):
+        code, out, err = cvt("predict", model_folder, photos, "--output", tmp_path / name)
+        assert (code, out) == (0, "")
+        assert f"{name}: 36 images classified" in err
+    with open(tmp_path / "preds.csv") as file:
+        rows = list(csv.DictReader(file))
+    records = [json.loads(line) for line in (tmp_path / "preds.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * len(records) == 108
+    for record in records:
+        of_image = [row for row in rows if row["path"] == record["path"]]
+        assert [row["label"] for row in of_image] == [p["label"] for p in record["predictions"]]
+        assert [row["rank"] for row in of_image] == ["1", "2", "3"]
+
+
+def test_predict_skips_broken_images_and_says_so(cvt, model_folder, photos, broken, tmp_path):
+    output = tmp_path / "preds.csv"
+    code, _, err = cvt("predict", model_folder, photos / "red", broken, "--output", output)
+    assert code == 3
+    assert "broken.jpg" in err
+    assert "1 of 13 images skipped" in err
+    assert len(output.read_text().splitlines()) == 1 + 12 * 3
+
+
+def test_predict_overwrites_only_when_told_to(cvt, model_folder, photos, tmp_path):
+    output = tmp_path / "preds.csv"
+    output.write_text("mine")
+    arguments = ("predict", model_folder, photos / "red", "--output", output)
+    code, _, err = cvt(*arguments)
+    assert code == 1
+    assert "preds.csv exists already" in err
+    assert output.read_text() == "mine"
+    assert cvt(*arguments, "--force")[0] == 0
+    assert output.read_text() != "mine"
+
+
+def test_predict_takes_an_authors_file(cvt, model_folder, photos, tmp_path):
+    model = CvtForImageClassification.from_pretrained(model_folder)
+    model.config.save_pretrained(tmp_path)
+    torch.save(transformers_to_authors(model.state_dict()), tmp_path / "a.pth")
+    folder = tmp_path / "folder"
+    config = tmp_path / "config.json"
+    assert (
+        cvt("convert", tmp_path / "a.pth", folder, "--config", config, "--image-size", 32)[0] == 0
+    )
+    assert cvt("predict", folder, photos / "red")[0] == 0
+
+
+def test_ctrl_c_leaves_no_half_written_file(model_folder, photos, tmp_path):
+    output = tmp_path / "preds.csv"
+    many = [str(photos)] * 400
+    process = subprocess.Popen(
+        [CVT, "predict", model_folder, *many, "--output", output, "--batch-size", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not any(file.stat().st_size for file in tmp_path.rglob("preds.csv")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------ the other commands
+
+
+def test_train_evaluate_predict_agree(cvt, photos, model_folder, tmp_path):
+    run = tmp_path / "run"
+    settings = ("--image-size", 32, "--batch-size", 8, "--lr", 3e-3)
+    code, out, err = cvt(
+        "train", photos, "--output", run, "--model", model_folder, "--epochs", 3, *settings
+    )
+    assert code == 0, err
+    assert f"cvt predict {run / 'best'}" in out
+    assert "epoch   3" in err
+
+    code, out, _ = cvt("evaluate", run / "best", photos, "--output", tmp_path / "metrics")
+    assert code == 0
+    metrics = json.loads((tmp_path / "metrics/metrics.json").read_text())
+    assert f"top-1 {100 * metrics['top1']:.2f} %" in out
+
+    _, out, _ = cvt("predict", run / "best", photos, "--topk", 1, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    right = [Path(r["path"]).parent.name == r["predictions"][0]["label"] for r in records]
+    assert sum(right) / len(right) == pytest.approx(metrics["top1"])
+
+    code, _, err = cvt("train", photos, "--output", run)
+    assert code == 1
+    assert "--resume" in err
+    assert cvt("train", photos, "--output", run, "--resume")[0] == 0
+
+
+def test_evaluate_reports_broken_images(cvt, model_folder, photos, tmp_path):
+    data = tmp_path / "data" / "red"
+    data.mkdir(parents=True)
+    (data / "good.png").write_bytes((photos / "red" / "00.png").read_bytes())
+    (data / "bad.png").write_bytes(b"no")
+    code, out, err = cvt("evaluate", model_folder, tmp_path / "data")
+    assert code == 3
+    assert "1 images" in out
+    assert "bad.png" in err
+
+
+def test_convert_says_what_it_wrote(cvt, model_folder, tmp_path):
+    code, out, _ = cvt("convert", model_folder, tmp_path / "a.pth", "--to", "authors")
+    assert code == 0
+    assert "largest difference after reading it back: 0" in out
+    code, out, err = cvt("convert", tmp_path / "a.pth", tmp_path / "folder")
+    assert code == 1
+    assert "--config" in err
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("name", ["cvt-13", "cvt-w24", "folder"])
+def test_info_needs_no_weights(cvt, model_folder, name):
+    model = model_folder if name == "folder" else name
+    code, out, err = cvt("info", model, "--json", "--image-size", 64)
+    assert code == 0, err
+    numbers = json.loads(out)
+    expected = {"cvt-13": 19_997_480, "cvt-w24": 277_196_392}
+    assert numbers["parameters"] == expected.get(name, numbers["parameters"])
+    code, out, _ = cvt("info", model)
+    assert f"{numbers['parameters']:,}" in out
+    assert "stage3" in out
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fly",),
+        ("predict",),
+        ("predict", "cvt-13"),
+        ("predict", "cvt-13", "a.png", "--topk", "0"),
+        ("predict", "cvt-13", "a.png", "--topk", "many"),
+        ("predict", "cvt-13", "a.png", "--output", "preds.xml"),
+        ("predict", "cvt-13", "a.png", "--colour"),
+        ("convert", "a.pth", "b", "--to", "onnx"),
+        ("train", "photos", "--epochs", "0"),
+    ],
+)
+def test_wrong_usage_exits_with_2(cvt, arguments):
+    code, _, err = cvt(*arguments)
+    assert code == 2
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("predict", "{model}", "nowhere.png"), "nowhere.png does not exist"),
+        (("predict", "cvt-99", "{photos}"), "no model cvt-99"),
+        (("predict", "{photos}", "{photos}"), "config.json"),
+        (("evaluate", "{model}", "nowhere"), "nowhere is not a folder"),
+        (("evaluate", "{model}", "{photos}/red"), "no folder per class"),
+        (("convert", "nowhere.pth", "{tmp}/out"), "no model nowhere.pth"),
+        (("train", "nowhere", "--output", "{tmp}/run"), "nowhere is not a folder"),
+        (("train", "{photos}", "--output", "{tmp}/run", "--lr", "nan"), "lr = nan"),
+        (("info", "{model}", "--image-size", "2"), "at least 3"),
+        (("info", "cvt-14"), "cvt-13"),
+    ],
+)
+def test_failures_exit_with_1_and_a_sentence(
+    cvt, model_folder, photos, tmp_path, arguments, message
+):
+    places = {"model": model_folder, "photos": photos, "tmp": tmp_path}
+    code, _, err = cvt(*(argument.format(**places) for argument in arguments))
+    assert code == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback():
+    command = [CVT, "predict", "cvt-99", "x.png", "--debug"]
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert "Traceback" in answer.stderr
+    assert "FileNotFoundError" in answer.stderr
