@@ -261,26 +261,31 @@ def test_a_numpy_scalar_is_code_too(tmp_path):
         read_weights(tmp_path / "np.pth")
 
 
+def saved(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "is empty"),
         (b"not a checkpoint at all", "is no PyTorch checkpoint, or not a whole one"),
-        (b"\x80\x02}q\x00.", "holds no weights, but dict"),
-        (pickle.dumps([1, 2], protocol=2), "holds no weights, but list"),
-        (pickle.dumps({"a": 3, "b": "x"}, protocol=2), r"'a' is int\s+'b' is str"),
+        (pickle.dumps([1, 2], protocol=2), "is no PyTorch checkpoint, or not a whole one"),
+        (saved({}), "holds no weights, but dict"),
+        (saved([1, 2]), "holds no weights, but list"),
+        (saved({"a": 3, "b": "x"}), r"'a' is int\s+'b' is str"),
     ],
 )
 def test_alien_files_are_refused(tmp_path, content, message):
     (tmp_path / "alien.pth").write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"alien\.pth .*{message}"):
+    with pytest.raises(CheckpointError, match=rf"(?s)alien\.pth .*{message}"):
         read_weights(tmp_path / "alien.pth")
 
 
-def test_a_file_cut_off_or_flipped_anywhere_is_refused_or_whole(tmp_path):
-    buffer = io.BytesIO()
-    torch.save({f"w{i}": torch.full((50,), float(i)) for i in range(4)}, buffer)
-    whole = buffer.getvalue()
+def test_a_file_cut_off_anywhere_is_refused(tmp_path):
+    whole = saved({f"w{i}": torch.full((50,), float(i)) for i in range(4)})
     path = tmp_path / "cut.pth"
     for length in range(1, len(whole), 97):
         path.write_bytes(whole[:length])

@@ -260,7 +260,7 @@ def test_wrong_usage_exits_with_2(cvt, arguments):
     [
         (("predict", "{model}", "nowhere.png"), "nowhere.png does not exist"),
         (("predict", "cvt-99", "{photos}"), "no model cvt-99"),
-        (("predict", "{photos}", "{photos}"), "config.json"),
+        (("predict", "{photos}", "{photos}"), "model.safetensors"),
         (("evaluate", "{model}", "nowhere"), "nowhere is not a folder"),
         (("evaluate", "{model}", "{photos}/red"), "no folder per class"),
         (("convert", "nowhere.pth", "{tmp}/out"), "no model nowhere.pth"),

@@ -100,6 +100,8 @@ def load_strictly(
     if "num_labels" in kwargs or "id2label" in kwargs:
         new_head = {"classifier.weight", "classifier.bias"}
     missing, unexpected = loaded["missing_keys"], loaded["unexpected_keys"]
+    if new_head and new_head <= missing:  # a folder of CvtModel has no head at all
+        new_head |= {"layernorm.weight", "layernorm.bias"}
     mismatched = {name: sizes for name, *sizes in loaded["mismatched_keys"]}
     faults = [
         *(f"missing {weight}" for weight in sorted(missing - new_head)),

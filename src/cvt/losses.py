@@ -5,6 +5,8 @@ from torch import Tensor
 
 from cvt.configuration import CvtConfig
 
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
 
 def classification_loss(logits: Tensor, labels: Tensor, config: CvtConfig) -> Tensor:
     """The loss of `config.problem_type`, or of the problem that the labels make likely.
@@ -24,7 +26,10 @@ def classification_loss(logits: Tensor, labels: Tensor, config: CvtConfig) -> Te
     likely = "single_label_classification" if integers else "multi_label_classification"
     problem = config.problem_type or ("regression" if config.num_labels == 1 else likely)
     indices = problem == "single_label_classification" and integers
-    if labels.numel() != (logits.shape[0] if indices else logits.numel()):
+    shape = (logits.shape[0], 1) if indices else tuple(logits.shape)
+    if problem not in PROBLEMS:
+        raise ValueError(f"problem_type = {problem!r}: must be one of {', '.join(PROBLEMS)}")
+    if labels.shape != shape and not (shape[1] == 1 and labels.shape == shape[:1]):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, which does not fit {problem} with logits of "
             f"shape {tuple(logits.shape)}"

@@ -40,10 +40,14 @@ class LayerNorm(nn.LayerNorm):
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm2d that counts a batch once, though gradient checkpointing runs forward twice."""
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if self.training and recomputing:
-            return F.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            statistics = self.running_mean.clone(), self.running_var.clone()  # to be thrown away
+            return F.batch_norm(x, *statistics, self.weight, self.bias, training=True, eps=self.eps)
         return super().forward(x)
 
 
@@ -328,7 +332,11 @@ class Encoder(nn.Module):
                 f"pixel_values are {pixel_values.dtype}; expected floats, normalised as "
                 "cvt.image_processor does"
             )
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+        if (
+            pixel_values.ndim != 4
+            or pixel_values.shape[1] != channels
+            or pixel_values.shape[0] == 0
+        ):
             raise ValueError(
                 f"pixel_values have shape {tuple(pixel_values.shape)}; "
                 f"expected (batch, {channels}, height, width)"
