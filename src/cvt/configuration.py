@@ -343,7 +343,12 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
                 logger.info(
                     "The configuration has no hidden_act: exact GELU, as transformers computes."
                 )
-        return super().from_dict(config_dict, **kwargs)
+        # Overrides go through the constructor, which checks them; transformers sets them after it.
+        maps = ("out_features", "out_indices")
+        given = {n: kwargs.pop(n) for n in (*_PER_STAGE, *_WHOLE, *maps) if n in kwargs}
+        if given.keys() & {"depth", *maps}:  # the saved choice of maps may be of other stages
+            config_dict = {n: value for n, value in config_dict.items() if n not in maps}
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike) -> "CvtConfig":
