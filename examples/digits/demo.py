@@ -33,7 +33,9 @@ def main() -> None:
     run = free(arguments.output)
     quiet_libraries()
 
-    out.print(f"[bold]1. Training[/] a CvT of 1.0 M parameters on 1,437 images of digits in {run}")
+    out.print(
+        f"1. Training a CvT of 1.0 M parameters on 1,437 images of digits, in {run}", style="bold"
+    )
     recipe = Recipe(
         model=str(HERE),
         epochs=arguments.epochs,
@@ -48,7 +50,7 @@ def main() -> None:
         train("digits", run, recipe, progress=progress)
     seconds = time.perf_counter() - start
 
-    out.print("[bold]2. Evaluating[/] the best epoch on the 360 images held out")
+    out.print("2. Evaluating the best epoch on the 360 images held out", style="bold")
     model = run / "best"
     classifier = load_classifier(model)
     processor = load_processor(model, classifier.config)
@@ -56,7 +58,7 @@ def main() -> None:
     with bar("evaluate", len(held_out)) as step:
         evaluation = evaluate(classifier, processor, held_out, progress=step)
 
-    out.print("[bold]3. Predicting[/] the same images from their files")
+    out.print("3. Predicting the same images from their files", style="bold")
     predictions = []
     with bar("predict", len(held_out)) as step:
         for prediction in predict(classifier, processor, held_out.paths):
@@ -65,9 +67,11 @@ def main() -> None:
     plot_predictions(predictions, held_out.labels, run / "predictions.png")
 
     out.print(
-        f"\n[bold green]{100 * evaluation.top1:.2f} %[/] of {evaluation.images} images are right; "
-        f"training took {seconds:.0f} s. {run} has"
+        f"\n{100 * evaluation.top1:.2f} % of {evaluation.images} images are right; "
+        f"training took {seconds:.0f} s.",
+        style="bold green",
     )
+    out.print(f"{run} has")
     for name, what in {
         "best/": "the model: config.json, model.safetensors, preprocessor_config.json",
         "results.csv": "loss and accuracy of every epoch",

@@ -30,6 +30,18 @@ from cvt.losses import classification_loss
 # ------------------------------------------------------------------------------ elementary layers
 
 
+# Both are views of channels-last memory, also to PyTorch's eyes: after a flatten and a transpose, a
+# CPU's BatchNorm takes the gradient of a single image for one in another order (torch 2.15).
+def to_tokens(image: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, H·W, C)."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, H·W, C) to (B, C, H, W)."""
+    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm computed in float32 and given back in the input's type, under autocast too."""
 
@@ -109,7 +121,7 @@ class ConvEmbedding(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         image = self.projection(image)  # (B, C, H, W)
         H, W = image.shape[2:]
-        return self.normalization(image.flatten(2).transpose(1, 2)), (H, W)
+        return self.normalization(to_tokens(image)), (H, W)
 
 
 # -------------------------------------------- convolutional projection for attention, section 3.2
@@ -130,7 +142,7 @@ class Projection(nn.Module):
             self.convolution_projection = nn.AvgPool2d(kernel, stride, padding, ceil_mode=True)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.convolution_projection(image).flatten(2).transpose(1, 2)
+        return to_tokens(self.convolution_projection(image))
 
 
 def eager_attention(
@@ -176,7 +188,7 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         N, (H, W) = x.shape[1], grid
         class_token, tokens = x.split((N - H * W, H * W), dim=1)  # (B, 0 or 1, C)
-        image = tokens.transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
+        image = to_image(tokens, grid)  # (B, C, H, W)
 
         def project(projection: Projection, linear: nn.Linear) -> Tensor:
             projected = projection(image)  # (B, H'·W', C)
@@ -268,7 +280,7 @@ class Stage(nn.Module):
             if output_attentions:
                 attentions += (weights,)
         class_token, tokens = x.split((x.shape[1] - H * W, H * W), dim=1)
-        image = tokens.transpose(1, 2).unflatten(2, (H, W))  # (B, C, H, W)
+        image = to_image(tokens, (H, W))  # (B, C, H, W)
         return image, class_token if self.cls_token is not None else None, attentions
 
 
@@ -473,7 +485,7 @@ class CvtForImageClassification(CvtPreTrainedModel):
         output = self.cvt(pixel_values, output_hidden_states, output_attentions, return_dict=True)
         tokens = output.cls_token_value  # (B, 1, C)
         if tokens is None:
-            tokens = output.last_hidden_state.flatten(2).transpose(1, 2)  # (B, N, C)
+            tokens = to_tokens(output.last_hidden_state)  # (B, N, C)
         logits = self.classifier(self.layernorm(tokens).mean(dim=1))  # (B, classes)
         output = ImageClassifierOutput(
             loss=None if labels is None else classification_loss(logits, labels, self.config),

@@ -14,8 +14,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# Names of files and classes are printed as they are, never as markup and never broken.
+out = Console(highlight=False, markup=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:
@@ -28,7 +29,7 @@ def quiet_libraries() -> None:
 
 
 def bars() -> Progress:
-    """A progress display on the error stream; nothing but its end is shown on a pipe."""
+    """A progress display on the error stream, if that is a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -37,6 +38,7 @@ def bars() -> Progress:
         TimeRemainingColumn(),
         console=err,
         transient=True,
+        disable=not err.is_terminal,
     )
 
 

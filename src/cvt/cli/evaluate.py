@@ -32,7 +32,7 @@ def evaluate(
     with bar("evaluate", len(images)) as step:
         result = evaluate_images(classifier, processor, images, batch_size, step)
     for failure in result.failures:
-        err.print(f"[yellow]skipped[/] {failure.error}", soft_wrap=True)
+        err.print(f"skipped {failure.error}", style="yellow")
     table = Table("class", "images", "top-1 %", "most often taken for")
     table.columns[1].justify = table.columns[2].justify = "right"
     worst = sorted(result.per_class.items(), key=lambda item: item[1][1])

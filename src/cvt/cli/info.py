@@ -33,8 +33,8 @@ def info(
         out.print_json(json.dumps(dataclasses.asdict(result), default=str))
         return
     out.print(
-        f"[bold]{model}[/]  {config.num_labels} classes, {config.hidden_act}, "
-        f"{size} x {size} pixels"
+        f"{model}: {config.num_labels} classes, {config.hidden_act}, {size} x {size} pixels",
+        style="bold",
     )
     out.print(f"parameters  {result.parameters:,}")
     out.print(
@@ -60,6 +60,8 @@ def info(
             *(stage.name, grid, *map(str, numbers)),
             *(f"{stage.parameters:,}", f"{stage.macs / 1e9:.2f}"),
         )
+    head = result.parameters - sum(stage.parameters for stage in result.stages)
+    table.add_row("head", *[""] * 5, f"{head:,}", "0.00")
     out.print(table)
 
 

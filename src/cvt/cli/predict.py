@@ -46,7 +46,7 @@ def predict(
                     write(result)
                 else:
                     skipped += 1
-                    err.print(f"[yellow]skipped[/] {result.error}", soft_wrap=True)
+                    err.print(f"skipped {result.error}", style="yellow")
     if output:
         err.print(f"{output}: {len(paths) - skipped} images classified")
     if skipped:

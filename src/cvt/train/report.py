@@ -62,17 +62,18 @@ def plot_confusion(evaluation: Evaluation, path: Path, most: int = 40) -> None:
 def plot_predictions(
     predictions: Sequence[Prediction], truths: Sequence[str], path: Path, most: int = 60
 ) -> None:
-    """A sheet of images with predicted class and score, wrong ones first and marked, as a PNG."""
+    """A sheet of images with class and score, the wrong ones first and marked, as a PNG."""
     pairs = list(zip(predictions, truths, strict=True))
-    pairs.sort(key=lambda pair: pair[0].labels[0] == pair[1])
+    wrong = [pair for pair in pairs if pair[0].labels[0] != pair[1]][:most]
+    right = [pair for pair in pairs if pair[0].labels[0] == pair[1]]
+    shown = [*wrong, *right[:: len(right) // (most - len(wrong) + 1) + 1]]
     columns = 10
-    rows = -(-min(len(pairs), most) // columns)
+    rows = -(-len(shown) // columns)
     figure = Figure(figsize=(columns * 1.05, rows * 1.35 + 0.6), dpi=120, layout="constrained")
-    wrong = sum(prediction.labels[0] != truth for prediction, truth in pairs)
-    figure.suptitle(f"{len(predictions)} images, {wrong} wrong")
+    figure.suptitle(f"{len(pairs)} images, {len(pairs) - len(right)} wrong")
     for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
         axes.axis("off")
-    for axes, (prediction, truth) in zip(grid.flat, pairs, strict=False):
+    for axes, (prediction, truth) in zip(grid.flat, shown, strict=False):
         right = prediction.labels[0] == truth
         axes.imshow(decode(prediction.path))
         title = f"{prediction.labels[0]}  {100 * prediction.scores[0]:.0f} %"
