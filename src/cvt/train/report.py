@@ -66,7 +66,8 @@ def plot_predictions(
     pairs = list(zip(predictions, truths, strict=True))
     wrong = [pair for pair in pairs if pair[0].labels[0] != pair[1]][:most]
     right = [pair for pair in pairs if pair[0].labels[0] == pair[1]]
-    shown = [*wrong, *right[:: len(right) // (most - len(wrong) + 1) + 1]]
+    step = max(1, len(right) // max(1, most - len(wrong)))
+    shown = [*wrong, *right[::step]][:most]
     columns = 10
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(columns * 1.05, rows * 1.35 + 0.6), dpi=120, layout="constrained")
@@ -74,12 +75,12 @@ def plot_predictions(
     for axes in (grid := figure.subplots(rows, columns, squeeze=False)).flat:
         axes.axis("off")
     for axes, (prediction, truth) in zip(grid.flat, shown, strict=False):
-        right = prediction.labels[0] == truth
+        correct = prediction.labels[0] == truth
         axes.imshow(decode(prediction.path))
         title = f"{prediction.labels[0]}  {100 * prediction.scores[0]:.0f} %"
-        title += "" if right else f"\ntruly {truth}"
-        axes.set_title(title, color=RIGHT if right else WRONG)
-        if not right:
+        title += "" if correct else f"\ntruly {truth}"
+        axes.set_title(title, color=RIGHT if correct else WRONG)
+        if not correct:
             axes.axis("on")
             axes.set(xticks=[], yticks=[])
             for spine in axes.spines.values():
