@@ -80,6 +80,39 @@ def test_a_stopped_run_resumes_to_the_same_weights(photos, config_folder, tmp_pa
     assert (whole / "results.csv").read_text() == (stopped / "results.csv").read_text()
 
 
+def test_a_run_stopped_in_its_first_epoch_resumes_too(photos, config_folder, tmp_path):
+    class StopAtOnce(Silence):
+        def stage(self, name, total):
+            raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(photos, run, recipe(config_folder), progress=StopAtOnce())
+    train(photos, run, Recipe(), resume=True)
+    train(photos, tmp_path / "whole", recipe(config_folder))
+    assert (run / "results.csv").read_text() == (tmp_path / "whole/results.csv").read_text()
+
+
+def test_a_run_resumes_only_on_its_own_classes(photos, config_folder, tmp_path):
+    train(photos, tmp_path / "run", recipe(config_folder, epochs=1))
+    for name in ("ant/0.png", "ant/1.png", "bee/0.png", "bee/1.png"):
+        picture(tmp_path / "other" / name)
+    with pytest.raises(ValueError, match=r"classes blue, green, red, and .*other has ant, bee"):
+        train(tmp_path / "other", tmp_path / "run", Recipe(), resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
+        train(tmp_path, tmp_path, Recipe(), resume=True)
+
+
+def test_data_that_cannot_be_used_leaves_no_run(config_folder, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        train(tmp_path / "nowhere", tmp_path / "run", recipe(config_folder))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_resumes_to_itself(photos, config_folder, tmp_path):
     first = train(photos, tmp_path / "run", recipe(config_folder, epochs=1))
     before = (tmp_path / "run/checkpoint.pt").read_bytes()

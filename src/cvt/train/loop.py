@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cvt.checkpoints.reading import load_pickle
+from cvt.configuration import CvtConfig
 from cvt.datasets import train_and_test, write_digits
 from cvt.evaluate import Evaluation, evaluate
 from cvt.files import staged
@@ -124,7 +126,8 @@ def train(
 
     Raises:
         FileExistsError: `output` exists and `resume` is not given.
-        FileNotFoundError: there is nothing to resume.
+        FileNotFoundError: there is nothing to resume, or no such data.
+        ValueError: the data or the recipe cannot be used.
         FloatingPointError: the loss became NaN or infinite; says when and what to try.
     """
     output, progress = Path(output), progress or Silence()
@@ -135,10 +138,20 @@ def train(
         if not data.exists():
             write_digits(data, recipe.seed)
     train_images, test_images = train_and_test(data, recipe.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(recipe.seed)
-    model: Any = classifier_for(recipe.model, train_images.classes, recipe.from_scratch)
-    model.to(device)
+    model: Any
+    if state["model"] is None:
+        model = classifier_for(recipe.model, train_images.classes, recipe.from_scratch)
+        state |= {"config": model.config.to_dict(), "model": model.state_dict()}
+    else:
+        model = CvtForImageClassification(CvtConfig.from_dict(state["config"]))
+        model.load_state_dict(state["model"])
+        if model.config.class_names != train_images.classes:
+            raise ValueError(
+                f"the run in {output} has the classes {', '.join(model.config.class_names)}, and "
+                f"{data} has {', '.join(train_images.classes)}"
+            )
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor: Any = image_processor(
         model.config, image_size=recipe.image_size, crop_pct=recipe.crop_pct
     )
@@ -147,9 +160,9 @@ def train(
     )
     dataset = TrainingImages(train_images, augment)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), fused=True)
-    if state["model"] is not None:
-        model.load_state_dict(state["model"])
+    if state["optimizer"] is not None:
         optimizer.load_state_dict(state["optimizer"])
+    save_checkpoint(output, state)
 
     for epoch in range(len(state["history"]), recipe.epochs):
         # Each epoch draws from its own seed, so a resumed run draws as if it had never stopped.
@@ -170,10 +183,11 @@ def train(
                 processor.save_pretrained(folder)
             with staged(output / "confusion_matrix.png", overwrite=True) as file:
                 plot_confusion(evaluation, file)
-        save_state(output, state)
+        save_results(output, state["history"])
+        save_checkpoint(output, state)
         progress.epoch(row)
 
-    best = CvtForImageClassification.from_pretrained(output / "best").to(device)
+    best = CvtForImageClassification.from_pretrained(output / "best").to(model.device)
     return evaluate(best, processor, test_images, recipe.batch_size)
 
 
@@ -231,10 +245,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def new_state(output: Path, recipe: Recipe) -> dict[str, Any]:
-    """The state of a run that begins, and its folder."""
+    """The state of a run that begins."""
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} exists already; --resume goes on with the run in it")
-    output.mkdir(parents=True, exist_ok=True)
     return {"recipe": asdict(recipe), "history": [], "model": None, "optimizer": None}
 
 
@@ -243,19 +256,23 @@ def load_state(output: Path) -> dict[str, Any]:
     path = output / "checkpoint.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; there is no run to resume in {output}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return load_pickle(path)
 
 
-def save_state(output: Path, state: dict[str, Any]) -> None:
-    """Write the state of a run and what can be shown of it; the checkpoint comes last."""
+def save_checkpoint(output: Path, state: dict[str, Any]) -> None:
+    """Replace the one file from which the run can go on."""
+    with staged(output / "checkpoint.pt", overwrite=True) as path:
+        torch.save(state, path)
+
+
+def save_results(output: Path, history: list[dict[str, float]]) -> None:
+    """Write the epochs so far as a table and as a picture."""
     with (
         staged(output / "results.csv", overwrite=True) as path,
-        open(path, "w", newline="") as file,
+        open(path, "w", encoding="utf-8", newline="") as file,
     ):
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(state["history"])
+        writer.writerows(history)
     with staged(output / "learning_curve.png", overwrite=True) as path:
-        plot_curves(state["history"], path)
-    with staged(output / "checkpoint.pt", overwrite=True) as path:
-        torch.save(state, path)
+        plot_curves(history, path)
