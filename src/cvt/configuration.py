@@ -346,7 +346,9 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
         # Overrides go through the constructor, which checks them; transformers sets them after it.
         maps = ("out_features", "out_indices")
         given = {n: kwargs.pop(n) for n in (*_PER_STAGE, *_WHOLE, *maps) if n in kwargs}
-        if given.keys() & {"depth", *maps}:  # the saved choice of maps may be of other stages
+        depth, saved = given.get("depth"), config_dict.get("depth", cls.depth)
+        resized = isinstance(depth, list | tuple) and len(depth) != len(saved)
+        if resized or given.keys() & set(maps):  # the saved choice of maps is of other stages
             config_dict = {n: value for n, value in config_dict.items() if n not in maps}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
