@@ -8,6 +8,8 @@ import time
 from itertools import count
 from pathlib import Path
 
+import torch
+
 from cvt.checkpoints import load_classifier, load_processor
 from cvt.cli.console import TrainingBars, bar, out, quiet_libraries
 from cvt.datasets import image_folder
@@ -32,6 +34,8 @@ def main() -> None:
     arguments = parser.parse_args()
     run = free(arguments.output)
     quiet_libraries()
+    # So small a model gains little from a second thread, and waits long for it on a busy machine.
+    torch.set_num_threads(1)
 
     out.print(
         f"1. Training a CvT of 1.0 M parameters on 1,437 images of digits, in {run}", style="bold"
