@@ -204,10 +204,28 @@ def test_a_config_tells_what_the_tensors_do_not(tmp_path):
         convert(tmp_path / "weights.pth", tmp_path / "folder")
     config.save_pretrained(tmp_path)
     done = convert(tmp_path / "weights.pth", tmp_path / "folder", config=tmp_path / "config.json")
-    model.config.hidden_act = "quick_gelu"
-    expected = CvtForImageClassification(model.config)
-    expected.load_state_dict(model.state_dict())
-    torch.testing.assert_close(logits(done.model), logits(expected), rtol=0, atol=0)
+    torch.testing.assert_close(logits(done.model), logits(model), rtol=0, atol=0)
+
+
+def test_the_activation_that_a_config_names_is_kept(model, authors_file, tmp_path):
+    model.config.hidden_act = "gelu"
+    model.config.save_pretrained(tmp_path)
+    done = convert(authors_file, tmp_path / "folder", config=tmp_path / "config.json")
+    assert done.model.config.hidden_act == "gelu"
+
+
+def test_what_an_authors_file_cannot_record_is_said(model, tmp_path, caplog):
+    model.config.hidden_act = "gelu"
+    model.save_pretrained(tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "weights.pth", to="authors")
+    assert "does not record that this model has gelu" in caplog.text
+
+
+def test_an_authors_file_with_a_thousand_classes_predicts_their_names(tiny_variant, tmp_path):
+    tiny_variant.num_labels = 1000
+    weights = CvtForImageClassification(tiny_variant).state_dict()
+    torch.save(transformers_to_authors(weights), tmp_path / "weights.pth")
+    assert load_authors(tmp_path / "weights.pth").config.class_names[281] == "tabby, tabby cat"
 
 
 def test_projections_without_weights_ask_for_a_config(tiny_variant, tmp_path):
@@ -305,6 +323,8 @@ def test_every_fault_is_listed_and_nothing_written(model, tmp_path):
     del weights["stage1.blocks.1.norm1.bias"]
     del weights["norm.weight"]
     weights["stage0.blocks.0.mlp.fc1.weight"] = torch.zeros(5, 16)
+    weights["stage0.pos_embed"] = torch.zeros(1)
+    weights["stage0.blocks.0.norm1.weight"] = torch.full((16,), float("nan"))
     weights["stage2.blocks.4.norm1.bias"] = torch.zeros(64)
     config = tmp_path / "config.json"
     model.config.save_pretrained(tmp_path)
@@ -313,10 +333,12 @@ def test_every_fault_is_listed_and_nothing_written(model, tmp_path):
         convert(tmp_path / "weights.pth", tmp_path / "folder", config=config)
     for fault in (
         "weights.pth",
-        "missing cvt.encoder.stages.1.layers.1.layernorm_before.bias",
-        "missing layernorm.weight",
-        "stages.0.layers.0.intermediate.dense.weight is (5, 16), expected (64, 16)",
-        "unexpected cvt.encoder.stages.2.layers.4.layernorm_before.bias",
+        "missing stage1.blocks.1.norm1.bias",
+        "missing norm.weight",
+        "stage0.blocks.0.mlp.fc1.weight is (5, 16), expected (64, 16)",
+        "unexpected stage2.blocks.4.norm1.bias",
+        "unexpected stage0.pos_embed",
+        "stage0.blocks.0.norm1.weight has NaN or infinity",
     ):
         assert fault in str(error.value)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "weights.pth"]
@@ -327,7 +349,9 @@ def test_nonfinite_weights_are_refused_unless_allowed(model, tmp_path, value):
     weights = transformers_to_authors(model.state_dict())
     weights["stage2.blocks.3.attn.proj.weight"][0, 0] = value
     torch.save(weights, tmp_path / "weights.pth")
-    with pytest.raises(CheckpointError, match=r"NaN or infinite.*\n.*stages\.2\.layers\.3\."):
+    with pytest.raises(
+        CheckpointError, match=r"stage2\.blocks\.3\.attn\.proj\.weight has NaN or infinity"
+    ):
         convert(tmp_path / "weights.pth", tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
     convert(tmp_path / "weights.pth", tmp_path / "folder", allow_nonfinite=True)

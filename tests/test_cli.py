@@ -47,7 +47,8 @@ COMMANDS = {
     "predict": ["model", "images", "--topk", "--batch-size", "--output", "--json", "--force"],
     "train": [
         "data", "--output", "--model", "--from-scratch", "--epochs", "--batch-size", "--lr",
-        "--image-size", "--crop-pct", "--crop-scale", "--flip", "--seed", "--workers", "--resume",
+        "--image-size", "--crop-pct", "--crop-scale", "--flip", "--rotate", "--seed", "--workers",
+        "--resume",
     ],
     "evaluate": ["model", "data", "--batch-size", "--output", "--force"],
     "convert": [
@@ -198,6 +199,16 @@ def test_train_evaluate_predict_agree(cvt, photos, model_folder, tmp_path):
     assert cvt("train", photos, "--output", run, "--resume")[0] == 0
 
 
+def test_training_twice_on_digits_is_no_dead_end(cvt, tmp_path):
+    arguments = ("train", "digits", "--output", tmp_path / "run", "--model")
+    code, _, err = cvt(*arguments, tmp_path / "nowhere")
+    assert code == 1
+    assert "no model" in err
+    assert (tmp_path / "run/digits").is_dir()
+    code, _, err = cvt(*arguments, tmp_path / "nowhere")
+    assert "no model" in err
+
+
 def test_evaluate_reports_broken_images(cvt, model_folder, photos, tmp_path):
     data = tmp_path / "data" / "red"
     data.mkdir(parents=True)
@@ -247,6 +258,8 @@ def test_info_needs_no_weights(cvt, model_folder, name):
         ("predict", "cvt-13", "a.png", "--colour"),
         ("convert", "a.pth", "b", "--to", "onnx"),
         ("train", "photos", "--epochs", "0"),
+        ("train", "photos", "--lr", "-1"),
+        ("train", "photos", "--resume", "--lr", "0.1"),
     ],
 )
 def test_wrong_usage_exits_with_2(cvt, arguments):
@@ -260,12 +273,11 @@ def test_wrong_usage_exits_with_2(cvt, arguments):
     [
         (("predict", "{model}", "nowhere.png"), "nowhere.png does not exist"),
         (("predict", "cvt-99", "{photos}"), "no model cvt-99"),
-        (("predict", "{photos}", "{photos}"), "model.safetensors"),
+        (("predict", "{photos}", "{photos}"), "has no config.json"),
         (("evaluate", "{model}", "nowhere"), "nowhere is not a folder"),
         (("evaluate", "{model}", "{photos}/red"), "no folder per class"),
         (("convert", "nowhere.pth", "{tmp}/out"), "no model nowhere.pth"),
         (("train", "nowhere", "--output", "{tmp}/run"), "nowhere is not a folder"),
-        (("train", "{photos}", "--output", "{tmp}/run", "--lr", "nan"), "lr = nan"),
         (("info", "{model}", "--image-size", "2"), "at least 3"),
         (("info", "cvt-14"), "cvt-13"),
     ],

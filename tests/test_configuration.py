@@ -506,3 +506,13 @@ def test_an_image_without_pixels_is_too_small_for_any_model(size):
     assert config.minimum_image_size == 1
     with pytest.raises(ValueError, match="at least 1 x 1"):
         CvtModel(config)(torch.randn(1, 3, *size))
+
+
+def test_a_folder_without_config_or_of_another_model_is_refused(tmp_path):
+    with pytest.raises(OSError, match=r"config\.json"):
+        CvtConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match="a model of type vit, not cvt"):
+        CvtConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="id2label"):
+        CvtConfig(id2label={1: "one", 2: "two"})

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from cvt import CvtConfig, CvtForImageClassification
-from cvt.checkpoints import load_classifier, load_processor
+from cvt.checkpoints import load_classifier, load_processor, transformers_to_authors
+from cvt.configuration import VARIANTS
 from cvt.datasets import image_folder, split, train_and_test, write_digits
 from cvt.evaluate import evaluate
 from cvt.train import Recipe, train
@@ -93,11 +94,11 @@ def test_a_run_stopped_in_its_first_epoch_resumes_too(photos, config_folder, tmp
     assert (run / "results.csv").read_text() == (tmp_path / "whole/results.csv").read_text()
 
 
-def test_a_run_resumes_only_on_its_own_classes(photos, config_folder, tmp_path):
+def test_a_run_resumes_only_on_its_own_images(photos, config_folder, tmp_path):
     train(photos, tmp_path / "run", recipe(config_folder, epochs=1))
     for name in ("ant/0.png", "ant/1.png", "bee/0.png", "bee/1.png"):
         picture(tmp_path / "other" / name)
-    with pytest.raises(ValueError, match=r"classes blue, green, red, and .*other has ant, bee"):
+    with pytest.raises(ValueError, match=r"images in .*other are not those of the run"):
         train(tmp_path / "other", tmp_path / "run", Recipe(), resume=True)
 
 
@@ -235,6 +236,24 @@ def test_folders_that_cannot_be_trained_on_are_named(tmp_path):
     picture(tmp_path / "data" / "bee" / "0.png")
     with pytest.raises(ValueError, match=r"class bee has one image, .*0\.png"):
         train_and_test(tmp_path / "data")
+
+
+def test_hidden_files_are_no_images_and_a_missing_half_is_named(tmp_path):
+    for name in ("train/ant/0.png", "train/bee/0.png", "train/ant/._0.png"):
+        picture(tmp_path / name)
+    assert len(image_folder(tmp_path / "train")) == 2
+    with pytest.raises(ValueError, match="has a train folder and none of val"):
+        train_and_test(tmp_path)
+
+
+def test_training_starts_from_an_authors_file_too(model_folder, tmp_path, monkeypatch):
+    trained = CvtForImageClassification.from_pretrained(model_folder)
+    fields = {name: getattr(trained.config, name) for name in ("embed_dim", "num_heads", "depth")}
+    monkeypatch.setitem(VARIANTS, "cvt-tiny", fields)
+    torch.save(transformers_to_authors(trained.state_dict()), tmp_path / "weights.pth")
+    model = classifier_for(tmp_path / "weights.pth", ["ant", "bee"])
+    assert model.config.class_names == ["ant", "bee"]
+    assert torch.equal(model.layernorm.weight, trained.layernorm.weight)
 
 
 def test_halves_with_differing_classes_are_refused(tmp_path):

@@ -244,6 +244,8 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
             values = enumerate(getattr(self, name))
             checked = [kind.check(f"stage {i + 1}: {name}[{i}]", value) for i, value in values]
             setattr(self, name, checked)
+        if list(self.id2label or {}) != list(range(self.num_labels or 0)):
+            raise ValueError(f"id2label = {self.id2label!r}: its keys must count from 0")
         for i, stage in enumerate(self.stages):
             if stage.embed_dim % stage.num_heads:
                 raise ValueError(
@@ -327,6 +329,13 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
         """As in transformers; short names work too, and published checkpoints carry QuickGELU."""
         with hub.resolved(pretrained_model_name_or_path, kwargs) as source:
             config_dict, kwargs = super().get_config_dict(source, **kwargs)
+        if not config_dict:
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json")
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a model of type {config_dict['model_type']}, "
+                "not cvt"
+            )
         if "hidden_act" not in config_dict and hub.published(pretrained_model_name_or_path):
             config_dict["hidden_act"] = "quick_gelu"
             config_dict["layer_norm_eps"] = 1e-5

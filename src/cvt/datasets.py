@@ -37,8 +37,12 @@ class LabelledImages:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """The image files in a folder and in the folders in it, told by their suffix, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    """The image files in a folder and in the folders in it, told by suffix, sorted; none hidden."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and path.is_file()
+    )
 
 
 def image_folder(root: str | Path) -> LabelledImages:
@@ -71,6 +75,10 @@ def train_and_test(root: str | Path, seed: int = 0) -> tuple[LabelledImages, Lab
     names = {path.name: path for path in root.iterdir()} if root.is_dir() else {}
     train_root = next((names[name] for name in TRAIN_NAMES if name in names), None)
     test_root = next((names[name] for name in TEST_NAMES if name in names), None)
+    if train_root and not test_root and any(path.is_dir() for path in train_root.iterdir()):
+        raise ValueError(
+            f"{root} has a {train_root.name} folder and none of {', '.join(TEST_NAMES)}"
+        )
     if train_root is None or test_root is None:
         train, test = split(image_folder(root), seed)
     else:

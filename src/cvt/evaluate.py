@@ -69,6 +69,8 @@ def class_indices(names: list[str], config: CvtConfig) -> dict[str, int]:
     indices = {name: i for i, name in enumerate(classes)}
     if len(classes) == len(imagenet) and classes[0] == next(iter(imagenet.values())):
         indices |= {wordnet_id: i for i, wordnet_id in enumerate(imagenet)}
+    if twice := [name for name in names if classes.count(name) > 1]:
+        raise ValueError("the model has several classes called " + ", ".join(twice))
     unknown = []
     for name in names:
         if name not in indices:

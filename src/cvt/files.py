@@ -1,7 +1,6 @@
 """Writing without losing anything: beside the target first, then moved into place."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,21 +16,22 @@ def staged(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `target` is there already and may not be overwritten; an empty folder may.
     """
-    target = Path(target)
+    asked, target = target, Path(target).resolve()  # so that "..", too, has a name of its own
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target} exists already; nothing was overwritten")
+        raise FileExistsError(f"{asked} exists already; nothing was overwritten")
+    if not target.name or any(parent.is_file() for parent in target.parents):
+        raise NotADirectoryError(f"{asked} cannot be written: it has no folder to be in")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
         written = Path(beside, target.name)
         yield written
-        if written.is_dir() and target.is_dir():
+        if target.exists() and target.is_dir() != written.is_dir():
+            kind = "folder" if target.is_dir() else "file"
+            raise FileExistsError(f"{asked} is a {kind}; nothing was overwritten")
+        if target.is_dir():
             for file in sorted(path for path in written.rglob("*") if path.is_file()):
                 moved = target / file.relative_to(written)
                 moved.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, moved)
-        elif target.is_dir() and any(target.iterdir()):
-            raise FileExistsError(f"{target} is a folder; nothing was overwritten")
         else:
-            if target.is_dir():
-                shutil.rmtree(target)
             os.replace(written, target)

@@ -2,21 +2,23 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from safetensors import SafetensorError
 
 from cvt.zoo import PUBLISHED, Published
 
 logger = logging.getLogger(__name__)
 
 
-def published(name: str | os.PathLike) -> Published | None:
+def published(name: str | os.PathLike | None) -> Published | None:
     """The published checkpoint that `name` means, by its short name or its hub id.
 
     A folder of that name on this machine comes first, as it does in transformers: then None.
     """
-    if os.path.isdir(name):
+    if name is None or os.path.isdir(name):
         return None
     by_hub_id = {checkpoint.hub_id: checkpoint for checkpoint in PUBLISHED.values()}
     return PUBLISHED.get(str(name)) or by_hub_id.get(str(name))
@@ -95,7 +97,10 @@ def load_strictly(
         if kwargs.get("ignore_mismatched_sizes") or kwargs.get("output_loading_info"):
             return load(source, *args, **kwargs)
         kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, loaded = load(source, *args, **kwargs)
+        try:
+            model, loaded = load(source, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"the weights of {name} cannot be read: {error}") from error
     new_head: set[str] = set()
     if "num_labels" in kwargs or "id2label" in kwargs:
         new_head = {"classifier.weight", "classifier.bias"}
@@ -103,18 +108,11 @@ def load_strictly(
     if new_head and new_head <= missing:  # a folder of CvtModel has no head at all
         new_head |= {"layernorm.weight", "layernorm.bias"}
     mismatched = {name: sizes for name, *sizes in loaded["mismatched_keys"]}
-    faults = [
-        *(f"missing {weight}" for weight in sorted(missing - new_head)),
-        *(f"unexpected {weight}" for weight in sorted(unexpected)),
-        *(
-            f"{weight} is {tuple(mismatched[weight][0])}, expected {tuple(mismatched[weight][1])}"
-            for weight in sorted(mismatched.keys() - new_head)
-        ),
-    ]
-    if faults:
+    wrong = {weight: mismatched[weight] for weight in sorted(mismatched.keys() - new_head)}
+    if faults := list_faults(sorted(missing - new_head), sorted(unexpected), wrong):
         raise ValueError(
             f"the weights of {name} do not fit {type(model).__name__} (num_labels would ask for a "
-            "new classifier):\n  " + "\n  ".join(faults)
+            f"new classifier):{faults}"
         )
     if new_head & (missing | mismatched.keys()):
         logger.warning(
@@ -122,3 +120,14 @@ def load_strictly(
             "random until trained."
         )
     return model
+
+
+def list_faults(
+    missing: Iterable[str], unexpected: Iterable[str], mismatched: Mapping[str, Sequence]
+) -> str:
+    """A line for each weight that does not fit; `mismatched` has the shapes found and expected."""
+    faults = [f"missing {name}" for name in missing]
+    faults += [f"unexpected {name}" for name in unexpected]
+    for name, (found, expected) in mismatched.items():
+        faults.append(f"{name} is {tuple(found)}, expected {tuple(expected)}")
+    return "".join(f"\n  {fault}" for fault in faults)

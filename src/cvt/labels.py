@@ -27,7 +27,10 @@ def read_labels(path: str | Path, classes: int) -> list[str]:
         ValueError: the file does not hold that many different names.
         OSError: the file cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8-sig")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     if Path(path).suffix == ".json":
         try:
             found = json.loads(text)

@@ -49,10 +49,8 @@ def find_images(sources: Iterable[str | Path]) -> list[Path]:
         if Path(source).is_dir():
             images, fault = images_below(Path(source)), "has no images in it"
         else:
-            images, fault = (
-                sorted(map(Path, glob.glob(str(source), recursive=True))),
-                "does not exist",
-            )
+            matches = map(Path, glob.glob(str(source), recursive=True))
+            images, fault = sorted(path for path in matches if path.is_file()), "does not exist"
         if not images:
             raise FileNotFoundError(f"{source} {fault}")
         found += images

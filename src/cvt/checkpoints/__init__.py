@@ -2,7 +2,12 @@
 
 from cvt.checkpoints.authors import load_authors
 from cvt.checkpoints.conversion import Conversion, convert
-from cvt.checkpoints.loading import load_classifier, load_config, load_processor
+from cvt.checkpoints.loading import (
+    image_size_of,
+    load_classifier,
+    load_config,
+    load_processor,
+)
 from cvt.checkpoints.names import authors_to_transformers, transformers_to_authors
 from cvt.checkpoints.reading import CheckpointError, read_weights
 
@@ -11,6 +16,7 @@ __all__ = [
     "Conversion",
     "authors_to_transformers",
     "convert",
+    "image_size_of",
     "load_authors",
     "load_classifier",
     "load_config",

@@ -1,5 +1,6 @@
 """Models from the authors' files: what the tensors tell, and what does not fit."""
 
+import copy
 import logging
 import re
 from collections.abc import Mapping
@@ -7,9 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cvt.checkpoints.names import authors_to_transformers
+from cvt.checkpoints.names import rename_known, transformers_to_authors
 from cvt.checkpoints.reading import CheckpointError, read_weights
 from cvt.configuration import VARIANTS, CvtConfig
+from cvt.hub import list_faults
+from cvt.labels import imagenet_classes
 from cvt.modeling import CvtForImageClassification
 
 logger = logging.getLogger(__name__)
@@ -21,55 +24,74 @@ def load_authors(
     config: CvtConfig | None = None,
     num_labels: int | None = None,
     hidden_act: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> CvtForImageClassification:
-    """A classifier from an authors' .pth file.
+    """A classifier from an authors' .pth file; 1000 classes get the names of ImageNet's.
 
     Args:
         path: the file.
         config: what the tensors do not tell; by default the published variant they fit, QuickGELU.
         num_labels: make a new, random classifier for so many classes if the file's has others.
         hidden_act: the activation, if not the config's.
+        allow_nonfinite: accept NaN and infinite weights.
 
     Raises:
         CheckpointError: the file cannot be read or does not fit; lists every fault.
     """
-    weights = read_weights(path)
+    found = read_weights(path)
+    if any(name.startswith(("cvt.", "encoder.")) for name in found):
+        raise CheckpointError(
+            f"{path} has transformers' names; name the folder with its config.json instead"
+        )
+    weights, unexpected = rename_known(found)
     try:
-        if any(name.startswith(("cvt.", "encoder.")) for name in weights):
-            raise ValueError(
-                "has transformers' names; name the folder with its config.json instead"
-            )
-        weights = authors_to_transformers(weights)
-        config = config or recognise(weights)
+        config = recognise(weights) if config is None else copy.deepcopy(config)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        unknown = f"; unexpected {', '.join(unexpected)}" if unexpected else ""
+        raise CheckpointError(f"{path}: {error}{unknown}") from error
     config.hidden_act = hidden_act or config.hidden_act
     head = weights.get("classifier.weight")
-    if num_labels is not None and (head is None or len(head) != num_labels):
+    new_head = num_labels is not None and (head is None or len(head) != num_labels)
+    if new_head and num_labels is not None:
         config.num_labels = num_labels
         logger.warning(
             f"New classifier of {num_labels} classes: {path} has "
             f"{'none' if head is None else len(head)}. It is random until trained."
         )
-        model = CvtForImageClassification(config)
-        fresh = {k: v for k, v in model.state_dict().items() if k.startswith("classifier.")}
-        weights = {**weights, **fresh}
-    else:
-        model = CvtForImageClassification(config)
+    model = CvtForImageClassification(config)
     expected = model.state_dict()
-    faults = [
-        *(f"missing {name}" for name in expected if name not in weights),
-        *(f"unexpected {name}" for name in weights if name not in expected),
-        *(
-            f"{name} is {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
+    if new_head:
+        weights |= {name: expected[name] for name in ("classifier.weight", "classifier.bias")}
+
+    theirs = dict(zip(expected, transformers_to_authors(expected), strict=True))
+    faults = list_faults(
+        missing=[theirs[name] for name in expected if name not in weights],
+        unexpected=[
+            *unexpected,
+            *transformers_to_authors(
+                {name: weight for name, weight in weights.items() if name not in expected}
+            ),
+        ],
+        mismatched={
+            theirs[name]: (weights[name].shape, tensor.shape)
             for name, tensor in expected.items()
             if name in weights and weights[name].shape != tensor.shape
-        ),
-    ]
+        },
+    )
+    if not allow_nonfinite:
+        faults += "".join(f"\n  {name} has NaN or infinity" for name in nonfinite(found))
     if faults:
-        raise CheckpointError(f"the weights in {path} do not fit:\n  " + "\n  ".join(faults))
+        raise CheckpointError(f"the weights in {path} do not fit:{faults}")
     model.load_state_dict(weights)
+    imagenet = list(imagenet_classes().values())
+    if len(config.class_names) == len(imagenet) and config.class_names[0] == "LABEL_0":
+        config.class_names = imagenet
     return model
+
+
+def nonfinite(weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of the weights that hold NaN or infinity."""
+    return [name for name, weight in weights.items() if not weight.isfinite().all()]
 
 
 def recognise(weights: Mapping[str, Tensor]) -> CvtConfig:

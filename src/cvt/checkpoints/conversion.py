@@ -1,19 +1,20 @@
 """From an authors' file to a model folder and back."""
 
-from collections.abc import Mapping
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from cvt.checkpoints.loading import load_classifier, load_processor
+from cvt.checkpoints.authors import nonfinite
+from cvt.checkpoints.loading import image_size_of, load_classifier, load_processor
 from cvt.checkpoints.names import authors_to_transformers, transformers_to_authors
 from cvt.checkpoints.reading import CheckpointError, read_weights
-from cvt.configuration import CvtConfig
 from cvt.files import staged
-from cvt.labels import imagenet_classes, read_labels
+from cvt.labels import read_labels
 from cvt.modeling import CvtForImageClassification
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-6
 
@@ -24,12 +25,12 @@ class Conversion:
 
     Attributes:
         model: the converted model, in eval mode.
-        image_size: height and width, in pixels, that its preprocessing is set for.
+        image_size: height and width, in pixels, that its preprocessing is set for, if it has one.
         largest_difference: between its logits and those of the result read back from disk.
     """
 
     model: CvtForImageClassification
-    image_size: int
+    image_size: int | None
     largest_difference: float
 
 
@@ -54,8 +55,7 @@ def convert(
         to: "transformers" (a model folder, ours and transformers') or "authors".
         image_size: resolution of the preprocessing in pixels; else the source's, else told by the
             name of a published file, else 224.
-        labels: a file of class names, as `cvt.labels.read_labels` takes it; else the source's, or
-            ImageNet's for 1000 classes.
+        labels: a file of class names, as `cvt.labels.read_labels` takes it; else the source's.
         num_labels: make a new, random classifier for so many classes if the source's has others.
         config: a config.json for weights of no published variant, or without `dw_bn` projections.
         hidden_act: the activation, where the source's own is wrong: a folder downloaded from the
@@ -72,16 +72,30 @@ def convert(
         raise ValueError(f"to = {to!r}: must be transformers or authors")
     with staged(dest, overwrite=force) as written:  # refuses an existing `dest` before the work
         model = load_classifier(
-            source, config=config, num_labels=num_labels, hidden_act=hidden_act
+            source,
+            config=config,
+            num_labels=num_labels,
+            hidden_act=hidden_act,
+            allow_nonfinite=allow_nonfinite,
         ).eval()
-        refuse_nonfinite(source, model.state_dict(), allow_nonfinite)
-        name_classes(model.config, labels)
-        processor = load_processor(source, model.config, image_size)
+        bad = [] if allow_nonfinite else nonfinite(model.state_dict())
+        if bad:
+            raise CheckpointError(f"{source} has NaN or infinity in {', '.join(bad)}")
+        if labels is not None:
+            model.config.class_names = read_labels(labels, len(model.config.class_names))
         if to == "transformers":
+            processor = load_processor(source, model.config, image_size)
+            image_size = image_size_of(processor)
             model.save_pretrained(written)
             processor.save_pretrained(written)
             again = CvtForImageClassification.from_pretrained(written).eval()
         else:
+            told = (model.config.hidden_act, model.config.layer_norm_eps)
+            if told != ("quick_gelu", 1e-5):
+                logger.warning(
+                    f"an authors' file does not record that this model has {told[0]} and an "
+                    f"epsilon of {told[1]}; their code computes quick_gelu and 1e-05"
+                )
             torch.save(transformers_to_authors(model.state_dict()), written)
             again = CvtForImageClassification(model.config).eval()
             again.load_state_dict(authors_to_transformers(read_weights(written)))
@@ -90,23 +104,7 @@ def convert(
             raise CheckpointError(
                 f"{dest} was not written: read back, its logits differ by {difference:.3g}"
             )
-    size = processor.size["shortest_edge"]
-    return Conversion(model=model, image_size=size, largest_difference=difference)
-
-
-def refuse_nonfinite(source: str | Path, weights: Mapping[str, Tensor], allow: bool) -> None:
-    """Raise a CheckpointError that lists the weights with NaN or infinity."""
-    bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
-    if bad and not allow:
-        raise CheckpointError(f"{source} has NaN or infinite weights:\n  " + "\n  ".join(bad))
-
-
-def name_classes(config: CvtConfig, labels: str | Path | None) -> None:
-    """Set the labels: the file's, or ImageNet's where 1000 classes have no names yet."""
-    if labels is not None:
-        config.class_names = read_labels(labels, len(config.class_names))
-    elif len(config.class_names) == 1000 and config.class_names[0] == "LABEL_0":
-        config.class_names = list(imagenet_classes().values())
+    return Conversion(model=model, image_size=image_size, largest_difference=difference)
 
 
 @torch.no_grad()

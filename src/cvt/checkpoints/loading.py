@@ -20,6 +20,7 @@ def load_classifier(
     config: str | Path | None = None,
     num_labels: int | None = None,
     hidden_act: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> CvtForImageClassification:
     """A trained classifier.
 
@@ -28,6 +29,7 @@ def load_classifier(
         config: a config.json for an authors' file that is no published variant.
         num_labels: make a new, random classifier for so many classes if the source's has others.
         hidden_act: the activation, if not the source's own.
+        allow_nonfinite: accept NaN and infinite weights in an authors' file.
 
     Raises:
         FileNotFoundError: `source` is none of these.
@@ -36,9 +38,17 @@ def load_classifier(
     if Path(source).is_file():
         known = None
         if config is not None:
-            known = CvtConfig.from_json_file(config)
-            hidden_act = hidden_act or "quick_gelu"
-        return load_authors(source, config=known, num_labels=num_labels, hidden_act=hidden_act)
+            fields = CvtConfig._dict_from_json_file(config)
+            known = CvtConfig.from_dict(fields)
+            if "hidden_act" not in fields:
+                known.hidden_act = "quick_gelu"
+        return load_authors(
+            source,
+            config=known,
+            num_labels=num_labels,
+            hidden_act=hidden_act,
+            allow_nonfinite=allow_nonfinite,
+        )
     if config is not None:
         raise ValueError(f"a config is for authors' files; {source} brings its own")
     if not hub.published(source) and not Path(source).is_dir():
@@ -82,6 +92,18 @@ def load_processor(source: str | Path, config: CvtConfig, image_size: int | None
     if image_size is None:
         logger.warning(f"{source} does not tell its resolution; preprocessing is set for 224")
     return image_processor(config, image_size=image_size)
+
+
+def image_size_of(processor: Any) -> int:
+    """Height and width, in pixels, of the square images that an image processor makes.
+
+    Raises:
+        ValueError: it makes others.
+    """
+    size = processor.size
+    if size.shortest_edge or (size.height and size.height == size.width):
+        return size.shortest_edge or size.height
+    raise ValueError(f"the image processor is set for {dict(size)}, which are no square images")
 
 
 def unknown_model(source: str | Path) -> FileNotFoundError:

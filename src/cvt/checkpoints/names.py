@@ -43,7 +43,8 @@ def authors_to_transformers(state_dict: Mapping[str, Weight]) -> dict[str, Weigh
     Raises:
         ValueError: names that no CvT of the authors has; lists all of them.
     """
-    return _renamed(state_dict, {authors: ours for ours, authors in _TABLE.items()})
+    renamed, unknown = rename_known(state_dict)
+    return _refusing(renamed, unknown)
 
 
 def transformers_to_authors(state_dict: Mapping[str, Weight]) -> dict[str, Weight]:
@@ -54,10 +55,23 @@ def transformers_to_authors(state_dict: Mapping[str, Weight]) -> dict[str, Weigh
     """
     # A model without a head has its names without the prefix.
     prefixed = {f"cvt.{k}" if k.startswith("encoder.") else k: v for k, v in state_dict.items()}
-    return _renamed(prefixed, _TABLE)
+    return _refusing(*_renamed(prefixed, _TABLE))
 
 
-def _renamed(state_dict: Mapping[str, Weight], table: Mapping[str, str]) -> dict[str, Weight]:
+def rename_known(state_dict: Mapping[str, Weight]) -> tuple[dict[str, Weight], list[str]]:
+    """As `authors_to_transformers`, and the names that no CvT of the authors has."""
+    return _renamed(state_dict, {authors: ours for ours, authors in _TABLE.items()})
+
+
+def _refusing(renamed: dict[str, Weight], unknown: list[str]) -> dict[str, Weight]:
+    if unknown:
+        raise ValueError("these are not weights of a CvT: " + ", ".join(unknown))
+    return renamed
+
+
+def _renamed(
+    state_dict: Mapping[str, Weight], table: Mapping[str, str]
+) -> tuple[dict[str, Weight], list[str]]:
     patterns = {}
     for source, target in table.items():
         module = re.escape(source).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")
@@ -71,6 +85,4 @@ def _renamed(state_dict: Mapping[str, Weight], table: Mapping[str, str]) -> dict
             unknown.append(name)
         else:
             renamed[new] = weight
-    if unknown:
-        raise ValueError("these are not weights of a CvT: " + ", ".join(unknown))
-    return renamed
+    return renamed, unknown

@@ -68,10 +68,7 @@ def load_pickle(path: Path) -> Any:
                 f"{path} was not read: it asks to run {', '.join(asked)}; only tensors and plain "
                 "containers are read from a checkpoint"
             ) from error
-        raise CheckpointError(
-            f"{path} is no PyTorch checkpoint, or not a whole one "
-            f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        ) from error
+        raise CheckpointError(f"{path} is no PyTorch checkpoint, or not a whole one") from error
 
 
 def functions_asked_for(path: Path) -> list[str]:

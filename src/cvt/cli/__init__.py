@@ -1,5 +1,6 @@
 """The command line: `cvt --help`."""
 
+import io
 import sys
 
 import typer
@@ -46,6 +47,9 @@ for command in (predict, train, evaluate, convert, info):
 
 def main() -> None:
     """Run the command line. Exit codes: 0, 1 failure, 2 usage, 3 images skipped, 130 Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that cannot be printed stops nothing
+            stream.reconfigure(errors="backslashreplace")
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(arguments)
@@ -54,6 +58,8 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
+        if isinstance(error, ModuleNotFoundError):
+            error = OSError(f"{error.name} is not installed: pip install 'cvt-vision[train]'")
         expected = isinstance(error, ValueError | OSError | ArithmeticError)
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else "\nRun again with --debug for a traceback."

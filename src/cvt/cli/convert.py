@@ -62,8 +62,9 @@ def convert(
         force=force,
     )
     model = done.model.config
+    pixels = f", {done.image_size} pixels" if done.image_size else ""
     out.print(
-        f"{dest}: CvT of depth {model.depth}, {model.num_labels} classes, {model.hidden_act}, "
-        f"{done.image_size} pixels"
+        f"{dest}: CvT of depth {model.depth}, {model.num_labels} classes, "
+        f"{model.hidden_act}{pixels}"
     )
     out.print(f"largest difference after reading it back: {done.largest_difference:.3g}")

@@ -15,10 +15,10 @@ def info(
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, for the memory.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show a model's parameters, operations, stages and memory; no weights are loaded."""
+    """Show a model's parameters, operations, stages and memory, without running it."""
     from rich.table import Table
 
-    from cvt.checkpoints import load_config, load_processor
+    from cvt.checkpoints import image_size_of, load_config, load_processor
     from cvt.cli.console import out, quiet_libraries
     from cvt.configuration import VARIANTS
     from cvt.hub import published
@@ -26,8 +26,8 @@ def info(
 
     quiet_libraries()
     config = load_config(model)
-    bare = model in VARIANTS and not published(model)
-    size = image_size or (224 if bare else load_processor(model, config).size["shortest_edge"])
+    bare = (model in VARIANTS and not published(model)) or config.num_channels != 3
+    size = image_size or (224 if bare else image_size_of(load_processor(model, config)))
     result = profile(config, size, batch_size)
     if as_json:
         out.print_json(json.dumps(dataclasses.asdict(result), default=str))

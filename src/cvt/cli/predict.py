@@ -66,7 +66,7 @@ def writer(
 
     with (
         staged(output, overwrite=force) as path,
-        open(path, "w", encoding="utf-8", newline="") as file,
+        open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
     ):
         if output.suffix == ".jsonl":
             yield lambda prediction: file.write(line(prediction, as_json=True))

@@ -7,6 +7,7 @@ import typer
 
 
 def train(
+    context: typer.Context,
     data: Annotated[
         str,
         typer.Argument(
@@ -30,6 +31,7 @@ def train(
     flip: Annotated[
         bool | None, typer.Option(help="Mirror half of the images.  [default: not for digits]")
     ] = None,
+    rotate: Annotated[float, typer.Option(help="Largest rotation of an image, degrees.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of weights, order, augmentation and split.")] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on with the run in the output folder.")] = False,
@@ -40,20 +42,31 @@ def train(
     from cvt.train import train as train_classifier
 
     quiet_libraries()
-    recipe = Recipe(
-        model=model,
-        from_scratch=from_scratch,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        image_size=image_size,
-        crop_pct=crop_pct,
-        crop_scale=crop_scale,
-        flip=data != "digits" if flip is None else flip,
-        seed=seed,
-        workers=workers,
-    )
-
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in ("data", "output", "resume")
+        and str(context.get_parameter_source(parameter.name or "")).endswith("COMMANDLINE")
+    ]
+    if resume and given:
+        raise typer.BadParameter("a resumed run keeps its own settings", param_hint=given)
+    try:
+        recipe = Recipe(
+            model=model,
+            from_scratch=from_scratch,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            image_size=image_size,
+            crop_pct=crop_pct,
+            crop_scale=crop_scale,
+            flip=data != "digits" if flip is None else flip,
+            rotate=rotate,
+            seed=seed,
+            workers=workers,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     with TrainingBars() as progress:
         best = train_classifier(data, output, recipe, resume, progress)
     out.print(f"best top-1 {100 * best.top1:.2f} %; the model is {output / 'best'}")

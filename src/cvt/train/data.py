@@ -28,9 +28,14 @@ class TrainingImages(Dataset):
 
 
 def augmentation(
-    image_size: int, mean: list[float], std: list[float], flip: bool, crop_scale: float
+    image_size: int,
+    mean: list[float],
+    std: list[float],
+    flip: bool,
+    crop_scale: float,
+    rotate: float,
 ) -> Callable:
-    """A random resized crop, a flip if wanted, and the normalisation of evaluation.
+    """A random rotation, resized crop and flip, and the normalisation of evaluation.
 
     Args:
         image_size: height and width of the result in pixels.
@@ -38,10 +43,13 @@ def augmentation(
         std: likewise.
         flip: mirror half of the images.
         crop_scale: smallest share of the image's area that a crop keeps.
+        rotate: largest angle in degrees, either way.
     """
-    bicubic = InterpolationMode.BICUBIC
+    bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
+    rotation = [v2.Resize(2 * image_size), v2.RandomRotation(rotate, interpolation=bilinear)]
     return v2.Compose(
         [
+            *(rotation if rotate else []),
             v2.RandomResizedCrop(image_size, scale=(crop_scale, 1.0), interpolation=bicubic),
             v2.RandomHorizontalFlip(0.5 if flip else 0.0),
             v2.ToImage(),

@@ -1,6 +1,8 @@
 """The training loop."""
 
 import csv
+import hashlib
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from cvt.checkpoints.reading import load_pickle
 from cvt.configuration import CvtConfig
-from cvt.datasets import train_and_test, write_digits
+from cvt.datasets import LabelledImages, train_and_test, write_digits
 from cvt.evaluate import Evaluation, evaluate
 from cvt.files import staged
 from cvt.images import image_processor
@@ -21,6 +23,8 @@ from cvt.modeling import CvtForImageClassification
 from cvt.train.data import TrainingImages, augmentation, training_batches
 from cvt.train.models import classifier_for
 from cvt.train.report import plot_confusion, plot_curves
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("epoch", "learning_rate", "train_loss", "test_loss", "test_top1", "test_top5")
 
@@ -42,6 +46,7 @@ class Recipe:
         crop_pct: what the centre crop of evaluation keeps of the short side.
         crop_scale: smallest share of the area that a training crop keeps.
         flip: mirror half of the training images.
+        rotate: largest angle, in degrees, by which a training image is rotated.
         seed: of the weights, the order, the augmentation and the split.
         workers: processes that decode and augment; 0 does it in the training process.
     """
@@ -58,6 +63,7 @@ class Recipe:
     crop_pct: float = 0.875
     crop_scale: float = 0.35
     flip: bool = True
+    rotate: float = 0.0
     seed: int = 0
     workers: int = 0
 
@@ -143,20 +149,23 @@ def train(
     if state["model"] is None:
         model = classifier_for(recipe.model, train_images.classes, recipe.from_scratch)
         state |= {"config": model.config.to_dict(), "model": model.state_dict()}
+        state["images"] = digest(train_images, test_images)
     else:
         model = CvtForImageClassification(CvtConfig.from_dict(state["config"]))
         model.load_state_dict(state["model"])
-        if model.config.class_names != train_images.classes:
-            raise ValueError(
-                f"the run in {output} has the classes {', '.join(model.config.class_names)}, and "
-                f"{data} has {', '.join(train_images.classes)}"
-            )
+        if state["images"] != digest(train_images, test_images):
+            raise ValueError(f"the images in {data} are not those of the run in {output}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor: Any = image_processor(
         model.config, image_size=recipe.image_size, crop_pct=recipe.crop_pct
     )
     augment = augmentation(
-        recipe.image_size, processor.image_mean, processor.image_std, recipe.flip, recipe.crop_scale
+        recipe.image_size,
+        processor.image_mean,
+        processor.image_std,
+        recipe.flip,
+        recipe.crop_scale,
+        recipe.rotate,
     )
     dataset = TrainingImages(train_images, augment)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), fused=True)
@@ -172,6 +181,8 @@ def train(
         loss = train_epoch(model, optimizer, batches, recipe, epoch, step)
         step = progress.stage("test", len(test_images))
         evaluation = evaluate(model, processor, test_images, recipe.batch_size, step)
+        for failure in evaluation.failures if not state["history"] else ():
+            logger.warning(f"not counted: {failure.error}")
         values = (epoch + 1, optimizer.param_groups[0]["lr"], loss, evaluation.loss)
         row = dict(zip(COLUMNS, (*values, evaluation.top1, evaluation.top5), strict=True))
         is_best = all(row["test_top1"] > earlier["test_top1"] for earlier in state["history"])
@@ -246,7 +257,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def new_state(output: Path, recipe: Recipe) -> dict[str, Any]:
     """The state of a run that begins."""
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and any(path.name != "digits" for path in output.iterdir()):
         raise FileExistsError(f"{output} exists already; --resume goes on with the run in it")
     return {"recipe": asdict(recipe), "history": [], "model": None, "optimizer": None}
 
@@ -256,7 +267,16 @@ def load_state(output: Path) -> dict[str, Any]:
     path = output / "checkpoint.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; there is no run to resume in {output}")
-    return load_pickle(path)
+    state = load_pickle(path)
+    if not isinstance(state, dict) or not {"recipe", "history", "images"} <= state.keys():
+        raise ValueError(f"{path} is not the checkpoint of a run")
+    return state
+
+
+def digest(*halves: LabelledImages) -> str:
+    """What tells sets of images apart wherever their folder is: names of files and classes."""
+    names = [[(path.name, label) for path, label in half.samples] for half in halves]
+    return hashlib.sha256(repr(names).encode()).hexdigest()
 
 
 def save_checkpoint(output: Path, state: dict[str, Any]) -> None:

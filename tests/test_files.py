@@ -1,0 +1,60 @@
+import pytest
+
+from cvt.files import staged
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    (tmp_path / "outer/inner").mkdir(parents=True)
+    (tmp_path / "outer/thesis.txt").write_text("outer")
+    (tmp_path / "outer/inner/thesis.txt").write_text("inner")
+    monkeypatch.chdir(tmp_path / "outer/inner")
+    return tmp_path / "outer"
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def write_file(target, overwrite=False):
+    with staged(target, overwrite) as file:
+        file.write_text("new")
+
+
+def write_folder(target, overwrite=False):
+    with staged(target, overwrite) as folder:
+        folder.mkdir()
+        (folder / "new.txt").write_text("new")
+
+
+@pytest.mark.parametrize("target", ["..", "new/..", ".", "../inner"])
+def test_a_folder_by_any_name_keeps_what_is_in_it(place, target):
+    before = contents(place)
+    with pytest.raises(FileExistsError):
+        write_folder(target)
+    assert contents(place) == before
+    write_folder(target, overwrite=True)
+    where = "new.txt" if target == ".." else "inner/new.txt"
+    assert contents(place) == {**before, where: "new"}
+
+
+def test_a_failure_leaves_nothing(place):
+    before = contents(place)
+    with pytest.raises(KeyboardInterrupt), staged("a.txt") as file:
+        file.write_text("half")
+        raise KeyboardInterrupt
+    assert contents(place) == before
+
+
+def test_a_file_is_not_replaced_by_a_folder_nor_the_reverse(place):
+    before = contents(place)
+    with pytest.raises(FileExistsError, match=r"thesis\.txt is a file"):
+        write_folder("thesis.txt", overwrite=True)
+    with pytest.raises(FileExistsError, match="inner is a folder"):
+        write_file("../inner", overwrite=True)
+    assert contents(place) == before
+
+
+def test_a_file_is_no_folder_to_be_in(place):
+    with pytest.raises(NotADirectoryError, match=r"thesis\.txt/x cannot be written"):
+        write_file("thesis.txt/x")
