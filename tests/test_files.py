@@ -38,11 +38,16 @@ def test_a_folder_by_any_name_keeps_what_is_in_it(place, target):
     assert contents(place) == {**before, where: "new"}
 
 
-def test_a_failure_leaves_nothing(place):
-    before = contents(place)
-    with pytest.raises(KeyboardInterrupt), staged("a.txt") as file:
+def stopped_half_way(target):
+    with staged(target) as file:
         file.write_text("half")
         raise KeyboardInterrupt
+
+
+def test_a_stop_half_way_leaves_nothing(place):
+    before = contents(place)
+    with pytest.raises(KeyboardInterrupt):
+        stopped_half_way("a.txt")
     assert contents(place) == before
 
 
