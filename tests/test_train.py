@@ -11,6 +11,7 @@ from cvt.configuration import VARIANTS
 from cvt.datasets import image_folder, split, train_and_test, write_digits
 from cvt.evaluate import evaluate
 from cvt.train import Recipe, train
+from cvt.train.data import augmentation
 from cvt.train.loop import Silence, parameter_groups, set_learning_rate
 from cvt.train.models import classifier_for
 
@@ -192,6 +193,31 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
 
 
 # ------------------------------------------------------------------------------ data
+
+
+def slopes(image, **changes):
+    """How the brightness of an augmented picture runs, to the right and downwards, in 40 draws."""
+    settings = {"flip": False, "crop_scale": 1.0, "rotate": 0.0, **changes}
+    torch.manual_seed(0)
+    draws = [augmentation(16, [0.0] * 3, [1.0] * 3, **settings)(image)[0] for _ in range(40)]
+    assert all(draw.shape == (16, 16) for draw in draws)
+    middle = [draw[4:12, 4:12] for draw in draws]
+    right = torch.stack([(m[:, -1] - m[:, 0]).mean() for m in middle])
+    return right, torch.stack([(m[-1] - m[0]).mean() for m in middle])
+
+
+def test_each_augmentation_does_what_it_says_and_no_more():
+    image = Image.linear_gradient("L").resize((16, 16)).rotate(90).convert("RGB")  # to the right
+    right, down = slopes(image)
+    assert right.min() > 0.3
+    assert down.abs().max() < 0.02
+    flipped, _ = slopes(image, flip=True)
+    assert 8 < (flipped < 0).sum() < 32
+    turned, tilted = slopes(image, rotate=30.0)
+    assert turned.min() > 0.2
+    assert tilted.min() < -0.1
+    assert tilted.max() > 0.1
+    assert slopes(image, crop_scale=0.2)[0].min() < 0.8 * right.min()
 
 
 def test_digits_are_written_as_an_image_folder(tmp_path):

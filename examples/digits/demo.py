@@ -30,7 +30,7 @@ def free(path: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=24)
     arguments = parser.parse_args()
     run = free(arguments.output)
     quiet_libraries()
@@ -43,12 +43,11 @@ def main() -> None:
     recipe = Recipe(
         model=str(HERE),
         epochs=arguments.epochs,
-        lr=3e-3,
+        lr=2e-3,
         image_size=16,
         crop_pct=1.0,
         crop_scale=0.7,
         flip=False,
-        rotate=10.0,
     )
     start = time.perf_counter()
     with TrainingBars() as progress:
