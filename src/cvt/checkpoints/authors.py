@@ -51,8 +51,9 @@ def load_authors(
         raise CheckpointError(f"{path}: {error}{unknown}") from error
     config.hidden_act = hidden_act or config.hidden_act
     head = weights.get("classifier.weight")
-    new_head = num_labels is not None and (head is None or len(head) != num_labels)
-    if new_head and num_labels is not None:
+    new_head: tuple[str, ...] = ()
+    if num_labels is not None and (head is None or len(head) != num_labels):
+        new_head = ("classifier.weight", "classifier.bias")
         config.num_labels = num_labels
         logger.warning(
             f"New classifier of {num_labels} classes: {path} has "
@@ -60,8 +61,7 @@ def load_authors(
         )
     model = CvtForImageClassification(config)
     expected = model.state_dict()
-    if new_head:
-        weights |= {name: expected[name] for name in ("classifier.weight", "classifier.bias")}
+    weights |= {name: expected[name] for name in new_head}
 
     theirs = dict(zip(expected, transformers_to_authors(expected), strict=True))
     faults = list_faults(

@@ -43,8 +43,7 @@ def authors_to_transformers(state_dict: Mapping[str, Weight]) -> dict[str, Weigh
     Raises:
         ValueError: names that no CvT of the authors has; lists all of them.
     """
-    renamed, unknown = rename_known(state_dict)
-    return _refusing(renamed, unknown)
+    return _refusing(*rename_known(state_dict))
 
 
 def transformers_to_authors(state_dict: Mapping[str, Weight]) -> dict[str, Weight]:

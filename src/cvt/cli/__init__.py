@@ -46,15 +46,16 @@ for command in (predict, train, evaluate, convert, info):
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0, 1 failure, 2 usage, 3 images skipped, 130 Ctrl-C."""
+    """Run the command line. Exit codes: 0, 1 failure, 2 usage, 3 images skipped, 130 Ctrl-C.
+
+    typer turns a Ctrl-C inside a command into 130, `cvt.__main__` one outside.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that cannot be printed stops nothing
             stream.reconfigure(errors="backslashreplace")
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         app(arguments)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except Exception as error:
         if "--debug" in sys.argv:
             raise

@@ -151,10 +151,10 @@ def train(
         state |= {"config": model.config.to_dict(), "model": model.state_dict()}
         state["images"] = digest(train_images, test_images)
     else:
-        model = CvtForImageClassification(CvtConfig.from_dict(state["config"]))
-        model.load_state_dict(state["model"])
         if state["images"] != digest(train_images, test_images):
             raise ValueError(f"the images in {data} are not those of the run in {output}")
+        model = CvtForImageClassification(CvtConfig.from_dict(state["config"]))
+        model.load_state_dict(state["model"])
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor: Any = image_processor(
         model.config, image_size=recipe.image_size, crop_pct=recipe.crop_pct
