@@ -25,7 +25,14 @@ from torchvision.transforms import v2
 from transformers import AutoImageProcessor, ConvNextImageProcessor, ConvNextImageProcessorPil
 
 from cvt import CvtConfig, images
-from cvt.images import IMAGE_FORMATS, IMAGE_SUFFIXES, ImageError, decode, image_processor
+from cvt.images import (
+    IMAGE_FORMATS,
+    IMAGE_SUFFIXES,
+    ImageError,
+    StoredImage,
+    decode,
+    image_processor,
+)
 
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, EXTRA_SAMPLES = 274, 258, 262, 338
 LOSSLESS = {
@@ -117,6 +124,15 @@ def every_colour_and_alpha():
 
 
 # ------------------------------------------------------------------------------ what is decoded
+
+
+def test_a_stored_image_is_decoded_and_named_in_errors():
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3), "red").save(file, "PNG")
+    for content in (file.getvalue(), Image.new("L", (4, 3))):
+        assert decode(StoredImage("shard.tar/7", content)).size == (4, 3)
+    with pytest.raises(ImageError, match=r"shard\.tar/7"):
+        decode(StoredImage("shard.tar/7", file.getvalue()[:30]))
 
 
 @pytest.mark.parametrize("image_format", LOSSLESS)

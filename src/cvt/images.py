@@ -36,7 +36,9 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, SupportsIndex
 
 from PIL import ExifTags, Image
@@ -86,6 +88,25 @@ class ImageError(ValueError):
     """An image that cannot be used; the message names the file."""
 
 
+@dataclass(frozen=True)
+class StoredImage:
+    """An image that is no file of its own, but part of one: a row of a table, a member of a shard.
+
+    Attributes:
+        name: how messages and results call it.
+        content: the bytes of an image file, or decoded pixels.
+    """
+
+    name: str
+    content: bytes | Image.Image
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source = Path | StoredImage
+
+
 # ------------------------------------------------------------------------------ decoding
 
 _filters_lock = threading.Lock()
@@ -108,12 +129,14 @@ def _without_warnings() -> Iterator[None]:
         yield
 
 
-def decode(source: str | os.PathLike | bytes | IO[bytes] | Image.Image) -> Image.Image:
+def decode(
+    source: str | os.PathLike | bytes | IO[bytes] | Image.Image | StoredImage,
+) -> Image.Image:
     """An image as 8-bit RGB, upright; the module's table says what becomes of each kind.
 
     Args:
-        source: a path, the bytes of a file, a binary file object (read from its start), or a PIL
-            image.
+        source: a path, the bytes of a file, a binary file object (read from its start), a PIL
+            image, or a `StoredImage`.
 
     Returns:
         A new PIL image of mode RGB, without metadata.
@@ -123,6 +146,8 @@ def decode(source: str | os.PathLike | bytes | IO[bytes] | Image.Image) -> Image
         TypeError: `source` is none of these.
     """
     name = _name(source)
+    if isinstance(source, StoredImage):
+        source = source.content
     try:
         if isinstance(source, Image.Image):
             return _upright_rgb(source, name)
@@ -140,12 +165,14 @@ def _name(source: Any) -> str:
         return os.fsdecode(source)
     if isinstance(source, bytes | bytearray | memoryview):
         return "<bytes>"
+    if isinstance(source, StoredImage):
+        return source.name
     if isinstance(source, Image.Image):
         return os.fsdecode(getattr(source, "filename", "") or "<PIL image>")
     if hasattr(source, "read"):
         return str(getattr(source, "name", "<file object>"))
     raise TypeError(
-        "an image is a path, bytes, a binary file object or a PIL image, "
+        "an image is a path, bytes, a binary file object, a PIL image or a StoredImage, "
         f"not {type(source).__module__}.{type(source).__qualname__}"
     )
 
