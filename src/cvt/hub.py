@@ -45,7 +45,7 @@ def resolved(name: str | os.PathLike, kwargs: dict[str, Any]) -> Iterator[str | 
     if checkpoint is None:
         yield name
         return
-    silence = None if kwargs.get("local_files_only") else _silence()
+    silence = None if kwargs.get("local_files_only") else unreachable()
     if silence:
         kwargs["local_files_only"] = True
     try:
@@ -67,7 +67,7 @@ def resolved(name: str | os.PathLike, kwargs: dict[str, Any]) -> Iterator[str | 
         ) from error
 
 
-def _silence() -> Exception | None:
+def unreachable() -> Exception | None:
     """Why the hub does not answer at all; None if it does, whatever it says."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError

@@ -16,12 +16,12 @@ def imagenet_classes() -> dict[str, str]:
     return dict(line.split("\t") for line in lines)
 
 
-def read_labels(path: str | Path, classes: int) -> list[str]:
+def read_labels(path: str | Path, classes: int | None = None) -> list[str]:
     """Class names in the order of the classifier, from a text file or a JSON list or id2label map.
 
     Args:
         path: a text file with one name per line, or a .json file.
-        classes: how many there must be.
+        classes: how many there must be, if that is known.
 
     Raises:
         ValueError: the file does not hold that many different names.
@@ -47,7 +47,7 @@ def read_labels(path: str | Path, classes: int) -> list[str]:
         labels = [line.strip() for line in text.splitlines() if line.strip()]
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{path} must hold a list of names or a map from class index to name")
-    if len(labels) != classes:
+    if classes is not None and len(labels) != classes:
         raise ValueError(f"{path} has {len(labels)} names; the classifier has {classes} classes")
     if repeated := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(f"{path} names classes twice: {', '.join(repeated)}")
