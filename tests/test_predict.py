@@ -1,16 +1,14 @@
-import json
+import itertools
 
-import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import pipeline
 
 from cvt import CvtConfig
 from cvt.checkpoints import load_classifier, load_processor
-from cvt.datasets import LabelledImages, image_folder
-from cvt.evaluate import class_indices, evaluate, write_evaluation
-from cvt.labels import imagenet_classes
-from cvt.predict import Prediction, classify, find_images, predict, scores
+from cvt.images import StoredImage
+from cvt.predict import Prediction, classify, find_images, predict, ranked, scores
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +72,59 @@ def test_a_broken_image_is_reported_in_its_place(classifier, processor, photos, 
     assert "broken.jpg" in results[1].error
 
 
-def test_files_are_read_as_they_are_needed(classifier, processor, photos):
-    def endless():
-        while True:
-            yield photos / "red" / "00.png"
+def test_a_broken_image_changes_nothing_for_its_neighbours(classifier, processor, photos, broken):
+    paths = find_images([photos / "red"])[:3]
+    blank = StoredImage("blank", Image.new("RGB", (9, 9)))
+    with_broken, with_blank = (
+        list(classify(classifier, processor, [*paths, source])) for source in (broken, blank)
+    )
+    for a, b in zip(with_broken[:3], with_blank[:3], strict=True):
+        assert torch.equal(a.logits, b.logits)
 
-    assert next(classify(classifier, processor, endless(), batch_size=2)).logits.shape == (3,)
+
+@pytest.mark.parametrize("batch_size", [4, 7, 100])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_not_a_bit(classifier, processor, photos, broken, batch_size, workers):
+    paths = find_images([photos])[::2]
+    stored = StoredImage("stored", paths[3].read_bytes())
+    sources = [*paths[:6], broken, stored, *paths[6:]]
+    random_state = torch.get_rng_state()
+    alone, shared = (
+        list(classify(classifier, processor, sources, batch_size, count)) for count in (0, workers)
+    )
+    assert [result.path for result in alone] == [result.path for result in shared] == sources
+    assert [result.error for result in alone] == [result.error for result in shared]
+    for a, b in zip(alone, shared, strict=True):
+        assert (a.logits is None and b.logits is None) or torch.equal(a.logits, b.logits)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_are_read_as_they_are_needed(classifier, processor, photos, workers):
+    taken = itertools.count()
+    endless = (photos / "red" / f"{next(taken) % 12:02d}.png" for _ in itertools.count())
+    results = classify(classifier, processor, endless, batch_size=2, workers=workers)
+    first = list(itertools.islice(results, 3))
+    assert [result.path.name for result in first] == ["00.png", "01.png", "02.png"]
+    results.close()
+    assert next(taken) <= 4 + 2 * (2 * workers)  # what was asked for, and two batches per worker
+
+
+def test_a_batch_of_broken_images_is_reported(classifier, processor, broken):
+    (result,) = classify(classifier, processor, [broken])
+    assert result.logits is None
+    assert "broken.jpg" in result.error
+
+
+def test_training_can_go_on_with_what_classifying_left(classifier, processor, photos):
+    paths = find_images([photos / "red"])
+    (result, *_) = classify(classifier, processor, paths)
+    assert not result.logits.requires_grad
+    assert not result.logits.is_inference()
+
+
+def test_of_equally_likely_classes_the_first_comes_first():
+    assert ranked(torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0])).tolist() == [1, 2, 4, 0, 3]
 
 
 def test_topk_beyond_the_classes_gives_all(classifier, processor, photos):
@@ -94,76 +139,3 @@ def test_independent_labels_get_independent_scores():
     multi.problem_type = "multi_label_classification"
     torch.testing.assert_close(scores(logits, single), logits.softmax(0))
     torch.testing.assert_close(scores(logits, multi), logits.sigmoid())
-
-
-# ------------------------------------------------------------------------------ evaluation
-
-
-def test_evaluation_counts_what_predict_says(classifier, processor, photos):
-    images = image_folder(photos)
-    evaluation = evaluate(classifier, processor, images)
-    best = [p.labels[0] for p in predict(classifier, processor, images.paths)]
-    right = np.mean([label == truth for label, truth in zip(best, images.labels, strict=True)])
-    assert evaluation.top1 == pytest.approx(right)
-    assert evaluation.top5 == 1.0
-    assert evaluation.images == 36
-    for i, truth in enumerate(evaluation.labels):
-        for j, label in enumerate(evaluation.labels):
-            pairs = zip(best, images.labels, strict=True)
-            assert evaluation.confusion[i, j] == sum(pair == (label, truth) for pair in pairs)
-    assert {name: count for name, (count, _) in evaluation.per_class.items()} == dict.fromkeys(
-        ["blue", "green", "red"], 12
-    )
-
-
-def test_the_loss_is_the_models_own(classifier, processor, photos):
-    images = image_folder(photos)
-    logits = torch.stack([r.logits for r in classify(classifier, processor, images.paths)])
-    targets = torch.tensor([classifier.config.label2id[label] for label in images.labels])
-    expected = torch.nn.functional.cross_entropy(logits, targets).item()
-    assert evaluate(classifier, processor, images).loss == pytest.approx(expected, abs=1e-5)
-
-
-def test_broken_images_are_not_counted_but_kept(classifier, processor, photos, broken):
-    images = image_folder(photos)
-    with_broken = LabelledImages([*images.samples, (broken, "red")])
-    evaluation = evaluate(classifier, processor, with_broken)
-    assert evaluation.images == 36
-    assert [failure.path for failure in evaluation.failures] == [broken]
-    with pytest.raises(ValueError, match=r"none of the 1 images could be decoded: .*broken\.jpg"):
-        evaluate(classifier, processor, LabelledImages([(broken, "red")]))
-
-
-def test_classes_are_matched_by_name_never_by_place(classifier, processor, photos):
-    red = LabelledImages([s for s in image_folder(photos).samples if s[1] == "red"])
-    evaluation = evaluate(classifier, processor, red)
-    assert evaluation.confusion[2].sum() == 12
-    assert list(evaluation.per_class) == ["red"]
-
-
-def test_classes_the_model_does_not_know_are_named(classifier, processor, photos):
-    images = LabelledImages(
-        [(photos / "red" / "00.png", "reed"), (photos / "red" / "01.png", "x9")]
-    )
-    with pytest.raises(ValueError, match=r"'reed' \(is it 'red'\?\), 'x9'"):
-        evaluate(classifier, processor, images)
-
-
-def test_imagenet_folders_may_be_called_by_wordnet_ids():
-    config = CvtConfig.from_variant("cvt-13")
-    config.class_names = list(imagenet_classes().values())
-    indices = class_indices(["n02123045", "tiger cat"], config)
-    assert indices["n02123045"] == 281
-    assert indices["tiger cat"] == 282
-
-
-def test_an_evaluation_is_written_whole(classifier, processor, photos, tmp_path):
-    evaluation = evaluate(classifier, processor, image_folder(photos))
-    write_evaluation(evaluation, tmp_path / "out")
-    assert json.loads((tmp_path / "out/metrics.json").read_text())["top1"] == evaluation.top1
-    matrix = np.loadtxt(
-        tmp_path / "out/confusion_matrix.csv", delimiter=",", skiprows=1, usecols=(1, 2, 3)
-    )
-    assert (matrix == evaluation.confusion).all()
-    with pytest.raises(FileExistsError):
-        write_evaluation(evaluation, tmp_path / "out")

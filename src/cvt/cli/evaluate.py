@@ -1,5 +1,6 @@
 """`cvt evaluate`."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -8,29 +9,88 @@ import typer
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="MODEL to evaluate.")],
-    data: Annotated[Path, typer.Argument(help="Image folder with one sub-folder per class.")],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Folder with a sub-folder per class, .csv, .parquet, hub:NAME, CIFAR, digits; "
+            "of data in halves, the test half."
+        ),
+    ],
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
     output: Annotated[
         Path | None,
-        typer.Option(help="New folder for metrics.json, per_class.csv, confusion_matrix.csv."),
+        typer.Option(
+            help="New folder for metrics.json, per_class.csv, confusion_matrix.csv, "
+            "predictions.csv."
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option(help="Overwrite files in the output folder.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="New HTML page of figures, tables and pictures.")
+    ] = None,
+    class_map: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON object, or csv of two columns: names of classes in the data and in the "
+            "model; nothing for classes to leave out."
+        ),
+    ] = None,
+    subset: Annotated[
+        bool, typer.Option("--subset", help="Only the classes that the data has compete.")
+    ] = False,
+    real_labels: Annotated[
+        Path | None, typer.Option(help="ImageNet-ReaL's real.json, to compare with it too.")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Names of the classes of the data, one per line.")
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of a table's images.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of a table's labels.")] = None,
+    force: Annotated[bool, typer.Option(help="Overwrite what output and report name.")] = False,
 ) -> None:
-    """Measure top-1, top-5 and per-class accuracy; classes are matched by name."""
+    """Measure accuracy, per class too, and calibration; classes are matched by name."""
     from rich.table import Table
 
     from cvt.checkpoints import load_classifier, load_processor
     from cvt.cli.console import bar, err, out, quiet_libraries
-    from cvt.datasets import image_folder
+    from cvt.datasets import StreamedImages, open_labelled
     from cvt.evaluate import evaluate as evaluate_images
-    from cvt.evaluate import write_evaluation
+    from cvt.evaluate import read_class_map, read_real_labels, write_evaluation
+    from cvt.files import staged
 
     quiet_libraries()
-    images = image_folder(data)
-    classifier = load_classifier(model)
-    processor = load_processor(model, classifier.config)
-    with bar("evaluate", len(images)) as step:
-        result = evaluate_images(classifier, processor, images, batch_size, step)
+    images = open_labelled(
+        data, classes=classes, image_column=image_column, label_column=label_column
+    )
+    total = images.length if isinstance(images, StreamedImages) else len(images)
+    mapped = read_class_map(class_map) if class_map else None
+    real = read_real_labels(real_labels) if real_labels else None
+    # What may not be written is refused before the work begins.
+    with (
+        staged(output, force) if output else nullcontext() as folder,
+        staged(report, force) if report else nullcontext() as page,
+    ):
+        if page:
+            from cvt.report import write_report
+        classifier = load_classifier(model)
+        processor = load_processor(model, classifier.config)
+        with bar("evaluate", total) as step:
+            result = evaluate_images(
+                classifier,
+                processor,
+                images,
+                batch_size,
+                workers,
+                step,
+                class_map=mapped,
+                subset=subset,
+                real_labels=real,
+            )
+        if folder:
+            write_evaluation(result, folder)
+        if page:
+            write_report(result, page, f"{model} on {data}")
+
     for failure in result.failures:
         err.print(f"skipped {failure.error}", style="yellow")
     table = Table("class", "images", "top-1 %", "most often taken for")
@@ -41,13 +101,22 @@ def evaluate(
     out.print(table)
     if len(worst) > 20:
         out.print(f"the worst 20 of {len(worst)} classes; all of them in --output")
+    if (lacking := len(result.labels) - len(worst)) and not subset:
+        out.print(
+            f"the data has no images of {lacking} of the model's {len(result.labels)} classes; "
+            "--subset leaves them out of the competition"
+        )
     out.print(
         f"top-1 {100 * result.top1:.2f} %  top-5 {100 * result.top5:.2f} %  "
-        f"loss {result.loss:.4f}  {result.images} images"
+        f"loss {result.loss:.4f}  calibration error {100 * result.calibration_error:.2f} %  "
+        f"{result.images} images"
     )
-    if output:
-        write_evaluation(result, output, overwrite=force)
-        out.print(f"written to {output}")
+    if result.real_top1 is not None:
+        out.print(f"top-1 by real labels {100 * result.real_top1:.2f} %")
+    for written in filter(None, (output, report)):
+        out.print(f"written to {written}")
     if result.failures:
-        err.print(f"{len(result.failures)} of {len(images)} images skipped")
+        err.print(
+            f"{len(result.failures)} of {result.images + len(result.failures)} images skipped"
+        )
         raise typer.Exit(3)
