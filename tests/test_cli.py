@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+import yaml
 
 from cvt import CvtForImageClassification
 from cvt.checkpoints import transformers_to_authors
 from cvt.cli import app, main
+from cvt.cli.console import TrainingBars
 
 CVT = Path(sys.executable).with_name("cvt")
 
@@ -46,11 +49,26 @@ def broken(tmp_path):
 COMMANDS = {
     "predict": ["model", "images", "--topk", "--batch-size", "--output", "--json", "--force"],
     "train": [
-        "data", "--output", "--model", "--from-scratch", "--epochs", "--batch-size", "--lr",
-        "--image-size", "--crop-pct", "--crop-scale", "--flip", "--rotate", "--seed", "--workers",
-        "--resume",
+        "words", "--config", "--output", "--resume",
+        "--test-data", "--classes", "--image-column", "--label-column", "--epoch-images",
+        "--max-corrupt", "--workers",
+        "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only",
+        "--lora-r",
+        "--image-size", "--crop-pct", "--crop-scale", "--crop-ratio", "--interpolation", "--flip",
+        "--vertical-flip", "--auto-augment", "--color-jitter", "--random-erase", "--repeats",
+        "--mixup", "--cutmix", "--mixup-prob", "--mixup-switch", "--mixup-mode",
+        "--mixup-off-epoch", "--label-smoothing",
+        "--epochs", "--steps", "--batch-size", "--accumulate", "--optimizer", "--lr", "--lr-base",
+        "--lr-base-size", "--weight-decay", "--momentum", "--layer-decay", "--clip-grad",
+        "--warmup-epochs", "--warmup-lr", "--min-lr", "--cooldown-epochs", "--lr-updates",
+        "--ema-decay",
+        "--precision", "--channels-last", "--compile", "--gradient-checkpointing", "--fsdp",
+        "--seed", "--eval-every", "--save-steps", "--keep",
     ],
-    "evaluate": ["model", "data", "--batch-size", "--output", "--force"],
+    "evaluate": [
+        "model", "data", "--batch-size", "--workers", "--output", "--report", "--class-map",
+        "--subset", "--real-labels", "--classes", "--image-column", "--label-column", "--force",
+    ],
     "convert": [
         "source", "dest", "--to", "--image-size", "--labels", "--num-labels", "--config",
         "--hidden-act", "--allow-nonfinite", "--force",
@@ -196,17 +214,27 @@ def test_train_evaluate_predict_agree(cvt, photos, model_folder, tmp_path):
     code, _, err = cvt("train", photos, "--output", run)
     assert code == 1
     assert "--resume" in err
-    assert cvt("train", photos, "--output", run, "--resume")[0] == 0
+    assert cvt("train", "--output", run, "--resume")[0] == 0
 
 
-def test_training_twice_on_digits_is_no_dead_end(cvt, tmp_path):
-    arguments = ("train", "digits", "--output", tmp_path / "run", "--model")
-    code, _, err = cvt(*arguments, tmp_path / "nowhere")
-    assert code == 1
-    assert "no model" in err
-    assert (tmp_path / "run/digits").is_dir()
-    code, _, err = cvt(*arguments, tmp_path / "nowhere")
-    assert "no model" in err
+def test_a_recipe_is_a_file_words_and_flags(cvt, photos, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"model: {model_folder}\nimage_size: 32\nepochs: 9\nsteps: 9\n")
+    code, _, err = cvt("train", photos, "--config", "mine.yaml", "epochs=2", "--steps", 1)
+    assert code == 0, err
+    assert yaml.safe_load(Path("runs/mine/args.yaml").read_text())["steps"] == 1
+    code, _, err = cvt("train", "--config", "mine.yaml", "epoch=2", photos)
+    assert code == 2
+    assert "no setting epoch; is it epochs?" in err
+
+
+def test_progress_on_a_pipe_is_plain_lines(cvt, photos, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingBars, "EVERY", 0.0)
+    settings = ("image_size=32", "batch_size=8", "epochs=1", f"model={model_folder}")
+    code, _, err = cvt("train", photos, "--output", tmp_path / "run", *settings)
+    assert code == 0, err
+    step = r"epoch 1/1  loss \d+\.\d+  lr \d\.\d\de-\d\d  \d+ images/s  \d/3  0:\d\d:\d\d left"
+    assert len(re.findall(step, err)) == 3
 
 
 def test_evaluate_reports_broken_images(cvt, model_folder, photos, tmp_path):
@@ -259,7 +287,10 @@ def test_info_needs_no_weights(cvt, model_folder, name):
         ("convert", "a.pth", "b", "--to", "onnx"),
         ("train", "photos", "--epochs", "0"),
         ("train", "photos", "--lr", "-1"),
-        ("train", "photos", "--resume", "--lr", "0.1"),
+        ("train", "--resume", "--lr", "0.1"),
+        ("train", "--resume", "--config", "mine.yaml"),
+        ("train", "photos", "birds"),
+        ("train",),
     ],
 )
 def test_wrong_usage_exits_with_2(cvt, arguments):

@@ -1,19 +1,42 @@
 import csv
+import json
 import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from cvt import CvtConfig, CvtForImageClassification
 from cvt.checkpoints import load_classifier, load_processor, transformers_to_authors
 from cvt.configuration import VARIANTS
-from cvt.datasets import image_folder, split, train_and_test, write_digits
+from cvt.datasets import open_training
 from cvt.evaluate import evaluate
-from cvt.train import Recipe, train
-from cvt.train.data import augmentation
-from cvt.train.loop import Silence, parameter_groups, set_learning_rate
-from cvt.train.models import classifier_for
+from cvt.train import Recipe, load_recipe, resume, train
+from cvt.train.checkpointing import newest_checkpoint
+from cvt.train.loop import Stopped, precision
+from cvt.train.models import classifier_for, regularised
+from cvt.train.progress import Silence
+
+EVERYTHING_RANDOM = {
+    "batch_size": 4,
+    "accumulate": 2,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "mixup_prob": 0.9,
+    "auto_augment": "rand-m9-mstd0.5-inc1",
+    "random_erase": 0.25,
+    "repeats": 2,
+    "ema_decay": 0.8,
+    "clip_grad": 1.0,
+    "layer_decay": 0.9,
+}
 
 
 @pytest.fixture
@@ -27,123 +50,434 @@ def config_folder(tmp_path):
     return tmp_path / "config"
 
 
-def recipe(config_folder, **changes):
-    settings = {"epochs": 3, "batch_size": 8, "lr": 3e-3, "image_size": 32, "warmup_epochs": 0.5}
-    return Recipe(model=str(config_folder), **{**settings, **changes})
+@pytest.fixture
+def recipe(photos, config_folder):
+    """A recipe for the photos, 30 to train on, with some settings changed."""
+
+    def make(**changes):
+        settings = {"data": str(photos), "model": str(config_folder), "epochs": 3, "lr": 3e-3,
+                    "batch_size": 8, "image_size": 32}  # fmt: skip
+        return Recipe(**{**settings, **changes})
+
+    return make
 
 
-class StopAfter(Silence):
-    def __init__(self, epochs):
-        self.epochs = epochs
+class Watcher(Silence):
+    """Keeps what is said, and sends a signal after so many steps."""
+
+    def __init__(self, stop_after=None, signal=signal.SIGTERM, during="epoch"):
+        self.said, self.rows, self.steps = [], [], 0
+        self.stop_after, self.signal, self.during = stop_after, signal, during
+
+    def say(self, text):
+        self.said.append(text)
 
     def epoch(self, row):
-        if row["epoch"] == self.epochs:
-            raise KeyboardInterrupt
+        self.rows.append(row)
+
+    def stage(self, name, total, done=0):
+        def step(**figures):
+            if name.startswith(self.during):
+                self.steps += 1
+                if self.steps == self.stop_after:
+                    os.kill(os.getpid(), self.signal)
+
+        return step
 
 
-def test_training_learns_and_leaves_a_run_folder(photos, config_folder, tmp_path):
+def final_state(run):
+    return newest_checkpoint(run / "checkpoints")[1]
+
+
+def assert_same(one, other, path=""):
+    """Bit for bit; a tuple that was saved is a list."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for i, values in enumerate(zip(one, other, strict=True)):
+            assert_same(*values, f"{path}/{i}")
+    else:
+        assert one == other, path
+
+
+# ------------------------------------------------------------------------------ the run folder
+
+
+def test_training_learns_and_leaves_a_run_folder(photos, recipe, tmp_path):
     run = tmp_path / "run"
-    best = train(photos, run, recipe(config_folder, epochs=6))
-    assert best.top1 > 0.9
+    best = train(recipe(epochs=8), run)
+    assert best["test_top1"] > 0.9
     assert {path.name for path in run.iterdir()} == {
-        "best", "results.csv", "learning_curve.png", "confusion_matrix.png", "checkpoint.pt",
+        "best", "last", "checkpoints", "args.yaml", "environment.json", "results.csv",
+        "learning_curve.png", "confusion_matrix.png", "mistakes.png", "tensorboard",
     }  # fmt: skip
     with open(run / "results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == list("123456")
-    assert max(float(row["test_top1"]) for row in rows) == pytest.approx(best.top1)
+    assert [row["epoch"] for row in rows] == list("12345678")
+    assert max(float(row["test_top1"]) for row in rows) == best["test_top1"]
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
-    for name in ("learning_curve.png", "confusion_matrix.png"):
-        with Image.open(run / name) as picture:
-            assert min(picture.size) > 200
+    for picture in run.glob("*.png"):
+        with Image.open(picture) as opened:
+            assert min(opened.size) > 200
 
+    # What training reports is what evaluating the model folder gives.
     model = load_classifier(run / "best")
     assert model.config.class_names == ["blue", "green", "red"]
-    _, held_out = train_and_test(photos)
-    again = evaluate(model, load_processor(run / "best", model.config), held_out)
-    assert (again.confusion == best.confusion).all()
+    _, held_out = open_training(photos)
+    again = evaluate(model, load_processor(run / "best", model.config), held_out, batch_size=8)
+    assert (again.top1, again.loss) == (best["test_top1"], best["test_loss"])
+    assert "# CvT, trained from `config`" in (run / "best/README.md").read_text()
+    assert load_classifier(run / "last").config.class_names == model.config.class_names
+
+
+def test_a_run_folder_tells_how_the_run_was_started(recipe, tmp_path):
+    settings = recipe(epochs=1, ema_decay=0.5)
+    train(settings, tmp_path / "run")
+    assert load_recipe(tmp_path / "run/args.yaml") == settings
+    resume(tmp_path / "run")
+    starts = json.loads((tmp_path / "run/environment.json").read_text())
+    assert len(starts) == 2
+    assert starts[0]["packages"]["torch"] == torch.__version__.split("+")[0] or "torch" in starts[0]
+    assert (starts[0]["images_per_step"], starts[0]["lr"]) == (8, 3e-3)
+    assert load_recipe(tmp_path / "run/args.yaml") == settings
+
+
+def test_tensorboard_reads_the_events(recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(recipe(epochs=2), tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    top1 = [event.value for event in events.Scalars("epoch/test_top1")]
+    history = final_state(tmp_path / "run")["history"]
+    assert top1 == pytest.approx([row["test_top1"] for row in history])
+
+
+def test_what_a_run_says_names_the_batch_and_the_learning_rate(recipe, tmp_path):
+    watcher = Watcher()
+    settings = recipe(epochs=1, accumulate=2, lr=None, lr_base=0.01, lr_base_size=128)
+    train(settings, tmp_path / "run", progress=watcher)
+    said = " ".join(watcher.said)
+    assert "30 images of 3 classes" in said
+    assert "1 steps of 16 images: 1 processes x 2 batches x 8" in said
+    assert "learning rate 0.00125 = 0.01 x 16 / 128" in said
+
+
+def test_steps_end_the_run_instead_of_epochs(recipe, tmp_path):
+    best = train(recipe(steps=5, epochs=99), tmp_path / "run")
+    state = final_state(tmp_path / "run")
+    assert state["step"] == 5
+    assert [row["step"] for row in state["history"]] == [3, 5]
+    assert best in state["history"]
+
+
+def test_evaluations_can_be_rarer_than_epochs(recipe, tmp_path):
+    train(recipe(epochs=4, eval_every=3), tmp_path / "run")
+    history = final_state(tmp_path / "run")["history"]
+    assert [row["test_top1"] is None for row in history] == [True, True, False, False]
+
+
+def test_averaged_weights_are_evaluated_beside_the_others_and_handed_out(photos, recipe, tmp_path):
+    best = train(recipe(epochs=2, ema_decay=0.9), tmp_path / "run")
+    assert best["ema_loss"] != best["test_loss"]
+    state = final_state(tmp_path / "run")
+    last = load_classifier(tmp_path / "run/last").state_dict()
+    assert_same(last, state["ema"])
+    assert not torch.equal(last["classifier.weight"], state["model"]["classifier.weight"])
+
+
+# ------------------------------------------------------------------------------ resuming
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stopped_run_resumes_to_the_same_weights(photos, config_folder, tmp_path, workers):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    settings = recipe(config_folder, workers=workers)
-    train(photos, whole, settings)
-    with pytest.raises(KeyboardInterrupt):
-        train(photos, stopped, settings, progress=StopAfter(2))
-    train(photos, stopped, Recipe(epochs=99), resume=True)
-    one, other = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (whole, stopped))
-    assert one["history"] == other["history"]
-    assert one["recipe"] == other["recipe"]
-    assert all(torch.equal(weight, other["model"][name]) for name, weight in one["model"].items())
-    for key, moments in one["optimizer"]["state"].items():
-        for name, value in moments.items():
-            assert torch.equal(value, other["optimizer"]["state"][key][name])
-    assert (whole / "results.csv").read_text() == (stopped / "results.csv").read_text()
+def test_a_run_stopped_anywhere_resumes_to_the_bit(recipe, tmp_path, workers):
+    settings = recipe(epochs=4, workers=workers, save_steps=2, **EVERYTHING_RANDOM)
+    train(settings, tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    # Three steps an epoch: within the first, at the end of the second, within the third.
+    for at in (1, 4, 2):
+        begin = partial(resume, stopped) if stopped.exists() else partial(train, settings, stopped)
+        with pytest.raises(Stopped) as stop:
+            begin(progress=Watcher(stop_after=at))
+        assert stop.value.code == 143
+    resume(stopped)
+    assert_same(final_state(tmp_path / "whole"), final_state(stopped))
+    for name in ("results.csv", "best/model.safetensors", "last/model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (stopped / name).read_bytes()
 
 
-def test_a_run_stopped_in_its_first_epoch_resumes_too(photos, config_folder, tmp_path):
-    class StopAtOnce(Silence):
-        def stage(self, name, total):
-            raise KeyboardInterrupt
+def test_a_run_stopped_while_accumulating_finishes_the_step(recipe, tmp_path, monkeypatch):
+    settings = recipe(**EVERYTHING_RANDOM)
+    train(settings, tmp_path / "whole")
+    forward, calls = CvtForImageClassification.forward, []
 
-    run = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        train(photos, run, recipe(config_folder), progress=StopAtOnce())
-    train(photos, run, Recipe(), resume=True)
-    train(photos, tmp_path / "whole", recipe(config_folder))
-    assert (run / "results.csv").read_text() == (tmp_path / "whole/results.csv").read_text()
+    def forward_and_stop(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 3:  # the first half of the second step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(*arguments, **named)
 
-
-def test_a_run_resumes_only_on_its_own_images(photos, config_folder, tmp_path):
-    train(photos, tmp_path / "run", recipe(config_folder, epochs=1))
-    for name in ("ant/0.png", "ant/1.png", "bee/0.png", "bee/1.png"):
-        picture(tmp_path / "other" / name)
-    with pytest.raises(ValueError, match=r"images in .*other are not those of the run"):
-        train(tmp_path / "other", tmp_path / "run", Recipe(), resume=True)
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
-        train(tmp_path, tmp_path, Recipe(), resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(CvtForImageClassification, "forward", forward_and_stop)
+        with pytest.raises(Stopped):
+            train(settings, tmp_path / "stopped")
+    assert len(calls) == 4
+    assert final_state(tmp_path / "stopped")["step"] == 2
+    resume(tmp_path / "stopped")
+    assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "stopped"))
 
 
-def test_data_that_cannot_be_used_leaves_no_run(config_folder, tmp_path):
-    with pytest.raises(FileNotFoundError):
-        train(tmp_path / "nowhere", tmp_path / "run", recipe(config_folder))
-    assert not (tmp_path / "run").exists()
+def test_a_run_stopped_between_an_epochs_last_step_and_its_end_resumes(recipe, tmp_path):
+    train(recipe(), tmp_path / "whole")
+    with pytest.raises(Stopped):  # the signal comes during the evaluation of the first epoch
+        train(recipe(), tmp_path / "stopped", progress=Watcher(stop_after=2, during="test"))
+    resume(tmp_path / "stopped")
+    assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "stopped"))
 
 
-def test_a_finished_run_resumes_to_itself(photos, config_folder, tmp_path):
-    first = train(photos, tmp_path / "run", recipe(config_folder, epochs=1))
-    before = (tmp_path / "run/checkpoint.pt").read_bytes()
-    again = train(photos, tmp_path / "run", Recipe(), resume=True)
-    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
-    assert again.top1 == first.top1
+def test_ctrl_c_saves_too_and_exits_130(recipe, tmp_path):
+    watcher = Watcher(stop_after=1, signal=signal.SIGINT)
+    with pytest.raises(Stopped) as stop:
+        train(recipe(), tmp_path / "run", progress=watcher)
+    assert stop.value.code == 130
+    assert 0 < final_state(tmp_path / "run")["step"] <= 2
+    assert "--resume goes on" in watcher.said[-1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_run_is_neither_overwritten_nor_made_up(photos, config_folder, tmp_path):
+def test_workers_change_nothing(recipe, tmp_path):
+    for workers in (0, 1, 3):
+        train(recipe(epochs=1, workers=workers, **EVERYTHING_RANDOM), tmp_path / str(workers))
+    states = [final_state(tmp_path / name) for name in ("0", "1", "3")]
+    for state in states:
+        state.pop("recipe")
+    assert_same(states[0], states[1])
+    assert_same(states[0], states[2])
+
+
+def test_seeds_differ(recipe, tmp_path):
+    losses = [train(recipe(epochs=1, seed=s), tmp_path / str(s))["train_loss"] for s in (0, 1)]
+    assert losses[0] != losses[1]
+
+
+def test_a_finished_run_resumes_to_itself(recipe, tmp_path):
+    first = train(recipe(epochs=1), tmp_path / "run")
+    before = final_state(tmp_path / "run")
+    assert resume(tmp_path / "run") == first
+    assert_same(before, final_state(tmp_path / "run"))
+
+
+def test_a_run_resumes_only_on_its_own_images(photos, recipe, tmp_path):
+    train(recipe(epochs=1), tmp_path / "run")
+    moved = tmp_path / "moved"
+    shutil.copytree(photos, moved)
+    resume(tmp_path / "run", {"data": moved, "workers": 1})
+    assert load_recipe(tmp_path / "run/args.yaml").data == str(moved)
+    (moved / "blue/00.png").rename(moved / "blue/new.png")
+    with pytest.raises(ValueError, match=r"images in .*moved are not those of the run"):
+        resume(tmp_path / "run", {"data": moved})
+    with pytest.raises(ValueError, match="lr: a resumed run keeps its own settings, but for data"):
+        resume(tmp_path / "run", {"lr": 1.0})
+
+
+def test_a_run_is_neither_overwritten_nor_made_up(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"run exists already; --resume"):
-        train(photos, tmp_path / "run", recipe(config_folder))
-    with pytest.raises(FileNotFoundError, match=r"checkpoint\.pt does not exist; .* no run"):
-        train(photos, tmp_path / "none", recipe(config_folder), resume=True)
+        train(recipe(), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no checkpoint; there is no run to resume"):
+        resume(tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
-def test_a_loss_that_is_not_finite_says_where_and_what_to_try(photos, config_folder, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"epoch 1, step \d+, at learning rate .*--lr"):
-        train(photos, tmp_path / "run", recipe(config_folder, lr=1e30))
+def test_data_that_cannot_be_used_leaves_no_run(recipe, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        train(recipe(data=str(tmp_path / "nowhere")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------ going wrong
+
+
+def test_a_loss_that_is_not_finite_says_where_and_what_to_try(recipe, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step \d+, epoch 1, at learning rate .*lower lr"):
+        train(recipe(lr=1e30, warmup_epochs=0), tmp_path / "run")
+    state = final_state(tmp_path / "run")  # the last good state is kept
+    assert all(weight.isfinite().all() for weight in state["model"].values())
+
+
+@pytest.fixture
+def damaged(photos, tmp_path):
+    """The photos, two of them damaged."""
+    for file in photos.rglob("*.png"):
+        copy = tmp_path / "damaged" / file.relative_to(photos)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    train_images, _ = open_training(tmp_path / "damaged")
+    broken = [train_images[i][0] for i in (3, 17)]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:60])
+    return tmp_path / "damaged", broken
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_left_out_counted_and_named(damaged, recipe, tmp_path, workers):
+    data, broken = damaged
+    watcher = Watcher()
+    settings = recipe(data=str(data), workers=workers, mixup=0.5)
+    train(settings, tmp_path / "run", progress=watcher)
+    for path in broken:
+        assert sum(f"left out: {path}" in line for line in watcher.said) == 1
+        assert str(path) in (tmp_path / "run/corrupt.txt").read_text()
+    assert final_state(tmp_path / "run")["corrupt"].keys() == {str(path) for path in broken}
+
+
+def test_too_many_unreadable_images_stop_the_run(damaged, recipe, tmp_path):
+    with pytest.raises(ValueError, match="2 training images cannot be read, more than max_corrupt"):
+        train(recipe(data=str(damaged[0]), max_corrupt=1), tmp_path / "run")
+
+
+def test_a_batch_without_a_readable_image_stops_the_run(photos, recipe, tmp_path):
+    for file in photos.rglob("*.png"):
+        copy = tmp_path / "broken" / file.relative_to(photos)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"no image of a batch can be read: .*\.png"):
+        train(recipe(data=str(tmp_path / "broken")), tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------ on what and how
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("epochs", 0), ("batch_size", -1), ("lr", math.nan), ("crop_scale", 2.0)]
+    "changes",
+    [
+        {"precision": "bf16"},
+        {"optimizer": "sgd", "momentum": 0.5},
+        {"channels_last": False},
+        {"gradient_checkpointing": True},
+        {"batch_size": 64},  # more than there are images
+        {"data": "digits", "steps": 3},
+    ],
+    ids=str,
 )
-def test_bad_settings_are_named(field, value):
-    with pytest.raises(ValueError, match=field):
-        Recipe(**{field: value})
+def test_every_way_of_training_trains(recipe, tmp_path, changes):
+    best = train(recipe(**{"epochs": 2, **changes}), tmp_path / "run")
+    assert math.isfinite(best["train_loss"])
+    assert best["test_top1"] is not None
+
+
+def test_gradient_checkpointing_and_memory_layout_change_no_loss(recipe, tmp_path):
+    losses = [
+        train(recipe(epochs=2, **changes), tmp_path / str(i))["train_loss"]
+        for i, changes in enumerate(
+            ({}, {"gradient_checkpointing": True}, {"channels_last": False})
+        )
+    ]
+    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-5)
+
+
+def test_accumulated_batches_are_one_step(recipe, tmp_path):
+    """With batch statistics per batch, only what is normalised differs: here, nothing."""
+    config = CvtConfig(
+        embed_dim=[8, 16, 32], num_heads=[1, 2, 4], depth=[1, 1, 1],
+        qkv_projection_method=["linear"] * 3, drop_path_rate=[0.0] * 3,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "plain")
+    plain = {"model": str(tmp_path / "plain"), "crop_scale": 1.0, "flip": 0.0}
+    losses = [
+        train(recipe(**plain, batch_size=8 // n, accumulate=n), tmp_path / str(n))["train_loss"]
+        for n in (1, 2, 4)
+    ]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_follows_the_plain_one(recipe, tmp_path):
+    plain, compiled = (
+        train(recipe(compile=on, drop_rate=0, drop_path=0), tmp_path / str(on))
+        for on in (False, True)
+    )
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], abs=1e-3)
+
+
+def test_half_precision_needs_a_gpu():
+    with pytest.raises(ValueError, match="precision = fp16: needs a GPU"):
+        precision("fp16", torch.device("cpu"))
+    assert precision("auto", torch.device("cpu")) is torch.float32
+
+
+# ------------------------------------------------------------------------------ the model
+
+
+def changed_weights(recipe, run, **changes):
+    """The names of the weights and statistics that a short run moves."""
+    train(recipe(epochs=1, **changes), run)
+    first = torch.load(
+        next((run / "checkpoints").glob("step-00000000")) / "state.pt", weights_only=True
+    )["model"]
+    last = final_state(run)["model"]
+    counters = {name for name in last if name.endswith("num_batches_tracked")}
+    return {name for name in last.keys() - counters if not torch.equal(first[name], last[name])}
+
+
+def test_only_what_is_not_frozen_is_trained(recipe, tmp_path):
+    every = changed_weights(recipe, tmp_path / "all")
+    frozen_stages = changed_weights(recipe, tmp_path / "stages", freeze_stages=2)
+    assert frozen_stages == {name for name in every if not name.startswith(
+        ("cvt.encoder.stages.0", "cvt.encoder.stages.1"))}  # fmt: skip
+    head = changed_weights(recipe, tmp_path / "head", head_only=True)
+    assert head == {"layernorm.weight", "layernorm.bias", "classifier.weight", "classifier.bias"}
+    with pytest.raises(ValueError, match="freeze_stages = 4: there are 3 stages"):
+        train(recipe(freeze_stages=4), tmp_path / "run")
+
+
+def test_adapters_are_trained_alone_and_handed_out_merged_and_apart(photos, recipe, tmp_path):
+    from peft import PeftModel
+
+    moved = changed_weights(recipe, tmp_path / "run", lora_r=2)
+    assert moved
+    assert all("lora_" in name or "modules_to_save" in name for name in moved)
+    best = load_classifier(tmp_path / "run/best").eval()
+    start = torch.load(tmp_path / "run/checkpoints/step-00000000/state.pt", weights_only=True)
+    base = CvtForImageClassification(best.config)
+    weights = base.state_dict()
+    for name, weight in start["model"].items():
+        for part in ("base_model.model.", ".base_layer", ".original_module"):
+            name = name.replace(part, "")
+        if name in weights:
+            weights[name].copy_(weight)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "run/best/adapter").eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(best(pixels).logits, adapted(pixels).logits, atol=1e-5)
+
+
+def test_dropout_and_drop_path_are_the_recipes(model_folder):
+    trained = CvtForImageClassification.from_pretrained(model_folder)
+    model = regularised(trained, Recipe(drop_rate=0.2, drop_path=0.4))
+    assert model.config.drop_path_rate == [0.0, 0.0, 0.4]
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.2}
+    assert_same(trained.state_dict(), model.state_dict())
+    assert regularised(trained, Recipe()) is trained
+
+
+def test_a_fine_tuned_resolution_has_its_preprocessing_on_both_sides(recipe, tmp_path):
+    train(recipe(epochs=1, image_size=384, batch_size=2, steps=1, data="digits"), tmp_path / "run")
+    processor = load_processor(
+        tmp_path / "run/best", CvtConfig.from_pretrained(tmp_path / "run/best")
+    )
+    assert processor.size == {"shortest_edge": 384}
+    wide = Image.new("RGB", (500, 300))
+    wide.paste("white", (250, 0, 500, 300))
+    pixels = processor(wide, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 384, 384)
+    # Squashed, not cropped: the edge in the middle stays there, and both ends are seen.
+    assert pixels[0, 0, 0, 188] < 0 < pixels[0, 0, 0, 196]
 
 
 def test_fine_tuning_keeps_the_body_and_makes_a_new_head(model_folder, caplog):
@@ -167,111 +501,6 @@ def test_a_variant_starts_from_scratch():
         classifier_for("cvt-99", ["ant", "bee"])
 
 
-def test_norms_biases_and_class_tokens_do_not_decay(model_folder):
-    model = CvtForImageClassification.from_pretrained(model_folder)
-    decay, keep = parameter_groups(model, 0.1)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    kept = {names[id(parameter)] for parameter in keep["params"]}
-    assert len(decay["params"]) + len(kept) == len(names)
-    assert kept == {n for n in names.values() if "norm" in n or n.endswith(("bias", "cls_token"))}
-    assert (decay["weight_decay"], keep["weight_decay"]) == (0.1, 0.0)
-
-
-def test_the_learning_rate_warms_up_and_falls_to_nothing():
-    settings = Recipe(epochs=10, lr=1.0, warmup_epochs=2)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0)
-    rates = []
-    for tenth in range(101):
-        set_learning_rate(optimizer, settings, tenth / 10)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert 0 < rates[0] < 0.01
-    assert rates[10] == pytest.approx(0.5, abs=0.01)
-    assert max(rates) == rates[20] == 1.0
-    assert rates[60] == pytest.approx(0.5)
-    assert rates[100] == pytest.approx(0, abs=1e-9)
-    assert Recipe(batch_size=256).peak_lr == pytest.approx(0.00025)
-
-
-# ------------------------------------------------------------------------------ data
-
-
-def slopes(image, **changes):
-    """How the brightness of an augmented picture runs, to the right and downwards, in 40 draws."""
-    settings = {"flip": False, "crop_scale": 1.0, "rotate": 0.0, **changes}
-    torch.manual_seed(0)
-    draws = [augmentation(16, [0.0] * 3, [1.0] * 3, **settings)(image)[0] for _ in range(40)]
-    assert all(draw.shape == (16, 16) for draw in draws)
-    middle = [draw[4:12, 4:12] for draw in draws]
-    right = torch.stack([(m[:, -1] - m[:, 0]).mean() for m in middle])
-    return right, torch.stack([(m[-1] - m[0]).mean() for m in middle])
-
-
-def test_each_augmentation_does_what_it_says_and_no_more():
-    image = Image.linear_gradient("L").resize((16, 16)).rotate(90).convert("RGB")  # to the right
-    right, down = slopes(image)
-    assert right.min() > 0.3
-    assert down.abs().max() < 0.02
-    flipped, _ = slopes(image, flip=True)
-    assert 8 < (flipped < 0).sum() < 32
-    turned, tilted = slopes(image, rotate=30.0)
-    assert turned.min() > 0.2
-    assert tilted.min() < -0.1
-    assert tilted.max() > 0.1
-    assert slopes(image, crop_scale=0.2)[0].min() < 0.8 * right.min()
-
-
-def test_digits_are_written_as_an_image_folder(tmp_path):
-    write_digits(tmp_path / "digits")
-    train_images, test_images = train_and_test(tmp_path / "digits")
-    assert (len(train_images), len(test_images)) == (1437, 360)
-    assert train_images.classes == test_images.classes == list("0123456789")
-    with Image.open(test_images.paths[0]) as image:
-        assert (image.size, image.mode) == ((8, 8), "L")
-    shares = [test_images.labels.count(c) / train_images.labels.count(c) for c in "0123456789"]
-    assert all(abs(share - 0.25) < 0.02 for share in shares)
-    with pytest.raises(FileExistsError):
-        write_digits(tmp_path / "digits")
-
-
-def test_a_split_is_stratified_repeatable_and_whole(photos):
-    images = image_folder(photos)
-    train_images, test_images = split(images, seed=3)
-    assert sorted(train_images.samples + test_images.samples) == sorted(images.samples)
-    assert all(test_images.labels.count(name) == 2 for name in images.classes)
-    assert split(images, seed=3) == (train_images, test_images)
-    assert split(images, seed=4) != (train_images, test_images)
-
-
-def picture(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8)).save(path)
-
-
-def test_folders_that_cannot_be_trained_on_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
-        train_and_test(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no folder per class"):
-        train_and_test(tmp_path)
-    for i in range(3):
-        picture(tmp_path / "data" / "ant" / f"{i}.png")
-    with pytest.raises(ValueError, match="single class, ant"):
-        train_and_test(tmp_path / "data")
-    (tmp_path / "data" / "bee").mkdir()
-    with pytest.raises(ValueError, match="without images: bee"):
-        train_and_test(tmp_path / "data")
-    picture(tmp_path / "data" / "bee" / "0.png")
-    with pytest.raises(ValueError, match=r"class bee has one image, .*0\.png"):
-        train_and_test(tmp_path / "data")
-
-
-def test_hidden_files_are_no_images_and_a_missing_half_is_named(tmp_path):
-    for name in ("train/ant/0.png", "train/bee/0.png", "train/ant/._0.png"):
-        picture(tmp_path / name)
-    assert len(image_folder(tmp_path / "train")) == 2
-    with pytest.raises(ValueError, match="has a train folder and none of val"):
-        train_and_test(tmp_path)
-
-
 def test_training_starts_from_an_authors_file_too(model_folder, tmp_path, monkeypatch):
     trained = CvtForImageClassification.from_pretrained(model_folder)
     fields = {name: getattr(trained.config, name) for name in ("embed_dim", "num_heads", "depth")}
@@ -282,8 +511,6 @@ def test_training_starts_from_an_authors_file_too(model_folder, tmp_path, monkey
     assert torch.equal(model.layernorm.weight, trained.layernorm.weight)
 
 
-def test_halves_with_differing_classes_are_refused(tmp_path):
-    for name in ("train/ant", "train/bee", "val/ant", "val/cow"):
-        picture(tmp_path / name / "0.png")
-    with pytest.raises(ValueError, match=r"only one of .*train and .*val has bee, cow"):
-        train_and_test(tmp_path)
+def test_a_recipe_alone_loads_no_torch():
+    code = "import sys, cvt.train.recipe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

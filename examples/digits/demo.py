@@ -5,6 +5,7 @@
 
 import argparse
 import time
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import torch
 
 from cvt.checkpoints import load_classifier, load_processor
 from cvt.cli.console import TrainingBars, bar, out, quiet_libraries
-from cvt.datasets import image_folder
+from cvt.datasets import image_folder, write_digits
 from cvt.evaluate import evaluate
 from cvt.predict import predict
-from cvt.train import Recipe, train
-from cvt.train.report import plot_predictions
+from cvt.report import plot_predictions
+from cvt.train import load_recipe, train
 
 HERE = Path(__file__).parent
 
@@ -30,7 +31,7 @@ def free(path: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int)
     arguments = parser.parse_args()
     run = free(arguments.output)
     quiet_libraries()
@@ -40,24 +41,19 @@ def main() -> None:
     out.print(
         f"1. Training a CvT of 1.0 M parameters on 1,437 images of digits, in {run}", style="bold"
     )
-    recipe = Recipe(
-        model=str(HERE),
-        epochs=arguments.epochs,
-        lr=2e-3,
-        image_size=16,
-        crop_pct=1.0,
-        crop_scale=0.7,
-        flip=False,
-    )
+    recipe = load_recipe(HERE.parents[1] / "recipes/digits.yaml", {"model": HERE})
+    if arguments.epochs:
+        recipe = replace(recipe, epochs=arguments.epochs)
     start = time.perf_counter()
     with TrainingBars() as progress:
-        train("digits", run, recipe, progress=progress)
+        train(recipe, run, progress)
     seconds = time.perf_counter() - start
 
     out.print("2. Evaluating the best epoch on the 360 images held out", style="bold")
     model = run / "best"
     classifier = load_classifier(model)
     processor = load_processor(model, classifier.config)
+    write_digits(run / "digits", recipe.seed)
     held_out = image_folder(run / "digits" / "test")
     with bar("evaluate", len(held_out)) as step:
         evaluation = evaluate(classifier, processor, held_out, progress=step)
@@ -65,19 +61,19 @@ def main() -> None:
     out.print("3. Predicting the same images from their files", style="bold")
     predictions = []
     with bar("predict", len(held_out)) as step:
-        for prediction in predict(classifier, processor, held_out.paths):
+        for prediction in predict(classifier, processor, held_out.sources):
             predictions.append(prediction)
             step()
     plot_predictions(predictions, held_out.labels, run / "predictions.png")
 
     out.print(
         f"\n{100 * evaluation.top1:.2f} % of the {evaluation.images} held-out images are right, in "
-        f"the best of {arguments.epochs} epochs; training took {seconds:.0f} s.",
+        f"the best of {recipe.epochs} epochs; training took {seconds:.0f} s.",
         style="bold green",
     )
     out.print(f"{run} has")
     for name, what in {
-        "best/": "the model: config.json, model.safetensors, preprocessor_config.json",
+        "best/": "the model, with labels, preprocessing and a model card",
         "results.csv": "loss and accuracy of every epoch",
         "learning_curve.png": "the same as a picture",
         "confusion_matrix.png": "which digit is taken for which",

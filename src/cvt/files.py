@@ -28,6 +28,7 @@ def staged(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
         if target.exists() and target.is_dir() != written.is_dir():
             kind = "folder" if target.is_dir() else "file"
             raise FileExistsError(f"{asked} is a {kind}; nothing was overwritten")
+        sync(written)
         if target.is_dir():
             for file in sorted(path for path in written.rglob("*") if path.is_file()):
                 moved = target / file.relative_to(written)
@@ -35,3 +36,14 @@ def staged(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
                 os.replace(file, moved)
         else:
             os.replace(written, target)
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file, or a folder with all in it, is on the disk and not only on its way."""
+    for entry in [*path.rglob("*"), path] if path.is_dir() else [path]:
+        if entry.is_file() or (entry.is_dir() and os.name == "posix"):
+            descriptor = os.open(entry, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

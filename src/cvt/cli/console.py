@@ -1,8 +1,10 @@
 """What the commands share: consoles, progress bars, quiet libraries."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +18,8 @@ from rich.progress import (
 
 # Names of files and classes are printed as they are, never as markup and never broken.
 out = Console(highlight=False, markup=False, soft_wrap=True)
+# How the figures of a step are shown.
+WORDS = {"loss": "loss {:.3f}", "lr": "lr {:.2e}", "images_per_second": "{:.0f} images/s"}
 err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -43,7 +47,7 @@ def bars() -> Progress:
 
 
 @contextmanager
-def bar(description: str, total: int) -> Iterator[Callable[[], None]]:
+def bar(description: str, total: int | None) -> Iterator[Callable[[], None]]:
     """One progress bar; call what it gives after each step."""
     with bars() as progress:
         task = progress.add_task(description, total=total)
@@ -51,26 +55,53 @@ def bar(description: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 class TrainingBars:
-    """The progress of `cvt.train.train`: a bar while it works, a line after each epoch."""
+    """The progress of `cvt.train.train`: a bar while it works, a line after each epoch.
+
+    Where the error stream is no terminal, plain lines instead of the bar, a few a minute.
+    """
+
+    EVERY = 20.0  # seconds between plain lines
 
     def __enter__(self) -> "TrainingBars":
         self.display = bars()
         self.display.start()
+        self.told = time.monotonic()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.display.stop()
 
-    def stage(self, name: str, total: int) -> Callable[[], None]:
+    def say(self, text: str) -> None:
+        """Print a line about the run."""
+        err.print(text)
+
+    def stage(self, name: str, total: int | None, done: int = 0) -> Callable[..., None]:
         """Show a bar of `total` steps in the place of the last one."""
         for task in self.display.task_ids:
             self.display.remove_task(task)
-        task = self.display.add_task(name, total=total)
-        return lambda: self.display.advance(task)
+        task = self.display.add_task(name, total=total, completed=done)
+        began, begun_at = time.monotonic(), done
 
-    def epoch(self, row: dict[str, float]) -> None:
+        def advance(**figures: float | None) -> None:
+            nonlocal done
+            done += 1
+            text = "  ".join(
+                [name, *(WORDS[k].format(v) for k, v in figures.items() if v is not None)]
+            )
+            self.display.update(task, advance=1, description=text)
+            now = time.monotonic()
+            if self.display.disable and now - self.told > self.EVERY:
+                self.told = now
+                left = (now - began) / (done - begun_at) * ((total or done) - done)
+                err.print(f"{text}  {done}/{total or '?'}  {timedelta(seconds=round(left))} left")
+
+        return advance
+
+    def epoch(self, row: dict[str, float | None]) -> None:
         """Print the results of an epoch."""
-        err.print(
-            f"epoch {row['epoch']:>3}  loss {row['train_loss']:.4f}  "
-            f"test loss {row['test_loss']:.4f}  top-1 {100 * row['test_top1']:.2f} %"
-        )
+        words = [f"epoch {row['epoch']:>3}  loss {row['train_loss']:.4f}"]
+        for prefix, name in (("test", "test"), ("ema", "averaged")):
+            if (top1 := row.get(f"{prefix}_top1")) is not None:
+                loss = row[f"{prefix}_loss"]
+                words.append(f"{name} loss {loss:.4f}  top-1 {100 * top1:.2f} %")
+        err.print("  ".join(words))

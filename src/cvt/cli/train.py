@@ -1,73 +1,103 @@
-"""`cvt train`."""
+"""`cvt train`: its options are the settings of `cvt.train.recipe`."""
 
+import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from cvt.train.recipe import FIELDS, load_recipe, refuse_fixed, value_type
+
 
 def train(
-    context: typer.Context,
-    data: Annotated[
-        str,
+    words: Annotated[
+        list[str] | None,
         typer.Argument(
-            help="Image folder: train/ and val/ with a folder per class each, or just a folder per "
-            "class; or the word digits."
+            metavar="[DATA] [KEY=VALUE]...",
+            help="Training data, and settings by their names. DATA is a folder with a folder per "
+            "class, or with train/ and val/ of such; a csv of path and label; a parquet file; "
+            "hub:OWNER/NAME; shards of a webdataset; CIFAR's folder; or the word digits.",
+            show_default=False,
         ),
-    ],
-    output: Annotated[Path, typer.Option(help="Run folder to make.")] = Path("runs/train"),
-    model: Annotated[
-        str, typer.Option(help="MODEL to start from, a variant, or a folder with a config.json.")
-    ] = "cvt-13",
-    from_scratch: Annotated[bool, typer.Option(help="Start from random weights.")] = False,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 30,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
-    lr: Annotated[
-        float | None, typer.Option(help="Highest learning rate.  [default: 0.002 x batch / 2048]")
     ] = None,
-    image_size: Annotated[int, typer.Option(min=1, help="Height and width in pixels.")] = 224,
-    crop_pct: Annotated[float, typer.Option(help="Centre crop of evaluation, below 384.")] = 0.875,
-    crop_scale: Annotated[float, typer.Option(help="Smallest area of a training crop.")] = 0.35,
-    flip: Annotated[
-        bool | None, typer.Option(help="Mirror half of the images.  [default: not for digits]")
+    config: Annotated[
+        Path | None, typer.Option(help="Recipe, a yaml file; the settings given here win over it.")
     ] = None,
-    rotate: Annotated[float, typer.Option(help="Largest rotation of an image, degrees.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of weights, order, augmentation and split.")] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Run folder to make (default runs/ and the recipe's name, or train)."),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in the output folder.")] = False,
+    **options: Any,
 ) -> None:
-    """Train or fine-tune a classifier; the best epoch is kept as a model folder, OUTPUT/best."""
-    from cvt.cli.console import TrainingBars, out, quiet_libraries
-    from cvt.train import Recipe
-    from cvt.train import train as train_classifier
+    """Train or fine-tune a classifier; the best epoch is kept as a model folder, OUTPUT/best.
 
-    quiet_libraries()
-    given = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name not in ("data", "output", "resume")
-        and str(context.get_parameter_source(parameter.name or "")).endswith("COMMANDLINE")
-    ]
-    if resume and given:
-        raise typer.BadParameter("a resumed run keeps its own settings", param_hint=given)
+    A stopped run goes on with --resume as if it had not been stopped. In several processes:
+    torchrun --nproc-per-node 8 -m cvt train ...
+    """
+    changes = {name: value for name, value in options.items() if value is not None}
+    for word in words or ():
+        name, equals, value = word.partition("=")
+        if equals and name.replace("-", "_").isidentifier():
+            changes[name.replace("-", "_")] = value
+        elif "data" in changes:
+            raise typer.BadParameter(
+                f"{changes['data']} and {word}: DATA is one", param_hint="DATA"
+            )
+        else:
+            changes["data"] = word
+    if resume and config:
+        raise typer.BadParameter("a resumed run keeps its own", param_hint="--config")
     try:
-        recipe = Recipe(
-            model=model,
-            from_scratch=from_scratch,
-            epochs=epochs,
-            batch_size=batch_size,
-            lr=lr,
-            image_size=image_size,
-            crop_pct=crop_pct,
-            crop_scale=crop_scale,
-            flip=data != "digits" if flip is None else flip,
-            rotate=rotate,
-            seed=seed,
-            workers=workers,
-        )
+        if resume:
+            refuse_fixed(changes)
+        recipe = load_recipe(config, changes)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    if not resume and not recipe.data:
+        raise typer.BadParameter("what to train on is missing", param_hint="DATA")
+
+    from cvt.cli.console import TrainingBars, out, quiet_libraries
+    from cvt.train import loop
+
+    quiet_libraries()
+    output = output or Path("runs", config.stem if config else "train")
     with TrainingBars() as progress:
-        best = train_classifier(data, output, recipe, resume, progress)
-    out.print(f"best top-1 {100 * best.top1:.2f} %; the model is {output / 'best'}")
+        if resume:
+            best = loop.resume(output, changes, progress)
+        else:
+            best = loop.train(recipe, output, progress)
+    top1 = 100 * (best.get("ema_top1") or best["test_top1"] or 0.0)
+    out.print(
+        f"best top-1 {top1:.2f} %, after epoch {best['epoch']}; the model is {output / 'best'}"
+    )
     out.print(f"next: cvt predict {output / 'best'} IMAGES...")
+
+
+def _options() -> list[inspect.Parameter]:
+    """The settings as options that are None unless given."""
+    options, group = [], ""
+    for name, spec in FIELDS.items():
+        group = spec.metadata["group"] or group
+        kind, _ = value_type(spec)
+        number = f"{spec.default:g}" if kind is float and spec.default else spec.default
+        default = "" if spec.default in (None, False) or kind is bool else f" (default {number})"
+        option = typer.Option(
+            help=spec.metadata["help"] + default,
+            metavar="|".join(spec.metadata["choices"]) or None,
+            rich_help_panel=group,
+        )
+        hint = Annotated[kind | None, option]  # type: ignore[valid-type]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        options.append(inspect.Parameter(name, keyword, default=None, annotation=hint))
+    return [option for option in options if option.name != "data"]
+
+
+# typer reads a function's options from its signature.
+_signature = inspect.signature(train)
+_own = [parameter for parameter in _signature.parameters.values() if parameter.name != "options"]
+train.__signature__ = _signature.replace(parameters=[*_own, *_options()])  # type: ignore[attr-defined]
+train.__annotations__ = {
+    parameter.name: parameter.annotation
+    for parameter in train.__signature__.parameters.values()  # type: ignore[attr-defined]
+}

@@ -1,5 +1,19 @@
-"""Training a classifier on labelled images."""
+"""Training a classifier: the paper's recipe, resumable, on one process or many."""
 
-from cvt.train.loop import Recipe, train
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Recipe", "train"]
+from cvt.train.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from cvt.train.loop import resume, train
+
+__all__ = ["Recipe", "load_recipe", "resume", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """The loop is imported when it is asked for: a recipe alone loads no torch."""
+    if name in ("resume", "train"):
+        from cvt.train import loop
+
+        return getattr(loop, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,298 +1,567 @@
-"""The training loop."""
+"""The training loop, on one process or many, from wherever it was stopped."""
 
-import csv
+import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import gather_object
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
 
-from cvt.checkpoints.reading import load_pickle
-from cvt.configuration import CvtConfig
-from cvt.datasets import LabelledImages, train_and_test, write_digits
+from cvt.datasets import LabelledImages, StreamedImages, open_training
 from cvt.evaluate import Evaluation, evaluate
-from cvt.files import staged
 from cvt.images import image_processor
-from cvt.modeling import CvtForImageClassification
-from cvt.train.data import TrainingImages, augmentation, training_batches
-from cvt.train.models import classifier_for
-from cvt.train.report import plot_confusion, plot_curves
+from cvt.modeling import Block
+from cvt.train import records
+from cvt.train.augmentation import augmentation, mixing
+from cvt.train.batches import Batch, Plan, batches, seed_all
+from cvt.train.checkpointing import newest_checkpoint, save_checkpoint
+from cvt.train.models import classifier_for, frozen, merged, rebuilt, regularised, trainable
+from cvt.train.optimization import Schedule, optimizer_for
+from cvt.train.progress import Progress, Row, Silence
+from cvt.train.recipe import Recipe, load_recipe, refuse_fixed
 
 logger = logging.getLogger(__name__)
-
-COLUMNS = ("epoch", "learning_rate", "train_loss", "test_loss", "test_top1", "test_top5")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.
-
-    Attributes:
-        model: a published name, a variant, or a folder with a config.json (and weights, or not).
-        from_scratch: random weights though the model has trained ones.
-        epochs: passes over the training images.
-        batch_size: images a step.
-        lr: highest learning rate of AdamW; by default the paper's, 0.002 at 2048 images a step.
-        weight_decay: AdamW's, on all but norms, biases and class tokens.
-        warmup_epochs: epochs over which the learning rate rises linearly.
-        label_smoothing: share of the target given to all classes alike.
-        image_size: height and width in pixels.
-        crop_pct: what the centre crop of evaluation keeps of the short side.
-        crop_scale: smallest share of the area that a training crop keeps.
-        flip: mirror half of the training images.
-        rotate: largest angle, in degrees, by which a training image is rotated.
-        seed: of the weights, the order, the augmentation and the split.
-        workers: processes that decode and augment; 0 does it in the training process.
-    """
-
-    model: str = "cvt-13"
-    from_scratch: bool = False
-    epochs: int = 30
-    batch_size: int = 64
-    lr: float | None = None
-    weight_decay: float = 0.05
-    warmup_epochs: float = 1.0
-    label_smoothing: float = 0.1
-    image_size: int = 224
-    crop_pct: float = 0.875
-    crop_scale: float = 0.35
-    flip: bool = True
-    rotate: float = 0.0
-    seed: int = 0
-    workers: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "image_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be at least 1")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise ValueError(f"lr = {self.lr}: must be above 0")
-        for name in ("crop_pct", "crop_scale"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be above 0 and at most 1")
-
-    @property
-    def peak_lr(self) -> float:
-        """The learning rate after the warm-up."""
-        return 0.002 * self.batch_size / 2048 if self.lr is None else self.lr
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, under sharding too
 
 
-class Progress(Protocol):
-    """What hears of a run; the command line shows it as bars."""
-
-    def stage(self, name: str, total: int) -> Callable[[], None]:
-        """A part of the run with `total` steps begins; call the answer after each step."""
-        ...
-
-    def epoch(self, row: dict[str, float]) -> None:
-        """An epoch ended with these results, by the names in `COLUMNS`."""
-        ...
+class Stopped(SystemExit):
+    """A signal ended the run and its state is saved; the exit code is 128 + the signal's number."""
 
 
-class Silence:
-    """The progress of which nobody hears."""
+class News(NamedTuple):
+    """What the processes tell each other of a step, as a tensor (3,) of means over them."""
 
-    def stage(self, name: str, total: int) -> Callable[[], None]:
-        """Nothing."""
-        return lambda: None
-
-    def epoch(self, row: dict[str, float]) -> None:
-        """Nothing."""
+    step: int
+    lr: float
+    tensor: Tensor  # loss; share of processes that are to stop; unreadable images
+    failures: dict[str, str]
 
 
-def train(
-    data: str | Path,
-    output: str | Path,
-    recipe: Recipe,
-    resume: bool = False,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Train a classifier and leave a run folder.
+def train(recipe: Recipe, output: str | Path, progress: Progress | None = None) -> Row:
+    """Train a classifier and leave a run folder; `cvt.train.records` lists what is in it.
 
-    `output` gets `best/` (a model folder: the epoch of the highest top-1), `results.csv`,
-    `learning_curve.png`, `confusion_matrix.png` and `checkpoint.pt`, from which a run that was
-    stopped goes on after its last whole epoch, with the same result.
+    Start it in several processes with `torchrun` or `accelerate launch` and they share the work.
 
     Args:
-        data: an image folder, see `cvt.datasets.train_and_test`, or "digits": scikit-learn's,
-            written to `output/digits`.
-        output: the run folder.
         recipe: how to train.
-        resume: go on with the run in `output`; its own recipe is used.
-        progress: hears of the progress.
+        output: the run folder.
+        progress: hears of the progress, in the first process only.
 
     Returns:
-        The best epoch's evaluation on the test images.
+        The row of `results.csv` of the best epoch, whose model is `output/best`.
 
     Raises:
-        FileExistsError: `output` exists and `resume` is not given.
-        FileNotFoundError: there is nothing to resume, or no such data.
-        ValueError: the data or the recipe cannot be used.
+        FileExistsError: `output` has something in it.
+        OSError: there is no such data, or something cannot be written.
+        ValueError: the data or the recipe cannot be used, or too many images are unreadable.
         FloatingPointError: the loss became NaN or infinite; says when and what to try.
+        Stopped: SIGTERM or SIGINT; the state is saved.
     """
-    output, progress = Path(output), progress or Silence()
-    state = load_state(output) if resume else new_state(output, recipe)
-    recipe = Recipe(**state["recipe"])
-    if data == "digits":
-        data = output / "digits"
-        if not data.exists():
-            write_digits(data, recipe.seed)
-    train_images, test_images = train_and_test(data, recipe.seed)
-    torch.manual_seed(recipe.seed)
-    model: Any
-    if state["model"] is None:
-        model = classifier_for(recipe.model, train_images.classes, recipe.from_scratch)
-        state |= {"config": model.config.to_dict(), "model": model.state_dict()}
-        state["images"] = digest(train_images, test_images)
-    else:
-        if state["images"] != digest(train_images, test_images):
-            raise ValueError(f"the images in {data} are not those of the run in {output}")
-        model = CvtForImageClassification(CvtConfig.from_dict(state["config"]))
-        model.load_state_dict(state["model"])
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    processor: Any = image_processor(
-        model.config, image_size=recipe.image_size, crop_pct=recipe.crop_pct
-    )
-    augment = augmentation(
-        recipe.image_size,
-        processor.image_mean,
-        processor.image_std,
-        recipe.flip,
-        recipe.crop_scale,
-        recipe.rotate,
-    )
-    dataset = TrainingImages(train_images, augment)
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), fused=True)
-    if state["optimizer"] is not None:
-        optimizer.load_state_dict(state["optimizer"])
-    save_checkpoint(output, state)
-
-    for epoch in range(len(state["history"]), recipe.epochs):
-        # Each epoch draws from its own seed, so a resumed run draws as if it had never stopped.
-        torch.manual_seed(1_000_003 * recipe.seed + epoch)
-        batches = training_batches(dataset, recipe.batch_size, recipe.seed + epoch, recipe.workers)
-        step = progress.stage(f"epoch {epoch + 1}/{recipe.epochs}", len(batches))
-        loss = train_epoch(model, optimizer, batches, recipe, epoch, step)
-        step = progress.stage("test", len(test_images))
-        evaluation = evaluate(model, processor, test_images, recipe.batch_size, step)
-        for failure in evaluation.failures if not state["history"] else ():
-            logger.warning(f"not counted: {failure.error}")
-        values = (epoch + 1, optimizer.param_groups[0]["lr"], loss, evaluation.loss)
-        row = dict(zip(COLUMNS, (*values, evaluation.top1, evaluation.top5), strict=True))
-        is_best = all(row["test_top1"] > earlier["test_top1"] for earlier in state["history"])
-        state["history"].append(row)
-        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        if is_best:
-            with staged(output / "best", overwrite=True) as folder:
-                model.save_pretrained(folder)
-                processor.save_pretrained(folder)
-            with staged(output / "confusion_matrix.png", overwrite=True) as file:
-                plot_confusion(evaluation, file)
-        save_results(output, state["history"])
-        save_checkpoint(output, state)
-        progress.epoch(row)
-
-    best = CvtForImageClassification.from_pretrained(output / "best").to(model.device)
-    return evaluate(best, processor, test_images, recipe.batch_size)
-
-
-def train_epoch(
-    model: CvtForImageClassification,
-    optimizer: torch.optim.Optimizer,
-    batches: Any,
-    recipe: Recipe,
-    epoch: int,
-    step: Callable[[], None],
-) -> float:
-    """One pass over the training images; returns the mean loss."""
-    model.train()
-    losses = []
-    for i, (pixels, targets) in enumerate(batches):
-        set_learning_rate(optimizer, recipe, epoch + i / len(batches))
-        logits = model(pixels.to(model.device)).logits
-        loss = F.cross_entropy(
-            logits, targets.to(model.device), label_smoothing=recipe.label_smoothing
-        )
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f"the loss is {loss.item()} in epoch {epoch + 1}, step {i + 1}, at learning rate "
-                f"{optimizer.param_groups[0]['lr']:.3g}; try a lower learning rate (--lr)"
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-        step()
-    return torch.stack(losses).mean().item()
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: float) -> None:
-    """A linear warm-up, then half a cosine down to nothing; `epoch` counts fractions too."""
-    if epoch < recipe.warmup_epochs:
-        share = (epoch + 0.01) / (recipe.warmup_epochs + 0.01)
-    else:
-        remaining = max(recipe.epochs - recipe.warmup_epochs, 1e-9)
-        share = (1 + math.cos(math.pi * (epoch - recipe.warmup_epochs) / remaining)) / 2
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.peak_lr * share
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters that decay, and those that do not: norms, biases and class tokens."""
-    decay: list[Tensor] = []
-    keep: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        (keep if parameter.ndim == 1 or name.endswith("cls_token") else decay).append(parameter)
-    return [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": keep, "weight_decay": 0.0},
-    ]
-
-
-def new_state(output: Path, recipe: Recipe) -> dict[str, Any]:
-    """The state of a run that begins."""
-    if output.exists() and any(path.name != "digits" for path in output.iterdir()):
+    output = Path(output)
+    if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} exists already; --resume goes on with the run in it")
-    return {"recipe": asdict(recipe), "history": [], "model": None, "optimizer": None}
+    return _run(recipe, output, {}, progress)
 
 
-def load_state(output: Path) -> dict[str, Any]:
-    """The state of a run that was stopped."""
-    path = output / "checkpoint.pt"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; there is no run to resume in {output}")
-    state = load_pickle(path)
-    if not isinstance(state, dict) or not {"recipe", "history", "images"} <= state.keys():
-        raise ValueError(f"{path} is not the checkpoint of a run")
-    return state
+def resume(
+    output: str | Path,
+    changes: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Row:
+    """Go on with a run, from its newest checkpoint that verifies, as if it had not been stopped.
+
+    On another number of processes, each takes so many batches a step that the steps stay the same.
+
+    Args:
+        output: the run folder.
+        changes: settings on which the result does not depend, `cvt.train.recipe.ANEW`, such as
+            where the images are now.
+        progress: as in `train`.
+
+    Returns:
+        As `train`.
+
+    Raises:
+        FileNotFoundError: there is no run in `output`.
+        ValueError: no checkpoint is whole, the images are not the run's, a change is not allowed;
+            else as `train`.
+    """
+    refuse_fixed(changes or {})
+    path, state = newest_checkpoint(Path(output) / "checkpoints")
+    if progress is not None:
+        progress.say(f"going on from {path}, {state['step']} steps done")
+    recipe = load_recipe(None, {**state["recipe"], **(changes or {})})
+    return _run(recipe, Path(output), state, progress)
 
 
-def digest(*halves: LabelledImages) -> str:
+def _run(recipe: Recipe, output: Path, state: dict[str, Any], progress: Progress | None) -> Row:
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    try:
+        shown = progress if progress and accelerator.is_main_process else Silence()
+        return Run(recipe, output, state, shown, accelerator).finish()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+class Run:
+    """A run at some step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        state: dict[str, Any],
+        progress: Progress,
+        accelerator: Accelerator,
+    ) -> None:
+        self.output, self.progress, self.accelerator = output, progress, accelerator
+        self.device, self.main = accelerator.device, accelerator.is_main_process
+        if state:
+            recipe = self.shared(recipe, state["batches_per_step"])
+        self.recipe = recipe
+        self.train_images, self.test_images = open_training(
+            recipe.data,
+            recipe.test_data,
+            seed=recipe.seed,
+            classes=Path(recipe.classes) if recipe.classes else None,
+            image_column=recipe.image_column,
+            label_column=recipe.label_column,
+        )
+        self.digest = digest(self.train_images, self.test_images)
+        if state and state["images"] != self.digest:
+            raise ValueError(f"the images in {recipe.data} are not those of the run in {output}")
+        self.plan = Plan(
+            images=self.epoch_images(),
+            batch_size=recipe.batch_size,
+            accumulate=recipe.accumulate,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            epochs=recipe.epochs + recipe.cooldown_epochs,
+            steps_at_most=recipe.steps,
+        )
+        self.sharded = recipe.fsdp and self.plan.world > 1
+        self.build(state)
+        self.announce()
+        self.step: int = state.get("step", 0)
+        self.history: list[Row] = state.get("history", [])
+        self.losses: list[float] = state.get("losses", [])  # of the epoch that is going on
+        self.corrupt: dict[str, str] = state.get("corrupt", {})
+        self.signal = 0
+        accelerator.wait_for_everyone()  # every process has seen the folder as it was
+        if self.main:
+            records.write_settings(output, recipe, self.plan, self.device)
+            self.events = records.Events(output, self.step)
+        if not state:
+            self.save()
+
+    # -------------------------------------------------------------------------- setting up
+
+    def shared(self, recipe: Recipe, batches: int) -> Recipe:
+        """The recipe for as many batches a step on however many processes there are now."""
+        world = self.accelerator.num_processes
+        if batches % world:
+            raise ValueError(f"{world} processes cannot share the run's {batches} batches a step")
+        return replace(recipe, accumulate=batches // world)
+
+    def epoch_images(self) -> int:
+        """How many images an epoch has."""
+        if isinstance(self.train_images, LabelledImages):
+            return len(self.train_images)
+        if found := self.recipe.epoch_images or self.train_images.length:
+            return found
+        raise ValueError(f"epoch_images: {self.recipe.data} does not say how many images it has")
+
+    def build(self, state: dict[str, Any]) -> None:
+        """Model, optimizer, schedule and augmentation, as they were where there is a state."""
+        recipe, accelerator = self.recipe, self.accelerator
+        seed_all(recipe.seed)
+        if state:
+            model = rebuilt(state["config"])
+        else:
+            classes = self.train_images.classes
+            model = classifier_for(recipe.model, classes, recipe.from_scratch)
+            model = regularised(model, recipe)
+        self.config = model.config
+        size, crop_pct = recipe.image_size, recipe.crop_pct
+        self.processor: Any = image_processor(model.config, image_size=size, crop_pct=crop_pct)
+        augment = augmentation(recipe, self.processor)
+        self.mix = mixing(recipe, len(model.config.class_names))
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        self.plain: Any = trainable(model, recipe).to(self.device)
+        if recipe.channels_last and not self.sharded:  # FSDP shards contiguous weights only
+            self.plain.to(memory_format=torch.channels_last)
+        self.ema = None
+        if recipe.ema_decay:
+            self.ema = ModelEmaV3(self.plain, decay=recipe.ema_decay, use_warmup=True)
+        self.averaged: Any = self.ema and self.ema.module
+        if self.sharded:
+            for block in [module for module in self.plain.modules() if isinstance(module, Block)]:
+                fully_shard(block)
+            fully_shard(self.plain)
+        peak = recipe.peak_lr(self.plan.images_per_step)
+        self.optimizer = optimizer_for(self.plain, recipe, peak)
+        self.schedule = Schedule(self.optimizer, recipe, self.plan)
+        self.wrapped = self.plain if self.sharded else accelerator.prepare_model(self.plain)
+        self.model = torch.compile(self.wrapped) if recipe.compile else self.wrapped
+        self.dtype = precision(recipe.precision, self.device)
+        fp16 = self.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        if state:
+            set_state_dict(
+                self.plain,
+                self.optimizer,
+                model_state_dict=state["model"],
+                optim_state_dict=state["optimizer"],
+                options=FULL,
+            )
+            self.scaler.load_state_dict(state["scaler"])
+            if self.ema:
+                self.ema.module.load_state_dict(state["ema"])
+        self.batches: Iterator[Batch] = batches(
+            self.train_images, augment, recipe, self.plan, state.get("step", 0)
+        )
+
+    def announce(self) -> None:
+        """Say what is about to be trained, and how the learning rate came about."""
+        plan, recipe = self.plan, self.recipe
+        trained = sum(p.numel() for p in self.plain.parameters() if p.requires_grad)
+        peak = f"{recipe.peak_lr(plan.images_per_step):.3g}"
+        if recipe.lr is None:
+            peak += f" = {recipe.lr_base:g} x {plan.images_per_step} / {recipe.lr_base_size}"
+        self.progress.say(
+            f"{plan.images:,} images of {self.config.num_labels} classes; {trained:,} parameters "
+            f"to train on {self.device.type} in {str(self.dtype).removeprefix('torch.')}"
+            + (", sharded" if self.sharded else "")
+        )
+        self.progress.say(
+            f"{plan.steps:,} steps of {plan.images_per_step} images: {plan.world} processes x "
+            f"{plan.accumulate} batches x {plan.batch_size}; highest learning rate {peak}"
+        )
+
+    # -------------------------------------------------------------------------- running
+
+    def finish(self) -> Row:
+        """Train to the end; gives the best epoch."""
+        with self.signals():
+            try:
+                if self.at_epoch_end:  # stopped between the last step of an epoch and its end
+                    self.end_epoch()
+                while self.step < self.plan.steps:
+                    self.train_epoch()
+                    self.end_epoch()
+            finally:
+                if self.main:
+                    self.events.close()
+        return best(self.history)
+
+    @property
+    def epoch(self) -> int:
+        """Of the next step, from 0."""
+        return self.step // self.plan.steps_per_epoch
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether the steps of an epoch are done whose results are not there yet."""
+        ended = -(-self.step // self.plan.steps_per_epoch)
+        whole = self.step % self.plan.steps_per_epoch == 0 or self.step == self.plan.steps
+        return whole and len(self.history) < ended
+
+    def train_epoch(self) -> None:
+        """The steps up to the end of the epoch."""
+        plan, recipe = self.plan, self.recipe
+        self.plain.train()
+        for module in frozen(self.plain, recipe):
+            module.eval()
+        epoch = self.epoch
+        end = min((epoch + 1) * plan.steps_per_epoch, plan.steps)
+        name = f"epoch {epoch + 1}/{math.ceil(plan.steps / plan.steps_per_epoch)}"
+        shown = self.progress.stage(
+            name, end - epoch * plan.steps_per_epoch, self.step - epoch * plan.steps_per_epoch
+        )
+        # On a GPU a step's news is read when the next step is under way, so that it never waits.
+        unread: deque[News] = deque()
+        behind = 1 if self.device.type == "cuda" else 0
+        first, clock = self.step, time.perf_counter()
+        while self.step < end:
+            unread.append(self.train_step())
+            done = self.step == end or (recipe.save_steps and self.step % recipe.save_steps == 0)
+            stop = False
+            while len(unread) > (0 if done or stop else behind):
+                stop |= self.read(unread.popleft())
+            rate = (self.step - first) * plan.images_per_step / (time.perf_counter() - clock)
+            loss = self.losses[-1] if self.losses else None
+            lr = self.optimizer.param_groups[-1]["lr"]
+            shown(loss=loss, lr=lr, images_per_second=rate)
+            if stop:
+                self.stop()
+            if recipe.save_steps and self.step % recipe.save_steps == 0 and self.step < end:
+                self.save()
+
+    def train_step(self) -> News:
+        """One step of the optimizer, on this process's batches of it."""
+        recipe, plan, step = self.recipe, self.plan, self.step
+        self.schedule.set(step)
+        losses: list[Tensor] = []
+        failures: dict[str, str] = {}
+        for turn in range(plan.accumulate):
+            batch = next(self.batches)
+            failures |= batch.failures
+            seed_all(recipe.seed, plan.number(step, turn))
+            pixels, targets = self.mixed(batch)
+            with self.synchronised(turn == plan.accumulate - 1):
+                with torch.autocast(
+                    self.device.type, self.dtype, enabled=self.dtype != torch.float32
+                ):
+                    logits = self.model(pixels).logits
+                smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                self.scaler.scale(loss / plan.accumulate).backward()
+            losses.append(loss.detach())
+        if recipe.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.plain.parameters(), recipe.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.ema:
+            self.ema.update(self.plain, step=self.step)
+        told = torch.stack(losses).mean(), float(self.signal > 0), float(len(failures))
+        news = torch.tensor(told[1:], device=self.device)
+        news = self.accelerator.reduce(torch.cat([told[0][None], news]), "mean")
+        return News(step, self.optimizer.param_groups[-1]["lr"], news, failures)
+
+    def mixed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Images and targets on the device, mixed; not if an unreadable image left an odd batch."""
+        memory = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
+        pixels = batch.pixels.to(self.device, non_blocking=True, memory_format=memory)
+        targets = batch.targets.to(self.device, non_blocking=True)
+        off = self.recipe.mixup_off_epoch
+        if len(targets) % 2 or (off and self.epoch >= off):
+            return pixels, targets
+        return self.mix(pixels, targets)
+
+    def synchronised(self, last: bool) -> Any:
+        """Gradients are summed over the processes in the last batch of a step only."""
+        if self.sharded:
+            self.plain.set_requires_gradient_sync(last)
+        elif not last:
+            return self.accelerator.no_sync(self.wrapped)
+        return contextlib.nullcontext()
+
+    def read(self, news: News) -> bool:
+        """Take note of a step; tells whether the run is to stop.
+
+        Raises:
+            FloatingPointError: its loss is NaN or infinite.
+            ValueError: there are too many unreadable images.
+        """
+        loss, stopping, failures = news.tensor.tolist()
+        if not math.isfinite(loss):
+            newest = sorted((self.output / "checkpoints").glob("step-*"))[-1]
+            raise FloatingPointError(
+                f"the loss is {loss} in step {news.step + 1}, epoch "
+                f"{news.step // self.plan.steps_per_epoch + 1}, at learning rate {news.lr:.3g}; "
+                f"the last good state is {newest}. Try a lower lr, a longer warmup_epochs, "
+                "clip_grad=1 or precision=fp32"
+            )
+        self.losses.append(loss)
+        if self.main:
+            self.events.add(news.step + 1, {"train/loss": loss, "train/learning_rate": news.lr})
+        if failures:
+            self.count_corrupt(news.failures)
+        return stopping > 0
+
+    def count_corrupt(self, failures: dict[str, str]) -> None:
+        """Log the images that could not be read, by name, once each."""
+        for name, error in gather_object(list(failures.items())):
+            if name not in self.corrupt:
+                self.corrupt[name] = error
+                self.progress.say(f"left out: {error}")
+        if self.main:
+            records.write_corrupt(self.output, self.corrupt)
+        if len(self.corrupt) > self.recipe.max_corrupt:
+            raise ValueError(
+                f"{len(self.corrupt)} training images cannot be read, more than max_corrupt = "
+                f"{self.recipe.max_corrupt}; {self.output / 'corrupt.txt'} lists them"
+            )
+
+    # -------------------------------------------------------------------------- between epochs
+
+    def end_epoch(self) -> None:
+        """Evaluate, write down, save."""
+        recipe, number = self.recipe, len(self.history) + 1
+        last = self.step == self.plan.steps
+        row: Row = {
+            "epoch": number,
+            "step": self.step,
+            "learning_rate": self.optimizer.param_groups[-1]["lr"],
+            "train_loss": sum(self.losses) / len(self.losses),
+        }
+        prefixes = ("test", "ema") if self.ema else ("test",)
+        names = [f"{prefix}_{what}" for prefix in prefixes for what in ("loss", "top1", "top5")]
+        row |= dict.fromkeys(names)
+        evaluation = None
+        if last or number % recipe.eval_every == 0:
+            for prefix in prefixes:
+                evaluation = self.evaluated(prefix)
+                for what in ("loss", "top1", "top5"):
+                    row[f"{prefix}_{what}"] = getattr(evaluation, what)
+        self.history.append(row)
+        self.losses = []
+        state = self.state()
+        if self.main and evaluation is not None:
+            model, adapter = self.finished(state)
+            for failure in evaluation.failures if number == 1 else ():
+                logger.warning(f"not counted: {failure.error}")
+            if best(self.history) is row:
+                write = (model, self.processor, recipe, row, adapter)
+                records.write_model(self.output / "best", *write)
+                records.write_pictures(self.output, evaluation)
+            records.write_model(self.output / "last", model, self.processor, recipe, row, adapter)
+        if self.main:
+            records.write_results(self.output, self.history)
+            self.events.add(self.step, {f"epoch/{name}": value for name, value in row.items()})
+        self.save(state)
+        self.progress.epoch(row)
+
+    def evaluated(self, which: str) -> Evaluation:
+        """The evaluation of the weights in training, or of the averaged ones; every image once."""
+        world = self.plan.world
+        if self.sharded:
+            for buffer in self.plain.buffers():  # the first process's, as DDP has it
+                torch.distributed.broadcast(buffer, 0)
+        model = self.plain if which == "test" else self.averaged
+        images = self.test_images
+        total = images.length if isinstance(images, StreamedImages) else len(images)
+        shown = self.progress.stage("test", total and -(-total // world))
+        part = evaluate(
+            model,
+            self.processor,
+            images,
+            self.recipe.batch_size,
+            self.recipe.workers,
+            shown,
+            rank=self.plan.rank,
+            world=world,
+            config=self.config,
+        )
+        return Evaluation.joined(gather_object([part]))
+
+    def finished(self, state: dict[str, Any]) -> tuple[Any, Any]:
+        """The model to hand out, averaged where there is an average, and its LoRA adapter."""
+        if self.recipe.lora_r:
+            adapted = self.averaged or self.plain
+            return merged(adapted, self.recipe), adapted
+        model = rebuilt(self.config.to_dict())
+        model.load_state_dict(state["ema"] or state["model"])
+        return model, None
+
+    # -------------------------------------------------------------------------- stopping
+
+    def state(self) -> dict[str, Any]:
+        """All that the run goes on from; whole in the first process, under sharding too."""
+        model, optimizer = get_state_dict(self.plain, self.optimizer, options=FULL)
+        return {
+            "recipe": asdict(self.recipe),
+            "config": self.config.to_dict(),
+            "images": self.digest,
+            "batches_per_step": self.plan.batches_per_step,
+            "step": self.step,
+            "history": self.history,
+            "losses": self.losses,
+            "corrupt": self.corrupt,
+            "model": model,
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "ema": self.averaged.state_dict() if self.ema else None,
+        }
+
+    def save(self, state: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint."""
+        state = self.state() if state is None else state
+        if self.main:
+            save_checkpoint(self.output / "checkpoints", self.step, state, self.recipe.keep)
+
+    def stop(self) -> None:
+        """Save and leave, as a signal has asked for."""
+        self.save()
+        self.progress.say(f"stopped and saved after {self.step} steps; --resume goes on")
+        raise Stopped(128 + (self.signal or signal.SIGTERM))
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C stop the run after the step; a second one stops it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: object) -> None:
+            self.signal = number
+            signal.signal(number, before[number])
+
+        before: dict[int, Any] = {
+            number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def precision(name: str, device: torch.device) -> torch.dtype:
+    """The type that matrix products are computed in.
+
+    Raises:
+        ValueError: the device cannot train in it.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and _has_bf16() else torch.float32
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError("precision = fp16: needs a GPU; use bf16 or fp32")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def _has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def best(history: list[Row]) -> Row:
+    """The first row of the highest top-1, of the averaged weights where there are such."""
+    name = "ema_top1" if "ema_top1" in history[0] else "test_top1"
+    return max(history, key=lambda row: -1.0 if row[name] is None else row[name] or 0.0)
+
+
+def digest(*halves: LabelledImages | StreamedImages) -> str:
     """What tells sets of images apart wherever their folder is: names of files and classes."""
-    names = [[(path.name, label) for path, label in half.samples] for half in halves]
-    return hashlib.sha256(repr(names).encode()).hexdigest()
-
-
-def save_checkpoint(output: Path, state: dict[str, Any]) -> None:
-    """Replace the one file from which the run can go on."""
-    with staged(output / "checkpoint.pt", overwrite=True) as path:
-        torch.save(state, path)
-
-
-def save_results(output: Path, history: list[dict[str, float]]) -> None:
-    """Write the epochs so far as a table and as a picture."""
-    with (
-        staged(output / "results.csv", overwrite=True) as path,
-        open(path, "w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(history)
-    with staged(output / "learning_curve.png", overwrite=True) as path:
-        plot_curves(history, path)
+    found = hashlib.sha256()
+    for half in halves:
+        found.update(repr(half.classes).encode())
+        if isinstance(half, LabelledImages):
+            found.update(repr(list(half.labels)).encode())
+            for image in half.sources if isinstance(half.sources[0], Path) else ():
+                found.update(repr(image.name).encode())
+    return found.hexdigest()

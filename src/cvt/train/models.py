@@ -1,10 +1,16 @@
-"""The classifier that a training run starts from."""
+"""The classifier that a training run starts from, and what of it is trained."""
 
+import copy
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from cvt import hub
 from cvt.checkpoints import load_classifier, load_config
+from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification
+from cvt.train.recipe import Recipe
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
@@ -34,3 +40,61 @@ def classifier_for(
     config = load_config(name)
     config.class_names = classes
     return CvtForImageClassification(config)
+
+
+def regularised(model: CvtForImageClassification, recipe: Recipe) -> CvtForImageClassification:
+    """The same weights in a model with the recipe's dropout and stochastic depth."""
+    config = copy.deepcopy(model.config)
+    stages = len(config.depth)
+    if recipe.drop_rate is not None:
+        config.drop_rate = [recipe.drop_rate] * stages
+    if recipe.drop_path is not None:
+        config.drop_path_rate = [*[0.0] * (stages - 1), recipe.drop_path]
+    if config.to_dict() == model.config.to_dict():
+        return model
+    changed = CvtForImageClassification(config)
+    changed.load_state_dict(model.state_dict())
+    return changed
+
+
+def trainable(model: CvtForImageClassification, recipe: Recipe) -> Any:
+    """The model with only those weights left to train that the recipe wants.
+
+    Raises:
+        ValueError: there are not that many stages to freeze.
+    """
+    stages = model.cvt.encoder.stages
+    if recipe.freeze_stages > len(stages):
+        raise ValueError(f"freeze_stages = {recipe.freeze_stages}: there are {len(stages)} stages")
+    if recipe.lora_r:
+        from peft import LoraConfig, get_peft_model
+
+        names = ("projection_query", "projection_key", "projection_value", "dense")
+        adapters = LoraConfig(
+            r=recipe.lora_r,
+            lora_alpha=2 * recipe.lora_r,
+            target_modules=list(names),
+            modules_to_save=["classifier"],
+        )
+        return get_peft_model(model, adapters)
+    for module in frozen(model, recipe):
+        module.requires_grad_(False)
+    return model
+
+
+def frozen(model: Any, recipe: Recipe) -> list[nn.Module]:
+    """What is to stay as it is, also in its BatchNorm statistics and without dropout."""
+    body = (model.get_base_model() if recipe.lora_r else model).cvt
+    if recipe.lora_r:
+        return [module for module in body.modules() if isinstance(module, nn.BatchNorm2d)]
+    return [body] if recipe.head_only else list(body.encoder.stages[: recipe.freeze_stages])
+
+
+def merged(model: Any, recipe: Recipe) -> CvtForImageClassification:
+    """The model as a plain classifier: adapters are added to the weights of a copy."""
+    return copy.deepcopy(model).merge_and_unload() if recipe.lora_r else model
+
+
+def rebuilt(config: dict[str, Any]) -> CvtForImageClassification:
+    """A classifier of a saved configuration, with random weights."""
+    return CvtForImageClassification(CvtConfig.from_dict(config))

@@ -1,0 +1,73 @@
+"""The optimizer, its parameter groups, and the learning rate of every step."""
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cvt.train.batches import Plan
+from cvt.train.recipe import Recipe
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters, grouped for an optimizer.
+
+    Norms, biases and class tokens do not decay. With a layer decay, the learning rate falls by that
+    factor from block to block, from the head, at 1, down to the embedding of the first stage;
+    timm's schedulers read the product as `lr_scale`.
+    """
+    places = {name: _place(name) for name, _ in model.named_parameters()}
+    order = sorted(set(places.values()), reverse=True)
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = 0.0 if parameter.ndim == 1 or name.endswith("cls_token") else weight_decay
+            scale = layer_decay ** order.index(places[name])
+            groups.setdefault((decay, scale), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), parameters in groups.items()
+    ]
+
+
+def _place(name: str) -> tuple[float, float]:
+    """Stage and block of a parameter; a stage's embedding is before its blocks, the head last."""
+    found = re.search(r"stages\.(\d+)\.(?:layers\.(\d+)\.)?", name)
+    return (float(found[1]), float(found[2] or -1)) if found else (math.inf, 0.0)
+
+
+def optimizer_for(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
+    """The recipe's optimizer of the trainable parameters."""
+    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+class Schedule:
+    """The learning rate: a linear warm-up, half a cosine from the start of the run, a cool-down."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe, plan: Plan) -> None:
+        from timm.scheduler import CosineLRScheduler
+
+        # In units of updates: a step's or, as the authors have it, an epoch's.
+        self.unit = plan.steps_per_epoch if recipe.lr_updates == "epoch" else 1
+        per_epoch = plan.steps_per_epoch / self.unit
+        length = recipe.steps / self.unit if recipe.steps else recipe.epochs * per_epoch
+        warmup = 1.0 if recipe.warmup_epochs is None else recipe.warmup_epochs
+        self.scheduler = CosineLRScheduler(
+            optimizer,
+            t_initial=max(1, round(length)),
+            lr_min=recipe.min_lr,
+            warmup_t=round(min(warmup * per_epoch, length / 2)),
+            warmup_lr_init=recipe.warmup_lr,
+            t_in_epochs=False,
+        )
+
+    def set(self, step: int) -> None:
+        """Give the optimizer the learning rate of a step, counted from 0."""
+        self.scheduler.step_update(step // self.unit)

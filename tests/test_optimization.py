@@ -1,0 +1,104 @@
+import math
+import re
+
+import pytest
+import torch
+
+from cvt import CvtForImageClassification
+from cvt.train import Recipe
+from cvt.train.batches import Plan
+from cvt.train.optimization import Schedule, optimizer_for, parameter_groups
+
+
+@pytest.fixture
+def model(model_folder):
+    return CvtForImageClassification.from_pretrained(model_folder)
+
+
+def rates(recipe, steps_per_epoch, steps):
+    """The learning rate of every step."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=recipe.lr)
+    plan = Plan(steps_per_epoch, 1, 1, 0, 1, recipe.epochs + recipe.cooldown_epochs, recipe.steps)
+    schedule = Schedule(optimizer, recipe, plan)
+    assert plan.steps == steps
+    found = []
+    for step in range(steps):
+        schedule.set(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_norms_biases_and_class_tokens_do_not_decay(model):
+    groups = parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kept = {names[id(p)] for g in groups if g["weight_decay"] == 0 for p in g["params"]}
+    assert kept == {n for n in names.values() if "norm" in n or n.endswith(("bias", "cls_token"))}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+
+
+def test_frozen_parameters_are_in_no_group(model):
+    model.cvt.requires_grad_(False)
+    assert sum(len(group["params"]) for group in parameter_groups(model, 0.1)) == 4
+
+
+def test_layer_decay_falls_from_the_head_to_the_first_embedding(model):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scales = {
+        names[id(p)]: group["lr_scale"]
+        for group in parameter_groups(model, 0.1, layer_decay=0.5)
+        for p in group["params"]
+    }
+    expected = [
+        (r"classifier|layernorm\.", 0), (r"cvt.*stages\.2\.layers\.1\.", 1),
+        (r"cvt.*stages\.2\.layers\.0\.", 2), (r"cvt.*stages\.2\.(embedding|cls_token)", 3),
+        (r"cvt.*stages\.1\.layers", 4), (r"cvt.*stages\.1\.embedding", 5),
+        (r"cvt.*stages\.0\.layers", 6), (r"cvt.*stages\.0\.embedding", 7),
+    ]  # fmt: skip
+    for name, scale in scales.items():
+        power = next(power for pattern, power in expected if re.match(pattern, name))
+        assert scale == 0.5**power, name
+    optimizer = optimizer_for(model, Recipe(layer_decay=0.5), lr=1.0)
+    Schedule(optimizer, Recipe(lr=1.0, epochs=4), Plan(1, 1, 1, 0, 1, 4)).set(1)
+    rates = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
+    assert all(rate == pytest.approx(rates[1.0] * scale) for scale, rate in rates.items())
+
+
+def test_the_learning_rate_warms_up_and_falls_along_half_a_cosine():
+    recipe = Recipe(epochs=10, lr=1.0, warmup_epochs=2, warmup_lr=0.1, min_lr=0.05)
+    found = rates(recipe, 10, 100)
+    assert found[0] == pytest.approx(0.1)
+    assert found[10] == pytest.approx(0.55)
+    for step in range(20, 100):
+        assert found[step] == pytest.approx(0.05 + 0.95 * (1 + math.cos(math.pi * step / 100)) / 2)
+    assert max(found) == found[19] == pytest.approx(0.955)  # the warm-up covers the cosine's start
+
+
+def test_the_authors_change_the_rate_once_an_epoch_and_cool_down():
+    recipe = Recipe(epochs=4, lr=1.0, warmup_epochs=1, lr_updates="epoch", cooldown_epochs=2,
+                    min_lr=0.01)  # fmt: skip
+    found = rates(recipe, 5, 30)
+    assert [len(set(found[i : i + 5])) for i in range(0, 30, 5)] == [1] * 6
+    assert found[0] == 1e-6
+    assert found[5] == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi / 4)) / 2)
+    assert found[20:] == [0.01] * 10
+
+
+def test_steps_set_the_length_of_the_schedule():
+    found = rates(Recipe(steps=8, lr=1.0, warmup_epochs=0), 3, 8)
+    assert found == pytest.approx([(1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)])
+
+
+def test_a_single_epoch_warms_up_for_half_of_it():
+    found = rates(Recipe(epochs=1, lr=1.0), 10, 10)
+    assert found.index(max(found)) == 4
+
+
+def test_the_optimizers_are_the_recipes(model):
+    sgd = optimizer_for(model, Recipe(optimizer="sgd", momentum=0.7, weight_decay=0.2), lr=0.5)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert {group["momentum"] for group in sgd.param_groups} == {0.7}
+    assert {group["weight_decay"] for group in sgd.param_groups} == {0.0, 0.2}
+    adamw = optimizer_for(model, Recipe(), lr=0.5)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.999)

@@ -1,0 +1,121 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cvt.train import Recipe, load_recipe
+from cvt.train.recipe import FIELDS
+
+RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
+EXPERIMENTS = ("cvt-13-224x224", "cvt-13-384x384", "cvt-21-224x224", "cvt-21-384x384")
+
+
+def test_settings_given_win_over_the_file_and_the_file_over_the_defaults(tmp_path):
+    (tmp_path / "mine.yaml").write_text("epochs: 7\nlr: 1e-3\nflip: 0\n")
+    recipe = load_recipe(tmp_path / "mine.yaml", {"epochs": "9", "ema_decay": 0.9})
+    assert (recipe.epochs, recipe.lr, recipe.flip, recipe.ema_decay) == (9, 1e-3, 0.0, 0.9)
+    assert recipe.batch_size == Recipe().batch_size
+    assert [type(value) for value in (recipe.epochs, recipe.lr, recipe.flip)] == [int, float, float]
+
+
+@pytest.mark.parametrize(
+    ("words", "value"), [("true", True), ("no", False), ("On", True), ("False", False)]
+)
+def test_words_are_switches(words, value):
+    assert load_recipe(changes={"compile": words}).compile is value
+
+
+@pytest.mark.parametrize("word", ["none", "null", "", None])
+def test_none_takes_a_value_away(tmp_path, word):
+    (tmp_path / "mine.yaml").write_text("auto_augment: rand-m9\nlr: 0.1\n")
+    changes = {"auto_augment": word, "lr": word}
+    recipe = load_recipe(tmp_path / "mine.yaml", changes)
+    assert recipe.auto_augment is None
+    assert recipe.lr is None
+
+
+def test_an_unknown_key_suggests_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no setting epoch; is it epochs\?"):
+        load_recipe(changes={"epoch": 3})
+    (tmp_path / "mine.yaml").write_text("batchsize: 3\n")
+    with pytest.raises(
+        ValueError, match=r"mine\.yaml: there is no setting batchsize; is it batch_"
+    ):
+        load_recipe(tmp_path / "mine.yaml")
+    with pytest.raises(ValueError, match="there is no setting qqqqqqq; cvt train -h lists them"):
+        load_recipe(changes={"qqqqqqq": 3})
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "epochs: [1\n", "just words\n", "\x00"])
+def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.yaml"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0), ("epochs", 2.5), ("epochs", True), ("epochs", "many"), ("epochs", None),
+        ("batch_size", -1), ("lr", 0), ("lr", "nan"), ("lr", [1]), ("crop_scale", 2.0),
+        ("crop_pct", 0), ("flip", -0.1), ("optimizer", "adam"), ("compile", 1), ("model", 3),
+        ("mixup_mode", "batches"), ("ema_decay", 1.0), ("seed", -1), ("clip_grad", 0),
+        ("warmup_epochs", 30),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} = "):
+        load_recipe(changes={name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"mixup": 0.8, "batch_size": 3}, "batch_size"),
+        ({"fsdp": True, "ema_decay": 0.9}, "ema_decay"),
+        ({"lora_r": 4, "head_only": True}, "lora_r"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(changes, named):
+    with pytest.raises(ValueError, match=named):
+        load_recipe(changes=changes)
+
+
+def test_the_learning_rate_follows_the_batch_unless_it_is_given():
+    assert Recipe().peak_lr(2048) == pytest.approx(0.002)
+    assert Recipe(lr_base=0.1, lr_base_size=100).peak_lr(50) == pytest.approx(0.05)
+    assert Recipe(lr=0.3).peak_lr(2048) == 0.3
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_recipe_in_the_repository_is_one_and_says_what_to_expect(file):
+    load_recipe(file)
+    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    for word in ("command", "hardware", "time", "metric"):
+        assert any(line.split()[1:2] == [word] for line in header), word
+    assert f"recipes/{file.name}" in "".join(header)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_authors_experiments_have_the_papers_settings(name):
+    recipe = load_recipe(RECIPES[0].with_name(f"{name}.yaml"))
+    small = "13" in name
+    assert recipe.peak_lr(2048) == pytest.approx(0.002)
+    assert recipe.batch_size * recipe.accumulate * 8 == 2048
+    assert recipe.weight_decay == (0.05 if small else 0.1)
+    assert recipe.image_size == int(name[-3:])
+    schedule = (recipe.epochs, recipe.warmup_epochs, recipe.warmup_lr, recipe.min_lr)
+    assert schedule == (300, 5, 1e-6, 1e-5)
+    assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing) == (0.8, 1.0, 0.1)
+    assert recipe.auto_augment == (None if name == "cvt-21-224x224" else "rand-m9-mstd0.5-inc1")
+
+
+def test_a_resolved_recipe_is_a_recipe_again(tmp_path):
+    recipe = load_recipe(RECIPES[0], {"seed": 3})
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
+    assert load_recipe(tmp_path / "args.yaml") == recipe
+
+
+def test_every_setting_is_described():
+    assert all(spec.metadata["help"].endswith(".") for spec in FIELDS.values())
