@@ -1,7 +1,8 @@
 """Small models on which ours is held to the authors', and the weights and images both are given.
 
-Read by `make_authors_golden.py`, which runs the authors' code, and by `test_authors.py`, which
-runs ours.
+`CASES` are read by `make_authors_golden.py`, which runs the authors' code, and by
+`test_authors.py`, which runs ours; `TRAININGS` by `make_authors_losses.py` and by
+`test_authors_training.py`.
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 GOLDEN_FILE = Path(__file__).with_name("authors.npz")
+LOSSES_FILE = Path(__file__).with_name("authors_losses.npz")
 VARIANTS = ("cvt-13", "cvt-21", "cvt-w24")
 NUM_CLASSES = 7
 SEED = 0  # of the drop-path draws, set just before forward
@@ -160,6 +162,46 @@ CASES = {
         ),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the model of all trainings learns, with an optimizer by its name in the yaml files."""
+
+    optimizer: str
+    learning_rate: float
+    weight_decay: float  # far above the recipes', so that what decays tells in 20 steps
+    cosine: bool = False  # by SCHEDULE, each step an epoch; otherwise the rate stays
+    soft_targets: bool = False
+
+
+# Nothing is dropped, so that a step draws no random numbers.
+LEARNER = case(image=(16, 48, 48), embed_dim=(16, 32, 64), num_heads=(1, 2, 4), drop_path_rate=0.0)
+LEARNER_CLASSES = 10
+STEPS = 20
+SCHEDULE = {"epochs": STEPS, "warmup_epochs": 5, "warmup_lr": 1e-6, "min_lr": 1e-5}
+TRAININGS = {
+    "AdamW": Training("adamW", learning_rate=3e-4, weight_decay=1.0),
+    "SGD": Training("sgd", learning_rate=0.01, weight_decay=0.1),
+    "AdamW, cosine, soft targets": Training(
+        "adamW", learning_rate=1e-3, weight_decay=1.0, cosine=True, soft_targets=True
+    ),
+}
+
+
+def training_images() -> np.ndarray:
+    """The images of all trainings: two batches of 8, which the steps take in turn."""
+    return image("trainings", LEARNER.image).reshape(2, 8, 3, *LEARNER.image[1:])
+
+
+def training_targets(training: Training) -> np.ndarray:
+    """A class for each image, or the probabilities of a mixup with label smoothing of 0.1."""
+    labels = np.arange(16) % LEARNER_CLASSES
+    one_hot = np.eye(LEARNER_CLASSES)[labels]
+    share = np.linspace(0, 1, 16)[:, None]
+    smooth = 0.9 * (share * one_hot + (1 - share) * one_hot[::-1]) + 0.1 / LEARNER_CLASSES
+    values = smooth.astype(np.float32) if training.soft_targets else labels
+    return values.reshape(2, 8, *values.shape[1:])
 
 
 def authors_spec(settings: dict[str, Any]) -> dict[str, Any]:
