@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image, ImageOps
 
 from cvt.evaluate import BINS, Evaluation
@@ -25,7 +26,7 @@ STYLE: Any = {
     "text.parse_math": False,  # a class may be called $1$
 }
 SIDE = 128  # of an image on a sheet, in pixels
-COLUMNS = 10  # of a sheet
+COLUMNS, CELL, MARGIN = 10, (144, 188), 8  # of a sheet; a cell is an image below its caption
 ROWS = 1000  # of the table of classes on the page
 
 
@@ -157,21 +158,22 @@ def plot_mistakes(evaluation: Evaluation, path: Path, most: int = 30) -> None:
 def _plot_sheet(shown: Sequence[tuple[Source, str, float, str]], title: str, path: Path) -> None:
     """Images with their predicted class, its score, and the true class where that is another."""
     rows = max(1, -(-len(shown) // COLUMNS))
-    figure = Figure(figsize=(COLUMNS * 1.2, rows * 1.6 + 0.5), dpi=120, layout="constrained")
-    figure.suptitle(title)
-    for axes in (grid := figure.subplots(rows, COLUMNS, squeeze=False)).flat:
-        axes.axis("off")
-    for axes, (source, predicted, score, true) in zip(grid.flat, shown, strict=False):
-        axes.imshow(_thumbnail(source))
-        caption = f"{_short(predicted, 14)} {100 * score:.0f} %"
-        if predicted == true:
-            axes.set_title(caption, color=RIGHT, fontsize=8)
-            continue
-        axes.set_title(f"{caption}\ntruly {_short(true, 12)}", color=WRONG, fontsize=8)
-        axes.axis("on")
-        axes.set(xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set(visible=True, color=WRONG, linewidth=2)
+    sheet = Image.new("RGB", (COLUMNS * CELL[0], rows * CELL[1]), "white")
+    figure = Figure(figsize=(sheet.width / 120, sheet.height / 120 + 0.4), dpi=120)
+    axes = figure.add_axes((0, 0, 1, sheet.height / 120 / figure.get_figheight()))
+    figure.text(0.5, 1 - 0.2 / figure.get_figheight(), title, ha="center", va="center")
+    for k, (source, predicted, score, true) in enumerate(shown):
+        x, y = k % COLUMNS * CELL[0] + MARGIN, (k // COLUMNS + 1) * CELL[1] - MARGIN - SIDE
+        sheet.paste(_thumbnail(source), (x, y))
+        caption, right = f"{_short(predicted, 14)}  {100 * score:.0f} %", predicted == true
+        if not right:
+            caption += f"\ntruly {_short(true, 12)}"
+            frame = Rectangle((x, y), SIDE, SIDE, fill=False, edgecolor=WRONG, linewidth=2)
+            axes.add_patch(frame)
+        colour = RIGHT if right else WRONG
+        axes.text(x + SIDE / 2, y - 4, caption, color=colour, fontsize=8, ha="center", va="bottom")
+    axes.imshow(sheet)
+    axes.axis("off")
     figure.savefig(path, format="png")
 
 
