@@ -41,6 +41,7 @@ from cvt.train.progress import Progress, Row, Silence
 from cvt.train.recipe import Recipe, load_recipe, refuse_fixed
 
 logger = logging.getLogger(__name__)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, under sharding too
 
 
@@ -108,16 +109,23 @@ def resume(
     """
     refuse_fixed(changes or {})
     path, state = newest_checkpoint(Path(output) / "checkpoints")
-    if progress is not None:
-        progress.say(f"going on from {path}, {state['step']} steps done")
     recipe = load_recipe(None, {**state["recipe"], **(changes or {})})
-    return _run(recipe, Path(output), state, progress)
+    opening = f"going on from {path}, {state['step']} steps done"
+    return _run(recipe, Path(output), state, progress, opening)
 
 
-def _run(recipe: Recipe, output: Path, state: dict[str, Any], progress: Progress | None) -> Row:
+def _run(
+    recipe: Recipe,
+    output: Path,
+    state: dict[str, Any],
+    progress: Progress | None,
+    opening: str = "",
+) -> Row:
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
     try:
         shown = progress if progress and accelerator.is_main_process else Silence()
+        if opening:
+            shown.say(opening)
         return Run(recipe, output, state, shown, accelerator).finish()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -137,9 +145,11 @@ class Run:
     ) -> None:
         self.output, self.progress, self.accelerator = output, progress, accelerator
         self.device, self.main = accelerator.device, accelerator.is_main_process
+        self.step: int = state.get("step", 0)
         if state:
             recipe = self.shared(recipe, state["batches_per_step"])
-        self.recipe = recipe
+        recipe = replace(recipe, precision=precision(recipe.precision, self.device))
+        self.recipe, self.dtype = recipe, DTYPES[recipe.precision]
         self.train_images, self.test_images = open_training(
             recipe.data,
             recipe.test_data,
@@ -163,7 +173,6 @@ class Run:
         self.sharded = recipe.fsdp and self.plan.world > 1
         self.build(state)
         self.announce()
-        self.step: int = state.get("step", 0)
         self.history: list[Row] = state.get("history", [])
         self.losses: list[float] = state.get("losses", [])  # of the epoch that is going on
         self.corrupt: dict[str, str] = state.get("corrupt", {})
@@ -225,8 +234,7 @@ class Run:
         self.schedule = Schedule(self.optimizer, recipe, self.plan)
         self.wrapped = self.plain if self.sharded else accelerator.prepare_model(self.plain)
         self.model = torch.compile(self.wrapped) if recipe.compile else self.wrapped
-        self.dtype = precision(recipe.precision, self.device)
-        fp16 = self.dtype == torch.float16
+        fp16 = recipe.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         if state:
             set_state_dict(
@@ -240,7 +248,7 @@ class Run:
             if self.ema:
                 self.ema.module.load_state_dict(state["ema"])
         self.batches: Iterator[Batch] = batches(
-            self.train_images, augment, recipe, self.plan, state.get("step", 0)
+            self.train_images, augment, recipe, self.plan, self.step
         )
 
     def announce(self) -> None:
@@ -252,7 +260,7 @@ class Run:
             peak += f" = {recipe.lr_base:g} x {plan.images_per_step} / {recipe.lr_base_size}"
         self.progress.say(
             f"{plan.images:,} images of {self.config.num_labels} classes; {trained:,} parameters "
-            f"to train on {self.device.type} in {str(self.dtype).removeprefix('torch.')}"
+            f"to train on {self.device.type} in {recipe.precision}"
             + (", sharded" if self.sharded else "")
         )
         self.progress.say(
@@ -331,9 +339,7 @@ class Run:
             seed_all(recipe.seed, plan.number(step, turn))
             pixels, targets = self.mixed(batch)
             with self.synchronised(turn == plan.accumulate - 1):
-                with torch.autocast(
-                    self.device.type, self.dtype, enabled=self.dtype != torch.float32
-                ):
+                with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
                     logits = self.model(pixels).logits
                 smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
@@ -348,9 +354,8 @@ class Run:
         self.step += 1
         if self.ema:
             self.ema.update(self.plain, step=self.step)
-        told = torch.stack(losses).mean(), float(self.signal > 0), float(len(failures))
-        news = torch.tensor(told[1:], device=self.device)
-        news = self.accelerator.reduce(torch.cat([told[0][None], news]), "mean")
+        told = torch.tensor([self.signal > 0, len(failures)], device=self.device)
+        news = self.accelerator.reduce(torch.cat([torch.stack(losses).mean()[None], told]), "mean")
         return News(step, self.optimizer.param_groups[-1]["lr"], news, failures)
 
     def mixed(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -532,21 +537,18 @@ class Run:
                 signal.signal(number, handler)
 
 
-def precision(name: str, device: torch.device) -> torch.dtype:
-    """The type that matrix products are computed in.
+def precision(name: str, device: torch.device) -> str:
+    """The precision that "auto" is, or the one given.
 
     Raises:
         ValueError: the device cannot train in it.
     """
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and _has_bf16() else torch.float32
     if name == "fp16" and device.type != "cuda":
         raise ValueError("precision = fp16: needs a GPU; use bf16 or fp32")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def _has_bf16() -> bool:
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    if name != "auto":
+        return name
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
 
 
 def best(history: list[Row]) -> Row:
