@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
 	$(BIN)/python examples/digits/demo.py --output runs/demo
@@ -15,6 +15,9 @@ lint: .venv/dev.stamp  ## ruff, mypy and the import layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: .venv/train.stamp  ## the training step beside transformers'; leaves benchmarks/results/*.csv
+	$(BIN)/python benchmarks/training.py
 
 clean:  ## remove what the targets above made, but never runs/
 	rm -rf .venv build dist

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cvt import hub
+from cvt import hub, kernels
 from cvt.configuration import CvtConfig, StageConfig
 from cvt.losses import classification_loss
 
@@ -60,13 +60,16 @@ class BatchNorm(nn.BatchNorm2d):
         if self.training and recomputing:
             statistics = self.running_mean.clone(), self.running_var.clone()  # to be thrown away
             return F.batch_norm(x, *statistics, self.weight, self.bias, training=True, eps=self.eps)
-        return super().forward(x)
+        y = super().forward(x)
+        return kernels.with_dense_gradient(y) if self.training else y
 
 
 class QuickGELU(nn.Module):
     """The sigmoid approximation of GELU, with which the released models were trained."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and not torch.compiler.is_compiling():
+            return kernels.QuickGELU.apply(x)
         return x * torch.sigmoid(1.702 * x)
 
 
@@ -134,7 +137,7 @@ class Projection(nn.Module):
         super().__init__()
         self.convolution_projection: nn.Module = nn.Identity()
         if method == "dw_bn":
-            convolution = nn.Conv2d(width, width, kernel, stride, padding, groups=width, bias=False)
+            convolution = kernels.DepthwiseConv(width, kernel, stride, padding)
             self.convolution_projection = nn.Sequential(
                 OrderedDict(convolution=convolution, normalization=BatchNorm(width))
             )
@@ -187,6 +190,7 @@ class SelfAttention(nn.Module):
         self, x: Tensor, grid: tuple[int, int], output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
         N, (H, W) = x.shape[1], grid
+        x = kernels.autocast(x)  # once, not in every projection
         class_token, tokens = x.split((N - H * W, H * W), dim=1)  # (B, 0 or 1, C)
         image = to_image(tokens, grid)  # (B, C, H, W)
 
@@ -206,6 +210,8 @@ class SelfAttention(nn.Module):
             )
         implementation = "eager" if output_attentions else self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
+        if implementation == "sdpa" and self.training and kernels.chunks_pay(query, key):
+            attend = kernels.chunked_attention
         dropout = self.dropout if self.training else 0.0
         context, weights = attend(
             self, query, key, value, None, scaling=self.scale, dropout=dropout
@@ -358,7 +364,8 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"pixel_values are {H} x {W} pixels; this model needs at least {least} x {least}"
             )
-        return pixel_values.to(next(self.parameters()).dtype)
+        dtype = next(self.parameters()).dtype
+        return pixel_values.to(dtype, memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------ public classes
