@@ -38,6 +38,28 @@ def staged(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
             os.replace(written, target)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of a folder, until the end or this process's.
+
+    Raises:
+        FileExistsError: another process has the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"{folder} is in use by another process") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def sync(path: Path) -> None:
     """Make sure that a file, or a folder with all in it, is on the disk and not only on its way."""
     for entry in [*path.rglob("*"), path] if path.is_dir() else [path]:

@@ -1,6 +1,7 @@
 """From images to labels and scores."""
 
 import glob
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ def _prepared(
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=workers,
+            worker_init_fn=leave_group,
             generator=torch.Generator(),
         )
     else:
@@ -135,6 +137,12 @@ def _decoded(source: Source) -> tuple[Image.Image, str | None]:
         return decode(source), None
     except ImageError as error:
         return BLANK, str(error)
+
+
+def leave_group(worker: int) -> None:
+    """In a worker: what is sent to the group, as Ctrl-C is, the main process answers alone."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 def _unchanged(prepared: Any) -> Any:

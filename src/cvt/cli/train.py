@@ -1,6 +1,7 @@
 """`cvt train`: its options are the settings of `cvt.train.recipe`."""
 
 import inspect
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +68,8 @@ def train(
             best = loop.resume(output, changes, progress)
         else:
             best = loop.train(recipe, output, progress)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
+        return
     top1 = 100 * (best.get("ema_top1") or best["test_top1"] or 0.0)
     out.print(
         f"best top-1 {top1:.2f} %, after epoch {best['epoch']}; the model is {output / 'best'}"

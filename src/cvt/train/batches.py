@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cvt.datasets import LabelledImages, StreamedImages
 from cvt.images import ImageError, Source, decode
+from cvt.predict import leave_group
 from cvt.train.recipe import Recipe
 
 
@@ -170,10 +171,6 @@ def batches(
         collate_fn=collate,
         num_workers=recipe.workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
+        worker_init_fn=leave_group,
     )
     return iter(loader)
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)

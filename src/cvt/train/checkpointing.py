@@ -37,27 +37,36 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     target = folder / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".step-*"):  # of a process that was killed
-        shutil.rmtree(leftover)
+        _remove(leftover)
     beside = folder / f".{target.name}.new"
     try:
         beside.mkdir()
-        torch.save(state, beside / STATE)
+        with open(beside / STATE, "wb") as file:
+            torch.save(state, file)
         manifest = {"step": step, "sha256": {STATE: sha256(beside / STATE)}}
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         sync(beside)
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, RuntimeError):  # torch's, for a disk that is full
-            raise OSError(f"{target} cannot be written: {error}") from error
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch hides it
+        if isinstance(cause, OSError):
+            raise OSError(f"{target} cannot be written: {cause.strerror}") from error
         raise
-    if target.exists():  # a damaged one, at which a resumed run has arrived again
-        target.rename(folder / f".{target.name}.old")
+    while target.exists():  # the same step before its epoch's end, or a damaged one
+        target = target.with_name(f"{target.name}+")
     beside.rename(target)
     sync(folder)
-    for old in [*checkpoints(folder)[keep:], *folder.glob(".step-*.old")]:
-        gone = old.rename(old.with_name(f".{old.name.strip('.')}.gone"))
-        shutil.rmtree(gone)
+    kept = 0
+    for path in checkpoints(folder):
+        if path <= target and kept < keep and (path == target or not fault_of(path)):
+            kept += 1
+        else:
+            _remove(path.rename(path.with_name(f".{path.name}.gone")))
     return target
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -89,9 +98,8 @@ def fault_of(path: Path) -> str:
     """Why a checkpoint cannot be used; empty if it can."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        for name, expected in manifest["sha256"].items():
-            if sha256(path / name) != expected:
-                return f"{name} is damaged: its SHA-256 is not the manifest's"
+        if sha256(path / STATE) != manifest["sha256"][STATE]:
+            return f"{STATE} is damaged: its SHA-256 is not the manifest's"
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):

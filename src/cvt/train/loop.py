@@ -29,12 +29,13 @@ from torch.distributed.fsdp import fully_shard
 
 from cvt.datasets import LabelledImages, StreamedImages, open_training
 from cvt.evaluate import Evaluation, evaluate
+from cvt.files import locked
 from cvt.images import image_processor
 from cvt.modeling import Block
 from cvt.train import records
 from cvt.train.augmentation import augmentation, mixing
 from cvt.train.batches import Batch, Plan, batches, seed_all
-from cvt.train.checkpointing import newest_checkpoint, save_checkpoint
+from cvt.train.checkpointing import checkpoints, newest_checkpoint, save_checkpoint
 from cvt.train.models import classifier_for, frozen, merged, rebuilt, regularised, trainable
 from cvt.train.optimization import Schedule, optimizer_for
 from cvt.train.progress import Progress, Row, Silence
@@ -79,8 +80,10 @@ def train(recipe: Recipe, output: str | Path, progress: Progress | None = None) 
         Stopped: SIGTERM or SIGINT; the state is saved.
     """
     output = Path(output)
-    if output.exists() and any(output.iterdir()):
+    if checkpoints(output / "checkpoints"):
         raise FileExistsError(f"{output} exists already; --resume goes on with the run in it")
+    if output.exists() and any(path.name[0] != "." for path in output.iterdir()):
+        raise FileExistsError(f"{output} exists already, with no run to resume; take another")
     return _run(recipe, output, {}, progress)
 
 
@@ -177,12 +180,6 @@ class Run:
         self.losses: list[float] = state.get("losses", [])  # of the epoch that is going on
         self.corrupt: dict[str, str] = state.get("corrupt", {})
         self.signal = 0
-        accelerator.wait_for_everyone()  # every process has seen the folder as it was
-        if self.main:
-            records.write_settings(output, recipe, self.plan, self.device)
-            self.events = records.Events(output, self.step)
-        if not state:
-            self.save()
 
     # -------------------------------------------------------------------------- setting up
 
@@ -219,7 +216,7 @@ class Run:
         if recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.plain: Any = trainable(model, recipe).to(self.device)
-        if recipe.channels_last and not self.sharded:  # FSDP shards contiguous weights only
+        if recipe.channels_last and not recipe.fsdp:  # it shards contiguous weights only
             self.plain.to(memory_format=torch.channels_last)
         self.ema = None
         if recipe.ema_decay:
@@ -272,16 +269,22 @@ class Run:
 
     def finish(self) -> Row:
         """Train to the end; gives the best epoch."""
-        with self.signals():
-            try:
-                if self.at_epoch_end:  # stopped between the last step of an epoch and its end
-                    self.end_epoch()
-                while self.step < self.plan.steps:
-                    self.train_epoch()
-                    self.end_epoch()
-            finally:
-                if self.main:
-                    self.events.close()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.signals())
+            if self.main:
+                self.output.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.output))
+                records.write_settings(self.output, self.recipe, self.plan, self.device)
+                self.events = records.Events(self.output, self.step)
+                stack.callback(self.events.close)
+            stack.callback(self.__dict__.pop, "batches")  # ends its workers
+            if not self.step:
+                self.save()
+            if self.at_epoch_end:  # stopped between the last step of an epoch and its end
+                self.end_epoch()
+            while self.step < self.plan.steps:
+                self.train_epoch()
+                self.end_epoch()
         return best(self.history)
 
     @property
@@ -455,20 +458,26 @@ class Run:
     def evaluated(self, which: str) -> Evaluation:
         """The evaluation of the weights in training, or of the averaged ones; every image once."""
         world = self.plan.world
-        if self.sharded:
-            for buffer in self.plain.buffers():  # the first process's, as DDP has it
-                torch.distributed.broadcast(buffer, 0)
         model = self.plain if which == "test" else self.averaged
+        if world > 1:
+            for buffer in model.buffers():  # the first process's, whose model is kept
+                torch.distributed.broadcast(buffer, 0)
         images = self.test_images
         total = images.length if isinstance(images, StreamedImages) else len(images)
         shown = self.progress.stage("test", total and -(-total // world))
+
+        def step() -> None:
+            shown()
+            if self.signal and not self.sharded:  # its processes evaluate in step
+                self.stop()
+
         part = evaluate(
             model,
             self.processor,
             images,
             self.recipe.batch_size,
             self.recipe.workers,
-            shown,
+            step,
             rank=self.plan.rank,
             world=world,
             config=self.config,
