@@ -1,45 +1,106 @@
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
+
+from cvt.cli import app
+from cvt.train.recipe import FIELDS, load_recipe
 
 ROOT = Path(__file__).parents[1]
+TRANSLATED = {"README.md": "README.zh-CN.md", "docs/training.md": "docs/training.zh-CN.md"}
+PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+CVT = typer.main.get_command(app)
+# Words with an underscore that the training page names and that are no settings.
+NO_SETTINGS = {"ema_loss", "from_pretrained", "save_to_disk"}
+
+
+def read(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def without_code(page):
+    return re.sub(r"```.*?```", "", read(page), flags=re.DOTALL)
 
 
 def parts(page):
     """Headings by level, code blocks, table shapes, links: what both languages must share."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    blocks = re.findall(r"```.*?```", text, flags=re.DOTALL)
-    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    links = set(re.findall(r"\]\(([^)]+)\)", prose)) - {"README.md", "README.zh-CN.md"}
+    prose = without_code(page)
+    links = set(re.findall(r"\]\(([^)]+)\)", prose))
+    translated = {Path(name).name for pair in TRANSLATED.items() for name in pair}
     return {
         "headings": [len(level) for level in re.findall(r"^(#+) ", prose, flags=re.MULTILINE)],
-        "code": blocks,
+        "code": re.findall(r"```.*?```", read(page), flags=re.DOTALL),
         "tables": [line.count("|") for line in prose.splitlines() if line.startswith("|")],
-        "links": sorted(links),
+        "links": sorted(link for link in links if Path(link).name not in translated),
         "names": sorted(set(re.findall(r"`([^`\s]+)`", prose))),
     }
 
 
 @pytest.mark.parametrize("part", ["headings", "code", "tables", "links", "names"])
-def test_the_readme_is_the_same_in_both_languages(part):
-    english, chinese = parts("README.md")[part], parts("README.zh-CN.md")[part]
+@pytest.mark.parametrize("page", TRANSLATED)
+def test_a_page_is_the_same_in_both_languages(page, part):
+    english, chinese = parts(page)[part], parts(TRANSLATED[page])[part]
     assert english
     assert english == chinese
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "README.zh-CN.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_links_to_files_lead_somewhere(page):
-    folder = (ROOT / page).parent
-    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
-        assert link.startswith("https://") or (folder / link).exists(), link
+    for link in re.findall(r"\]\(([^)#]+)\)", read(page)):
+        assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def commands():
+    """The `cvt` commands of pages and recipes: where each is, and its words behind `cvt`."""
+    for page in PAGES:
+        for block in re.findall(r"^```sh\n(.*?)^```", read(page), re.DOTALL | re.MULTILINE):
+            yield from ((page, line) for line in block.replace("\\\n", " ").splitlines())
+    for path in ROOT.glob("recipes/*.yaml"):
+        for line in re.findall(r"^# command +(.*)", path.read_text("utf-8"), re.MULTILINE):
+            yield f"recipes/{path.name}", line
+
+
+@pytest.mark.parametrize(("page", "line"), sorted({(p, c) for p, c in commands() if "cvt " in c}))
+def test_every_command_is_understood(page, line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line, comments=True)
+    if "cvt" not in words:  # a command of others
+        return
+    name, *words = words[words.index("cvt") + 1 :]
+    given = CVT.commands[name].make_context(name, words).params
+    if name == "train":
+        changes = dict(word.split("=", 1) for word in given["words"] if "=" in word)
+        for unknown in changes.keys() - FIELDS:
+            assert f"there is no setting {unknown}" in read(page)
+            del changes[unknown]
+        options = {k: v for k, v in given.items() if k in FIELDS and v is not None}
+        load_recipe(given["config"], changes | options)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_that_is_named_exists(page):
+    options = {
+        option
+        for command in [CVT, *CVT.commands.values()]
+        for parameter in command.params
+        for option in [*parameter.opts, *parameter.secondary_opts]
+    }
+    assert set(re.findall(r"`(--[a-z-]+)", without_code(page))) <= options
+
+
+def test_every_setting_that_the_training_page_names_exists():
+    prose = without_code("docs/training.md")
+    for name, value in re.findall(r"`([a-z_]+)=([^`]+)`", prose):
+        load_recipe(None, {name: value})
+    assert set(re.findall(r"`([a-z]+_[a-z_]+)`", prose)) <= FIELDS.keys() | NO_SETTINGS
 
 
 def test_architecture_names_every_module():
-    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    for path in (ROOT / "src/cvt").iterdir():
+    text = read("docs/architecture.md")
+    for path in [*ROOT.glob("src/cvt/*"), *ROOT.glob("src/cvt/train/[!_]*.py")]:
         name = f"{path.name}/" if path.is_dir() else path.name
         if path.suffix == ".py" or (path.is_dir() and name != "__pycache__/"):
-            assert re.search(rf"^  {re.escape(name)} ", text, flags=re.MULTILINE), name
+            indent = "  " * len(path.relative_to(ROOT / "src/cvt").parts)
+            assert re.search(rf"^{indent}{re.escape(name)} ", text, flags=re.MULTILINE), name
