@@ -165,7 +165,7 @@ def test_what_a_run_says_names_the_batch_and_the_learning_rate(recipe, tmp_path)
     train(settings, tmp_path / "run", progress=watcher)
     said = " ".join(watcher.said)
     assert "30 images of 3 classes" in said
-    assert "1 steps of 16 images: 1 processes x 2 batches x 8" in said
+    assert "1 steps of 16 images = 8 x 2 x 1 (batch_size, accumulate, processes)" in said
     assert "learning rate 0.00125 = 0.01 x 16 / 128" in said
 
 

@@ -157,13 +157,14 @@ def plot_mistakes(evaluation: Evaluation, path: Path, most: int = 30) -> None:
 @matplotlib.rc_context(STYLE)
 def _plot_sheet(shown: Sequence[tuple[Source, str, float, str]], title: str, path: Path) -> None:
     """Images with their predicted class, its score, and the true class where that is another."""
-    rows = max(1, -(-len(shown) // COLUMNS))
-    sheet = Image.new("RGB", (COLUMNS * CELL[0], rows * CELL[1]), "white")
+    columns = min(COLUMNS, max(4, len(shown)))  # wide enough for the title
+    rows = max(1, -(-len(shown) // columns))
+    sheet = Image.new("RGB", (columns * CELL[0], rows * CELL[1]), "white")
     figure = Figure(figsize=(sheet.width / 120, sheet.height / 120 + 0.4), dpi=120)
     axes = figure.add_axes((0, 0, 1, sheet.height / 120 / figure.get_figheight()))
     figure.text(0.5, 1 - 0.2 / figure.get_figheight(), title, ha="center", va="center")
     for k, (source, predicted, score, true) in enumerate(shown):
-        x, y = k % COLUMNS * CELL[0] + MARGIN, (k // COLUMNS + 1) * CELL[1] - MARGIN - SIDE
+        x, y = k % columns * CELL[0] + MARGIN, (k // columns + 1) * CELL[1] - MARGIN - SIDE
         sheet.paste(_thumbnail(source), (x, y))
         caption, right = f"{_short(predicted, 14)}  {100 * score:.0f} %", predicted == true
         if not right:

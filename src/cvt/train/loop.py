@@ -261,8 +261,9 @@ class Run:
             + (", sharded" if self.sharded else "")
         )
         self.progress.say(
-            f"{plan.steps:,} steps of {plan.images_per_step} images: {plan.world} processes x "
-            f"{plan.accumulate} batches x {plan.batch_size}; highest learning rate {peak}"
+            f"{plan.steps:,} steps of {plan.images_per_step} images = {plan.batch_size} x "
+            f"{plan.accumulate} x {plan.world} (batch_size, accumulate, processes); "
+            f"highest learning rate {peak}"
         )
 
     # -------------------------------------------------------------------------- running
