@@ -73,7 +73,8 @@ def test_a_bad_value_is_named(name, value):
     ("changes", "named"),
     [
         ({"mixup": 0.8, "batch_size": 3}, "batch_size"),
-        ({"fsdp": True, "ema_decay": 0.9}, "ema_decay"),
+        ({"fsdp": True, "ema_decay": 0.9}, "fsdp"),
+        ({"fsdp": True, "lora_r": 4}, "fsdp"),
         ({"lora_r": 4, "head_only": True}, "lora_r"),
     ],
 )

@@ -445,11 +445,11 @@ class Run:
             model, adapter = self.finished(state)
             for failure in evaluation.failures if number == 1 else ():
                 logger.warning(f"not counted: {failure.error}")
-            if best(self.history) is row:
-                write = (model, self.processor, recipe, row, adapter)
-                records.write_model(self.output / "best", *write)
+            if is_best := best(self.history) is row:
                 records.write_pictures(self.output, evaluation)
-            records.write_model(self.output / "last", model, self.processor, recipe, row, adapter)
+            for name in ("best", "last") if is_best else ("last",):
+                folder = self.output / name
+                records.write_model(folder, model, self.processor, recipe, row, adapter)
         if self.main:
             records.write_results(self.output, self.history)
             self.events.add(self.step, {f"epoch/{name}": value for name, value in row.items()})

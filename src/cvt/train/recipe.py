@@ -134,8 +134,8 @@ class Recipe:
             object.__setattr__(self, spec.name, checked(spec, getattr(self, spec.name)))
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size = {self.batch_size}: mixup and cutmix need an even one")
-        if self.fsdp and self.ema_decay:
-            raise ValueError("ema_decay: weights that fsdp shards cannot be averaged")
+        if self.fsdp and (self.ema_decay or self.lora_r):
+            raise ValueError("fsdp: sharded weights can neither be averaged nor have adapters")
         if self.lora_r and (self.head_only or self.freeze_stages):
             raise ValueError(
                 "lora_r: adapters leave the model frozen; drop head_only, freeze_stages"
