@@ -8,6 +8,7 @@ from golden.cases import (
     LEARNER_CLASSES,
     LOSSES_FILE,
     SCHEDULE,
+    STEPS,
     TRAININGS,
     describe,
     fill,
@@ -17,8 +18,10 @@ from golden.cases import (
 
 from cvt import CvtConfig, CvtForImageClassification
 from cvt.checkpoints import authors_to_transformers, transformers_to_authors
-from cvt.train.batches import Plan
+from cvt.train import loop, train
+from cvt.train.batches import Batch, Plan
 from cvt.train.optimization import Schedule, optimizer_for, parameter_groups
+from cvt.train.progress import Silence
 from cvt.train.recipe import Recipe
 
 TOLERANCE = 1e-4
@@ -76,6 +79,32 @@ def test_twenty_steps_follow_the_authors_losses(name):
     losses, logits = learn(name, model, our_optimizer(name, model))
     np.testing.assert_allclose(losses, expected["losses"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_the_whole_loop_follows_the_authors_losses(name, tmp_path, monkeypatch):
+    training, losses = TRAININGS[name], []
+    images, targets = map(torch.from_numpy, (training_images(), training_targets(training)))
+    batches = [Batch(images[step % 2], targets[step % 2], {}) for step in range(STEPS)]
+    monkeypatch.setattr(loop, "batches", lambda *_: iter(batches))
+    monkeypatch.setattr(
+        Silence, "stage", lambda *_, **__: lambda **figures: losses.append(figures.get("loss"))
+    )
+    build().save_pretrained(tmp_path / "start")
+    recipe = Recipe(
+        data="digits",  # of as many classes; its batches are not used
+        model=str(tmp_path / "start"),
+        image_size=48,
+        steps=STEPS,
+        optimizer=training.optimizer.lower(),
+        lr=training.learning_rate,
+        min_lr=training.learning_rate,
+        warmup_epochs=0,
+        weight_decay=training.weight_decay,
+        label_smoothing=0.0,
+    )
+    train(recipe, tmp_path / "run")
+    np.testing.assert_allclose(losses[:STEPS], golden(name)["losses"], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("mistake", ["gelu", "norm", "bias", "cls_token"])

@@ -101,6 +101,9 @@ def test_a_stream_goes_on_from_any_step_and_is_read_only_as_far_as_needed():
     assert len(stream.read) == plan.steps * 4
     assert list(draws(Stream(), Recipe(seed=7), plan, 2)) == whole[4:]
     assert next(draws(stream, Recipe(seed=7), plan, 0)) == whole[0]
+    repeated = list(draws(Stream(), Recipe(seed=7, repeats=2), plan, 0))
+    assert [d.image.name for d in repeated[0]] == ["7-1-0", "7-1-0"]
+    assert repeated[0][0].seed != repeated[0][1].seed
 
 
 def views(recipe, images, start=0):

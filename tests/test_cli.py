@@ -290,6 +290,8 @@ def test_info_needs_no_weights(cvt, model_folder, name):
         ("train", "--resume", "--lr", "0.1"),
         ("train", "--resume", "--config", "mine.yaml"),
         ("train", "photos", "birds"),
+        ("train", "photos", "data=birds"),
+        ("train", "photos", "lr=1", "--lr", "2"),
         ("train",),
     ],
 )

@@ -70,8 +70,19 @@ def test_the_learning_rate_warms_up_and_falls_along_half_a_cosine():
     assert found[0] == pytest.approx(0.1)
     assert found[10] == pytest.approx(0.55)
     for step in range(20, 100):
-        assert found[step] == pytest.approx(0.05 + 0.95 * (1 + math.cos(math.pi * step / 100)) / 2)
-    assert max(found) == found[19] == pytest.approx(0.955)  # the warm-up covers the cosine's start
+        share = (1 + math.cos(math.pi * (step - 20) / 80)) / 2
+        assert found[step] == pytest.approx(0.05 + 0.95 * share)
+    assert max(found) == found[20] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"warmup_epochs": 10}, "warmup_epochs = 10"), ({"min_lr": 2.0}, "min_lr = 2"),
+     ({"warmup_epochs": 5, "steps": 40}, "warmup_epochs = 5")],
+)  # fmt: skip
+def test_a_schedule_that_would_not_be_one_is_refused(changes, named):
+    with pytest.raises(ValueError, match=named):
+        rates(Recipe(epochs=10, lr=1.0, **changes), 10, changes.get("steps", 100))
 
 
 def test_the_authors_change_the_rate_once_an_epoch_and_cool_down():
@@ -91,7 +102,8 @@ def test_steps_set_the_length_of_the_schedule():
 
 def test_a_single_epoch_warms_up_for_half_of_it():
     found = rates(Recipe(epochs=1, lr=1.0), 10, 10)
-    assert found.index(max(found)) == 4
+    assert found.index(max(found)) == 5
+    assert found[5] == 1.0
 
 
 def test_the_optimizers_are_the_recipes(model):

@@ -47,7 +47,9 @@ def test_an_unknown_key_suggests_the_nearest(tmp_path):
         load_recipe(changes={"qqqqqqq": 3})
 
 
-@pytest.mark.parametrize("text", ["", "- a\n- b\n", "epochs: [1\n", "just words\n", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["epochs: 1\nepochs: 2\n", "", "- a\n- b\n", "epochs: [1\n", "just words\n", "\x00"]
+)
 def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"mine\.yaml"):
@@ -61,7 +63,6 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
         ("batch_size", -1), ("lr", 0), ("lr", "nan"), ("lr", [1]), ("crop_scale", 2.0),
         ("crop_pct", 0), ("flip", -0.1), ("optimizer", "adam"), ("compile", 1), ("model", 3),
         ("mixup_mode", "batches"), ("ema_decay", 1.0), ("seed", -1), ("clip_grad", 0),
-        ("warmup_epochs", 30),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named(name, value):
@@ -76,11 +77,16 @@ def test_a_bad_value_is_named(name, value):
         ({"fsdp": True, "ema_decay": 0.9}, "fsdp"),
         ({"fsdp": True, "lora_r": 4}, "fsdp"),
         ({"lora_r": 4, "head_only": True}, "lora_r"),
+        ({"lr_updates": "epoch", "warmup_epochs": 0.5}, "warmup_epochs"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(changes, named):
     with pytest.raises(ValueError, match=named):
         load_recipe(changes=changes)
+
+
+def test_large_numbers_in_words_stay_exact():
+    assert load_recipe(changes={"seed": "9007199254740993"}).seed == 9007199254740993
 
 
 def test_the_learning_rate_follows_the_batch_unless_it_is_given():

@@ -115,7 +115,7 @@ def test_training_learns_and_leaves_a_run_folder(photos, recipe, tmp_path):
     best = train(recipe(epochs=8), run)
     assert best["test_top1"] > 0.9
     assert {path.name for path in run.iterdir()} == {
-        "best", "last", "checkpoints", "args.yaml", "environment.json", "results.csv",
+        ".lock", "best", "last", "checkpoints", "args.yaml", "environment.json", "results.csv",
         "learning_curve.png", "confusion_matrix.png", "mistakes.png", "tensorboard",
     }  # fmt: skip
     with open(run / "results.csv") as file:
@@ -289,7 +289,7 @@ def test_a_run_resumes_only_on_its_own_images(photos, recipe, tmp_path):
 def test_a_run_is_neither_overwritten_nor_made_up(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"run exists already; --resume"):
+    with pytest.raises(FileExistsError, match=r"run exists already, with no run to resume"):
         train(recipe(), tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="no checkpoint; there is no run to resume"):
         resume(tmp_path / "none")
@@ -303,6 +303,28 @@ def test_data_that_cannot_be_used_leaves_no_run(recipe, tmp_path):
 
 
 # ------------------------------------------------------------------------------ going wrong
+
+
+def test_weights_that_are_not_finite_are_never_saved(recipe, tmp_path, monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def overflow(self, *arguments):
+        step(self, *arguments)
+        if self.param_groups[0]["lr"] == 1e-3:  # the first step of the second epoch
+            self.param_groups[0]["params"][0].data.fill_(math.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    settings = recipe(keep=1, save_steps=1, lr=1e-3, min_lr=1e-3, warmup_epochs=1, warmup_lr=0)
+    with pytest.raises(
+        FloatingPointError, match=r"weights became NaN .* step 4, epoch 2.*step-.*3"
+    ):
+        train(settings, tmp_path / "run")
+    assert final_state(tmp_path / "run")["step"] == 3
+
+
+def test_a_run_that_evaluates_to_nothing_finite_says_what_to_try(recipe, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"\.png: .* in step 1, epoch 1.*Try a lower lr"):
+        train(recipe(steps=1, lr=1e18, warmup_epochs=0), tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_says_where_and_what_to_try(recipe, tmp_path):
@@ -348,7 +370,7 @@ def test_a_batch_without_a_readable_image_stops_the_run(photos, recipe, tmp_path
         copy = tmp_path / "broken" / file.relative_to(photos)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"no image of a batch can be read: .*\.png"):
+    with pytest.raises(ValueError, match=r"no image of a batch can be read, as .*\.png"):
         train(recipe(data=str(tmp_path / "broken")), tmp_path / "run")
 
 

@@ -53,7 +53,7 @@ def main() -> None:
     model = run / "best"
     classifier = load_classifier(model)
     processor = load_processor(model, classifier.config)
-    write_digits(run / "digits", recipe.seed)
+    write_digits(run / "digits")
     held_out = image_folder(run / "digits" / "test")
     with bar("evaluate", len(held_out)) as step:
         evaluation = evaluate(classifier, processor, held_out, progress=step)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,6 +28,8 @@ def quiet_libraries() -> None:
     """Let this package's warnings through in one line each, and keep transformers' reports back."""
     from transformers.utils import logging as transformers_logging
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="Glyph")  # a class whose name matplotlib cannot draw
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

@@ -39,14 +39,12 @@ def train(
     changes = {name: value for name, value in options.items() if value is not None}
     for word in words or ():
         name, equals, value = word.partition("=")
-        if equals and name.replace("-", "_").isidentifier():
-            changes[name.replace("-", "_")] = value
-        elif "data" in changes:
-            raise typer.BadParameter(
-                f"{changes['data']} and {word}: DATA is one", param_hint="DATA"
-            )
-        else:
-            changes["data"] = word
+        name = name.replace("-", "_")
+        if not equals or not name.isidentifier():
+            name, value = "data", word
+        if name in changes:
+            raise typer.BadParameter(f"{name} is given twice: {changes[name]} and {value}")
+        changes[name] = value
     if resume and config:
         raise typer.BadParameter("a resumed run keeps its own", param_hint="--config")
     try:
@@ -70,7 +68,7 @@ def train(
             best = loop.train(recipe, output, progress)
     if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
         return
-    top1 = 100 * (best.get("ema_top1") or best["test_top1"] or 0.0)
+    top1 = 100 * float(best.get("ema_top1", best["test_top1"]) or 0.0)
     out.print(
         f"best top-1 {top1:.2f} %, after epoch {best['epoch']}; the model is {output / 'best'}"
     )

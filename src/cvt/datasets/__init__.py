@@ -4,7 +4,7 @@ What `data` may be, wherever this package asks for it:
 
 | data | what it is | the test half | classes |
 |---|---|---|---|
-| `digits` | scikit-learn's 1,797 digits | a fifth, by `seed` | 0 to 9 |
+| `digits` | scikit-learn's 1,797 digits | a fifth, always the same | 0 to 9 |
 | folder of a folder per class | an image folder | a fifth of every class, by `seed` | the folders, sorted |
 | folder with `train/` and `val/` or `test/` | two image folders | `val/`, else `test/` | the folders, sorted |
 | `FILE.csv` | lines of path and label; the path is relative to the csv file | its column `split`, else a fifth by `seed` | the labels, sorted |
@@ -83,7 +83,7 @@ def open_training(
         OSError: a file is missing or cannot be read, or the hub cannot be reached.
         ImportError: a library that this kind of data needs is not installed.
     """
-    options = _Options(seed, _names(classes), image_column, label_column)
+    options = _Options(_names(classes), image_column, label_column)
     parts = _parts(data, options)
     if test_data is not None:
         train = _half(data, parts, TRAIN_NAMES)
@@ -129,13 +129,12 @@ def open_labelled(
         OSError: a file is missing or cannot be read, or the hub cannot be reached.
         ImportError: a library that this kind of data needs is not installed.
     """
-    options = _Options(0, _names(classes), image_column, label_column)
+    options = _Options(_names(classes), image_column, label_column)
     return _half(data, _parts(data, options), TEST_NAMES)
 
 
 @dataclass(frozen=True)
 class _Options:
-    seed: int
     names: list[str] | None
     image_column: str | None
     label_column: str | None
@@ -186,13 +185,13 @@ def _parts(data: str | Path, options: _Options) -> Parts:
         raise ValueError(
             f"{data} has no columns to choose from: leave image_column and label_column out"
         )
-    return _renamed(_plain_parts(name, options.seed), options.names, path)
+    return _renamed(_plain_parts(name), options.names, path)
 
 
-def _plain_parts(name: str, seed: int) -> Parts:
+def _plain_parts(name: str) -> Parts:
     path = Path(name)
     if name == "digits":
-        return digits_parts(seed)
+        return digits_parts()
     if path.is_dir():
         is_packed = is_cifar([file.name for file in path.iterdir() if file.is_file()])
         return cifar_parts(path) if is_packed else folder_parts(path)

@@ -36,33 +36,37 @@ def csv_parts(
         part = header.index("split") if "split" in header else None
         del rows[0]
     elif len(header) != 2:
-        raise ValueError(f"{path} has {len(header)} columns and no header that names a path column")
+        raise ValueError(
+            f"{path} has {len(header)} columns, separated by commas, and no header that names a "
+            "path column"
+        )
 
     parts: dict[str, tuple[list[str], list[str]]] = {}
-    label_of: dict[str, str] = {}
+    seen: dict[str, tuple[str, str]] = {}
     for line, cells in rows:
         if len(cells) != len(header):
             raise ValueError(f"{path}, line {line}: {len(cells)} columns, expected {len(header)}")
         name, written = cells[image], cells[label].strip()
         if not name or not written:
             raise ValueError(f"{path}, line {line}: has no {'label' if name else 'path'}")
-        if label_of.setdefault(name, written) != written:
-            raise ValueError(
-                f"{path}, line {line}: {name} is {written}, and {label_of[name]} on an earlier "
-                "line; an image has one label"
-            )
         half = "" if part is None else cells[part].strip().lower()
         if part is not None and half not in TRAIN_NAMES + TEST_NAMES:
             raise ValueError(
                 f"{path}, line {line}: split is {cells[part]!r}, "
                 f"not one of {', '.join(TRAIN_NAMES + TEST_NAMES)}"
             )
+        if seen.setdefault(name, (written, half)) != (written, half):
+            raise ValueError(
+                f"{path}, line {line}: {name} is {' '.join(filter(None, (written, half)))}, and "
+                f"{' '.join(filter(None, seen[name]))} on an earlier line; an image has one label "
+                "and is in one split"
+            )
         names, labels = parts.setdefault(half, ([], []))
         names.append(name)
         labels.append(written)
     if not parts:
         raise ValueError(f"{path} lists no images")
-    missing = [name for name in label_of if not os.path.isfile(path.parent / name)]
+    missing = [name for name in seen if not os.path.isfile(path.parent / name)]
     if missing:
         raise FileNotFoundError(
             f"{path} lists {len(missing)} files that do not exist (paths are relative to its "

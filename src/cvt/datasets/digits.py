@@ -14,26 +14,26 @@ from cvt.files import staged
 from cvt.images import StoredImage
 
 
-def digits_parts(seed: int = 0) -> Parts:
-    """The digits, in memory, split 80/20 into `train` and `test`, stratified, by `seed`.
+def digits_parts() -> Parts:
+    """The digits, in memory, split 80/20 into `train` and `test`, stratified, always alike.
 
     Raises:
         ImportError: scikit-learn is not installed.
     """
-    pictures, labels, halves = _digits(seed)
+    pictures, labels, halves = _digits()
     stored = [StoredImage(f"digit#{i}", picture) for i, picture in enumerate(pictures)]
     images = LabelledImages(stored, labels)
     return {name: partial(images.select, indices) for name, indices in halves.items()}
 
 
-def write_digits(root: str | Path, seed: int = 0) -> None:
+def write_digits(root: str | Path) -> None:
     """Write the digits as PNG files: an image folder, with the halves of `digits_parts`.
 
     Raises:
         FileExistsError: `root` is there already.
         ImportError: scikit-learn is not installed.
     """
-    pictures, labels, halves = _digits(seed)
+    pictures, labels, halves = _digits()
     with staged(root) as folder:
         for name, indices in halves.items():
             for i in indices:
@@ -42,7 +42,7 @@ def write_digits(root: str | Path, seed: int = 0) -> None:
                 pictures[i].save(path)
 
 
-def _digits(seed: int) -> tuple[list[Image.Image], list[str], dict[str, list[int]]]:
+def _digits() -> tuple[list[Image.Image], list[str], dict[str, list[int]]]:
     """The pictures, their labels, and which belong to which half."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -50,7 +50,7 @@ def _digits(seed: int) -> tuple[list[Image.Image], list[str], dict[str, list[int
     digits = load_digits()
     grey = (digits.images * (255 / 16)).round().astype("uint8")  # they are counts from 0 to 16
     train, test = train_test_split(
-        range(len(grey)), test_size=0.2, stratify=digits.target, random_state=seed
+        range(len(grey)), test_size=0.2, stratify=digits.target, random_state=0
     )
     labels = [str(digit) for digit in digits.target]
     return [Image.fromarray(pixels) for pixels in grey], labels, {"train": train, "test": test}

@@ -74,7 +74,8 @@ def folder_parts(root: Path) -> Parts:
     Raises:
         ValueError: it has a `train` folder with class folders in it, and no other half.
     """
-    halves = {name: root / name for name in TRAIN_NAMES + TEST_NAMES if (root / name).is_dir()}
+    names = TRAIN_NAMES + TEST_NAMES
+    halves = {p.name.lower(): p for p in root.iterdir() if p.is_dir() and p.name.lower() in names}
     train = next((halves[name] for name in TRAIN_NAMES if name in halves), None)
     has_test = any(name in halves for name in TEST_NAMES)
     if train and has_test:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("val", "valid", "validation", "test")  # of several, the first is the test half
+# Of several, the first is the test half.
+TEST_NAMES = ("val", "valid", "validation", "test", "testing")
 
 
 class LabelledImages:

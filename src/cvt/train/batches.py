@@ -61,7 +61,7 @@ class Plan:
         rank: this process, from 0.
         world: how many processes there are.
         epochs: including those of the cool-down.
-        steps_at_most: of the run, if fewer than the epochs have.
+        only_steps: of the run, whatever its epochs.
     """
 
     images: int
@@ -70,7 +70,7 @@ class Plan:
     rank: int
     world: int
     epochs: int
-    steps_at_most: int | None = None
+    only_steps: int | None = None
 
     @property
     def batches_per_step(self) -> int:
@@ -90,7 +90,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """Of the whole run."""
-        return self.steps_at_most or self.epochs * self.steps_per_epoch
+        return self.only_steps or self.epochs * self.steps_per_epoch
 
     def number(self, step: int, turn: int) -> int:
         """The number, in the whole run, of this process's batch in the given turn of a step."""
@@ -105,7 +105,9 @@ def draws(
     mine = range(plan.rank, plan.batches_per_step, plan.world)
     if isinstance(images, StreamedImages):
         count = plan.batch_size * plan.accumulate
-        pairs = islice(images.shuffled(recipe.seed, plan.rank, plan.world), start * count, None)
+        stream = images.shuffled(recipe.seed, plan.rank, plan.world)
+        views = (pair for pair in stream for _ in range(recipe.repeats))
+        pairs = islice(views, start * count, None)
         for step in range(start, plan.steps):
             for batch in mine:
                 yield [
@@ -146,15 +148,10 @@ class Views(Dataset):
 
 def collate(views: list[tuple[Tensor | ImageError, Draw]]) -> Batch:
     """Puts a batch together; images that could not be read are left out of it, and told."""
-    pixels = [(view, draw.target) for view, draw in views if isinstance(view, Tensor)]
+    read = [(view, draw.target) for view, draw in views if isinstance(view, Tensor)]
     failures = {str(d.image): str(view) for view, d in views if isinstance(view, ImageError)}
-    if not pixels:
-        raise ValueError("no image of a batch can be read: " + next(iter(failures.values())))
-    return Batch(
-        torch.stack([view for view, _ in pixels]),
-        torch.tensor([target for _, target in pixels]),
-        failures,
-    )
+    pixels = torch.stack([view for view, _ in read]) if read else torch.empty(0)
+    return Batch(pixels, torch.tensor([target for _, target in read]), failures)
 
 
 def batches(

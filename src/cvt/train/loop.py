@@ -22,8 +22,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_state_dict,
-    set_state_dict,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
 
@@ -94,7 +96,8 @@ def resume(
 ) -> Row:
     """Go on with a run, from its newest checkpoint that verifies, as if it had not been stopped.
 
-    On another number of processes, each takes so many batches a step that the steps stay the same.
+    On another number of processes, each takes so many batches a step that the steps stay the same;
+    but a stream's images are shared in another way then.
 
     Args:
         output: the run folder.
@@ -171,8 +174,13 @@ class Run:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             epochs=recipe.epochs + recipe.cooldown_epochs,
-            steps_at_most=recipe.steps,
+            only_steps=recipe.steps,
         )
+        test = self.test_images
+        if isinstance(test, StreamedImages) and test.length is None and self.plan.world > 1:
+            raise ValueError(
+                "test_data: processes cannot share a stream of unknown length; give a folder"
+            )
         self.sharded = recipe.fsdp and self.plan.world > 1
         self.build(state)
         self.announce()
@@ -234,13 +242,9 @@ class Run:
         fp16 = recipe.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         if state:
-            set_state_dict(
-                self.plain,
-                self.optimizer,
-                model_state_dict=state["model"],
-                optim_state_dict=state["optimizer"],
-                options=FULL,
-            )
+            set_model_state_dict(self.plain, state["model"], options=FULL)
+            if found := state["optimizer"]:
+                set_optimizer_state_dict(self.plain, self.optimizer, found, options=FULL)
             self.scaler.load_state_dict(state["scaler"])
             if self.ema:
                 self.ema.module.load_state_dict(state["ema"])
@@ -340,6 +344,9 @@ class Run:
         for turn in range(plan.accumulate):
             batch = next(self.batches)
             failures |= batch.failures
+            if not len(batch.targets):
+                error = next(iter(batch.failures.values()))
+                raise ValueError(f"batch_size: no image of a batch can be read, as {error}")
             seed_all(recipe.seed, plan.number(step, turn))
             pixels, targets = self.mixed(batch)
             with self.synchronised(turn == plan.accumulate - 1):
@@ -389,19 +396,24 @@ class Run:
         """
         loss, stopping, failures = news.tensor.tolist()
         if not math.isfinite(loss):
-            newest = sorted((self.output / "checkpoints").glob("step-*"))[-1]
-            raise FloatingPointError(
-                f"the loss is {loss} in step {news.step + 1}, epoch "
-                f"{news.step // self.plan.steps_per_epoch + 1}, at learning rate {news.lr:.3g}; "
-                f"the last good state is {newest}. Try a lower lr, a longer warmup_epochs, "
-                "clip_grad=1 or precision=fp32"
-            )
+            raise self.diverged(f"the loss is {loss}", news.step)
         self.losses.append(loss)
         if self.main:
             self.events.add(news.step + 1, {"train/loss": loss, "train/learning_rate": news.lr})
         if failures:
             self.count_corrupt(news.failures)
         return stopping > 0
+
+    def diverged(self, what: str, step: int) -> FloatingPointError:
+        """The error of a run that left the finite numbers in a step, counted from 0."""
+        self.schedule.set(step)
+        saved = checkpoints(self.output / "checkpoints")
+        return FloatingPointError(
+            f"{what} in step {step + 1}, epoch {step // self.plan.steps_per_epoch + 1}, at "
+            f"learning rate {self.optimizer.param_groups[-1]['lr']:.3g}; the last good state is "
+            f"{saved[0] if saved else 'none'}. Try a lower lr, a longer warmup_epochs, "
+            "clip_grad=1 or precision=fp32"
+        )
 
     def count_corrupt(self, failures: dict[str, str]) -> None:
         """Log the images that could not be read, by name, once each."""
@@ -443,7 +455,7 @@ class Run:
         state = self.state()
         if self.main and evaluation is not None:
             model, adapter = self.finished(state)
-            for failure in evaluation.failures if number == 1 else ():
+            for failure in evaluation.failures if number <= recipe.eval_every else ():
                 logger.warning(f"not counted: {failure.error}")
             if is_best := best(self.history) is row:
                 records.write_pictures(self.output, evaluation)
@@ -472,17 +484,20 @@ class Run:
             if self.signal and not self.sharded:  # its processes evaluate in step
                 self.stop()
 
-        part = evaluate(
-            model,
-            self.processor,
-            images,
-            self.recipe.batch_size,
-            self.recipe.workers,
-            step,
-            rank=self.plan.rank,
-            world=world,
-            config=self.config,
-        )
+        try:
+            part = evaluate(
+                model,
+                self.processor,
+                images,
+                self.recipe.batch_size,
+                self.recipe.workers,
+                step,
+                rank=self.plan.rank,
+                world=world,
+                config=self.config,
+            )
+        except FloatingPointError as error:
+            raise self.diverged(str(error), self.step - 1) from None
         return Evaluation.joined(gather_object([part]))
 
     def finished(self, state: dict[str, Any]) -> tuple[Any, Any]:
@@ -498,7 +513,9 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """All that the run goes on from; whole in the first process, under sharding too."""
-        model, optimizer = get_state_dict(self.plain, self.optimizer, options=FULL)
+        optimizer = None
+        if self.optimizer.state:  # else torch would take a step, to have something to save
+            optimizer = get_optimizer_state_dict(self.plain, self.optimizer, options=FULL)
         return {
             "recipe": asdict(self.recipe),
             "config": self.config.to_dict(),
@@ -508,7 +525,7 @@ class Run:
             "history": self.history,
             "losses": self.losses,
             "corrupt": self.corrupt,
-            "model": model,
+            "model": get_model_state_dict(self.plain, options=FULL),
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "ema": self.averaged.state_dict() if self.ema else None,
@@ -518,6 +535,8 @@ class Run:
         """Write a checkpoint."""
         state = self.state() if state is None else state
         if self.main:
+            if not all(weight.isfinite().all() for weight in state["model"].values()):
+                raise self.diverged("weights became NaN or infinite", self.step - 1)
             save_checkpoint(self.output / "checkpoints", self.step, state, self.recipe.keep)
 
     def stop(self) -> None:

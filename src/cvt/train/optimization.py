@@ -49,7 +49,11 @@ def optimizer_for(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Op
 
 
 class Schedule:
-    """The learning rate: a linear warm-up, half a cosine from the start of the run, a cool-down."""
+    """The learning rate: a linear warm-up, half a cosine, a cool-down.
+
+    Raises:
+        ValueError: the warm-up is not shorter than the run, or ends below `min_lr`.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe, plan: Plan) -> None:
         from timm.scheduler import CosineLRScheduler
@@ -58,12 +62,19 @@ class Schedule:
         self.unit = plan.steps_per_epoch if recipe.lr_updates == "epoch" else 1
         per_epoch = plan.steps_per_epoch / self.unit
         length = recipe.steps / self.unit if recipe.steps else recipe.epochs * per_epoch
-        warmup = 1.0 if recipe.warmup_epochs is None else recipe.warmup_epochs
+        asked = recipe.warmup_epochs
+        warmup = round(min(per_epoch, length / 2) if asked is None else asked * per_epoch)
+        if warmup >= max(1, length):
+            raise ValueError(f"warmup_epochs = {asked}: must be shorter than the run")
+        if recipe.min_lr > optimizer.param_groups[0]["lr"]:
+            raise ValueError(f"min_lr = {recipe.min_lr}: is above the highest learning rate")
+        prefix = recipe.lr_updates == "step"  # the authors' cosine begins under the warm-up
         self.scheduler = CosineLRScheduler(
             optimizer,
-            t_initial=max(1, round(length)),
+            t_initial=max(1, round(length) - warmup * prefix),
             lr_min=recipe.min_lr,
-            warmup_t=round(min(warmup * per_epoch, length / 2)),
+            warmup_t=warmup,
+            warmup_prefix=prefix,
             warmup_lr_init=recipe.warmup_lr,
             t_in_epochs=False,
         )

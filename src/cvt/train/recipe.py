@@ -87,7 +87,7 @@ class Recipe:
     mixup_prob: float = setting(1.0, "Share of batches that are mixed.", least=0, most=1)
     mixup_switch: float = setting(0.5, "Of these, CutMix' share.", least=0, most=1)
     mixup_mode: str = setting("batch", "What mixes alike.", choices=("batch", "pair", "elem"))
-    mixup_off_epoch: int = setting(0, "Epoch from which nothing is mixed; 0: never.", least=0)
+    mixup_off_epoch: int = setting(0, "Epochs after which nothing is mixed; 0: never.", least=0)
     label_smoothing: float = setting(0.1, "Target's share of all classes alike.", least=0, most=1)
 
     epochs: int = setting(30, "Passes over the training images.", group="Optimisation", least=1)
@@ -140,8 +140,8 @@ class Recipe:
             raise ValueError(
                 "lora_r: adapters leave the model frozen; drop head_only, freeze_stages"
             )
-        if self.steps is None and (self.warmup_epochs or 0.0) >= self.epochs:
-            raise ValueError(f"warmup_epochs = {self.warmup_epochs}: must be less than epochs")
+        if self.lr_updates == "epoch" and (self.warmup_epochs or 0.0) % 1:
+            raise ValueError(f"warmup_epochs = {self.warmup_epochs}: with lr_updates=epoch, whole")
 
     @property
     def mixes(self) -> bool:
@@ -199,10 +199,20 @@ def checked(spec: dataclasses.Field, value: Any) -> Any:
         elif number > limits["most"]:
             fault = f"must be at most {limits['most']}"
         else:
-            value = kind(number)
+            value = int(value) if isinstance(value, str) and value.isdigit() else kind(number)
     if fault:
         raise ValueError(f"{spec.name} = {value}: {fault}")
     return value
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which yaml would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise yaml.YAMLError(f"{', '.join(twice)} is given twice")
+        return super().construct_mapping(node, deep)
 
 
 def load_recipe(file: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Recipe:
@@ -220,7 +230,7 @@ def load_recipe(file: str | Path | None = None, changes: Mapping[str, Any] | Non
     settings: dict[str, Any] = {}
     if file is not None:
         try:
-            read = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            read = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is not yaml: {' '.join(str(error).split())}") from None
         if not isinstance(read, dict):

@@ -125,6 +125,9 @@ def model_card(config: Any, recipe: Recipe, row: Row) -> str:
     """A model card for the hub: what the model is, how good, how it was trained, how to use it."""
     metrics = {name: value for name, value in row.items() if name.startswith(("test_", "ema_"))}
     name = Path(recipe.model).name
+    shown = dataclasses.replace(
+        recipe, model=name, data="", test_data=None, classes=None
+    )  # no paths of ours
     head = {
         "library_name": "cvt-vision",
         "pipeline_tag": "image-classification",
@@ -134,7 +137,7 @@ def model_card(config: Any, recipe: Recipe, row: Row) -> str:
     start = "random weights" if recipe.from_scratch else f"`{name}`"
     classes = ", ".join(config.class_names[:20]) + (", ..." if config.num_labels > 20 else "")
     results = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items() if v is not None)
-    settings = yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+    settings = yaml.safe_dump(dataclasses.asdict(shown), sort_keys=False, allow_unicode=True)
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---
