@@ -395,6 +395,15 @@ def test_every_way_of_training_trains(recipe, tmp_path, changes):
     assert best["test_top1"] is not None
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"precision": "fp16"}, {"compile": True}], ids=str)
+def test_a_gpu_learns_too_and_a_stopped_run_goes_on(recipe, tmp_path, changes):
+    settings = recipe(epochs=8, workers=2, **changes)
+    with pytest.raises(Stopped):
+        train(settings, tmp_path / "run", Watcher(stop_after=4))
+    assert resume(tmp_path / "run")["test_top1"] > 0.9
+
+
 def test_gradient_checkpointing_and_memory_layout_change_no_loss(recipe, tmp_path):
     losses = [
         train(recipe(epochs=2, **changes), tmp_path / str(i))["train_loss"]

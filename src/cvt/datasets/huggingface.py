@@ -112,7 +112,8 @@ def file_parts(
             for path in paths:
                 with _loading(str(path)):
                     lengths[split] = lengths.get(split, 0) + read_metadata(path).num_rows
-    name = ", ".join(sorted({str(path.parent) for paths in files.values() for path in paths}))
+    every = [path for paths in files.values() for path in paths]
+    name = ", ".join(sorted({str(path if len(every) < 3 else path.parent) for path in every}))
     patterns = {
         split or "whole": [glob.escape(str(path.absolute())) for path in paths]
         for split, paths in files.items()

@@ -84,7 +84,7 @@ def train(recipe: Recipe, output: str | Path, progress: Progress | None = None) 
     output = Path(output)
     if checkpoints(output / "checkpoints"):
         raise FileExistsError(f"{output} exists already; --resume goes on with the run in it")
-    if output.exists() and any(path.name[0] != "." for path in output.iterdir()):
+    if output.is_file() or any(path.name[0] != "." for path in output.glob("*")):
         raise FileExistsError(f"{output} exists already, with no run to resume; take another")
     return _run(recipe, output, {}, progress)
 
