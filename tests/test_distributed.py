@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_runs import Process, equal, ranks, settings
+from training_runs import Process, equal, latest, ranks, settings
 
 from cvt.checkpoints import load_classifier, load_processor
 from cvt.datasets import open_training
@@ -192,7 +192,7 @@ def test_torchrun_ends_a_run_of_which_a_process_is_killed(folder, words):
     output, log = folder / "torchrun", folder / "torchrun.log"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        "-m", "cvt", "train", *words, "epochs=1000", "save_steps=2", "--output", str(output),
+        "-m", "cvt", "train", *latest([*words, "epochs=1000", "save_steps=2"]), "--output", output,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "w") as file:

@@ -50,6 +50,11 @@ def settings(folder, **changes):
     return [f"{name}={value}" for name, value in (chosen | changes).items()]
 
 
+def latest(words):
+    """The words, of several with the same key the last."""
+    return list({word.partition("=")[0]: word for word in words}.values())
+
+
 class Process:
     """`cvt train` in a process, the head of its own group, that tells of every step.
 
@@ -108,7 +113,7 @@ def _train(words, log, before, environment):
     records.plot_curves = lambda _, path: path.touch()
     if before is not None:
         before()
-    sys.argv = ["cvt", "train", *words]
+    sys.argv = ["cvt", "train", *latest(words)]
     main()
 
 

@@ -331,7 +331,7 @@ class Run:
             lr = self.optimizer.param_groups[-1]["lr"]
             shown(loss=loss, lr=lr, images_per_second=rate)
             if stop:
-                self.stop()
+                self.stop(together=True)
             if recipe.save_steps and self.step % recipe.save_steps == 0 and self.step < end:
                 self.save()
 
@@ -481,7 +481,8 @@ class Run:
 
         def step() -> None:
             shown()
-            if self.signal and not self.sharded:  # its processes evaluate in step
+            # Sharded processes evaluate in step; of others, the one that saves need not wait.
+            if self.signal and self.main and not self.sharded:
                 self.stop()
 
         try:
@@ -513,6 +514,7 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """All that the run goes on from; whole in the first process, under sharding too."""
+        model = get_model_state_dict(self.plain, options=FULL)  # first: it shards what is whole
         optimizer = None
         if self.optimizer.state:  # else torch would take a step, to have something to save
             optimizer = get_optimizer_state_dict(self.plain, self.optimizer, options=FULL)
@@ -525,7 +527,7 @@ class Run:
             "history": self.history,
             "losses": self.losses,
             "corrupt": self.corrupt,
-            "model": get_model_state_dict(self.plain, options=FULL),
+            "model": model,
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "ema": self.averaged.state_dict() if self.ema else None,
@@ -539,22 +541,28 @@ class Run:
                 raise self.diverged("weights became NaN or infinite", self.step - 1)
             save_checkpoint(self.output / "checkpoints", self.step, state, self.recipe.keep)
 
-    def stop(self) -> None:
-        """Save and leave, as a signal has asked for."""
+    def stop(self, together: bool = False) -> None:
+        """Save and leave, as a signal has asked for; all processes together if all stop here."""
         self.save()
+        if together:  # torchrun kills the one that saves as soon as another has left
+            self.accelerator.wait_for_everyone()
         self.progress.say(f"stopped and saved after {self.step} steps; --resume goes on")
         raise Stopped(128 + (self.signal or signal.SIGTERM))
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C stop the run after the step; a second one stops it at once."""
+        """SIGTERM and Ctrl-C stop the run after the step; a second Ctrl-C stops it at once.
+
+        But not one of several processes: their launcher repeats the signals that it gets itself.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def note(number: int, frame: object) -> None:
             self.signal = number
-            signal.signal(number, before[number])
+            if number == signal.SIGINT and self.plan.world == 1:
+                signal.signal(number, before[number])
 
         before: dict[int, Any] = {
             number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)
