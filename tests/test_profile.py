@@ -156,8 +156,10 @@ def test_half_precision_halves_the_memory():
     single, half = profile_tiny(64, 2), profile(tiny(), 64, 2, torch.bfloat16)
     assert half.dtype == torch.bfloat16
     assert half.macs == single.macs
-    for name in ("weight_bytes", "inference_bytes", "training_bytes"):
+    for name in ("weight_bytes", "inference_bytes"):
         assert getattr(half, name) == pytest.approx(getattr(single, name) / 2, rel=0.01)
+    # On a CPU, attention in bfloat16 keeps its weights for the backward pass.
+    assert 0.5 < half.training_bytes / single.training_bytes < 0.6
 
 
 def test_nothing_of_the_model_is_allocated():
