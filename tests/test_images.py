@@ -774,7 +774,8 @@ def test_a_damaged_file_object_is_named_by_its_path(tmp_path):
 
 @pytest.mark.parametrize("source", [None, 0, 1.5, photo(), torch.zeros(3, 4, 4), ["a.png"]])
 def test_what_is_no_image_at_all_is_a_type_error(source):
-    with pytest.raises(TypeError, match="a path, bytes, a binary file object, a PIL image or a StoredImage"):
+    kinds = "a path, bytes, a binary file object, a PIL image or a StoredImage"
+    with pytest.raises(TypeError, match=kinds):
         decode(source)
 
 
