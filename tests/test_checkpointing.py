@@ -183,7 +183,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert Process([*words, "--output", str(whole)], tmp_path / "log").exit_code() == 0
     steps, _ = kill_until_done(words, killed, kills=5, seed=0, at_most=0.5)
-    assert steps >= 3
+    assert steps >= 2
     equal(*(newest_checkpoint(run / "checkpoints")[1] for run in (whole, killed)))
     for name in ("results.csv", "best/model.safetensors", "best/README.md", "last/config.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()

@@ -1,6 +1,11 @@
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
-from cvt.files import staged
+from cvt.files import locked, staged
 
 
 @pytest.fixture
@@ -63,3 +68,22 @@ def test_a_file_is_not_replaced_by_a_folder_nor_the_reverse(place):
 def test_a_file_is_no_folder_to_be_in(place):
     with pytest.raises(NotADirectoryError, match=r"thesis\.txt/x cannot be written"):
         write_file("thesis.txt/x")
+
+
+def test_a_locked_folder_is_refused_to_other_processes_until_its_own_ends(tmp_path):
+    code = (
+        "import os, sys, time; from pathlib import Path; from cvt.files import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    if not os.fork(): time.sleep(30)\n"  # as a worker, which outlives a kill
+        "    print('locked', flush=True); time.sleep(30)"
+    )
+    command = [sys.executable, "-c", code, tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as holder:
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(FileExistsError, match="in use by another process"), locked(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+        with locked(tmp_path):
+            pass
+        os.killpg(holder.pid, signal.SIGKILL)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from training_runs import equal
 
 from cvt import CvtConfig, CvtForImageClassification
 from cvt.checkpoints import load_classifier, load_processor, transformers_to_authors
@@ -89,22 +90,6 @@ class Watcher(Silence):
 
 def final_state(run):
     return newest_checkpoint(run / "checkpoints")[1]
-
-
-def assert_same(one, other, path=""):
-    """Bit for bit; a tuple that was saved is a list."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_same(one[key], other[key], f"{path}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for i, values in enumerate(zip(one, other, strict=True)):
-            assert_same(*values, f"{path}/{i}")
-    else:
-        assert one == other, path
 
 
 # ------------------------------------------------------------------------------ the run folder
@@ -188,7 +173,7 @@ def test_averaged_weights_are_evaluated_beside_the_others_and_handed_out(photos,
     assert best["ema_loss"] != best["test_loss"]
     state = final_state(tmp_path / "run")
     last = load_classifier(tmp_path / "run/last").state_dict()
-    assert_same(last, state["ema"])
+    equal(last, state["ema"])
     assert not torch.equal(last["classifier.weight"], state["model"]["classifier.weight"])
 
 
@@ -207,7 +192,7 @@ def test_a_run_stopped_anywhere_resumes_to_the_bit(recipe, tmp_path, workers):
             begin(progress=Watcher(stop_after=at))
         assert stop.value.code == 143
     resume(stopped)
-    assert_same(final_state(tmp_path / "whole"), final_state(stopped))
+    equal(final_state(tmp_path / "whole"), final_state(stopped))
     for name in ("results.csv", "best/model.safetensors", "last/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (stopped / name).read_bytes()
 
@@ -230,7 +215,7 @@ def test_a_run_stopped_while_accumulating_finishes_the_step(recipe, tmp_path, mo
     assert len(calls) == 4
     assert final_state(tmp_path / "stopped")["step"] == 2
     resume(tmp_path / "stopped")
-    assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "stopped"))
+    equal(final_state(tmp_path / "whole"), final_state(tmp_path / "stopped"))
 
 
 def test_a_run_stopped_between_an_epochs_last_step_and_its_end_resumes(recipe, tmp_path):
@@ -238,7 +223,7 @@ def test_a_run_stopped_between_an_epochs_last_step_and_its_end_resumes(recipe, t
     with pytest.raises(Stopped):  # the signal comes during the evaluation of the first epoch
         train(recipe(), tmp_path / "stopped", progress=Watcher(stop_after=2, during="test"))
     resume(tmp_path / "stopped")
-    assert_same(final_state(tmp_path / "whole"), final_state(tmp_path / "stopped"))
+    equal(final_state(tmp_path / "whole"), final_state(tmp_path / "stopped"))
 
 
 def test_ctrl_c_saves_too_and_exits_130(recipe, tmp_path):
@@ -257,8 +242,8 @@ def test_workers_change_nothing(recipe, tmp_path):
     states = [final_state(tmp_path / name) for name in ("0", "1", "3")]
     for state in states:
         state.pop("recipe")
-    assert_same(states[0], states[1])
-    assert_same(states[0], states[2])
+    equal(states[0], states[1])
+    equal(states[0], states[2])
 
 
 def test_seeds_differ(recipe, tmp_path):
@@ -270,7 +255,7 @@ def test_a_finished_run_resumes_to_itself(recipe, tmp_path):
     first = train(recipe(epochs=1), tmp_path / "run")
     before = final_state(tmp_path / "run")
     assert resume(tmp_path / "run") == first
-    assert_same(before, final_state(tmp_path / "run"))
+    equal(before, final_state(tmp_path / "run"))
 
 
 def test_a_run_resumes_only_on_its_own_images(photos, recipe, tmp_path):
@@ -495,7 +480,7 @@ def test_dropout_and_drop_path_are_the_recipes(model_folder):
     model = regularised(trained, Recipe(drop_rate=0.2, drop_path=0.4))
     assert model.config.drop_path_rate == [0.0, 0.0, 0.4]
     assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.2}
-    assert_same(trained.state_dict(), model.state_dict())
+    equal(trained.state_dict(), model.state_dict())
     assert regularised(trained, Recipe()) is trained
 
 

@@ -207,8 +207,10 @@ def kill_until_done(words, output, kills, seed, at_most=3.0):
         process = Process(arguments, f"{output}.{turn}.log")
         process.wait_for(" images/s  ")  # so that each gets at least a step further
         time.sleep(moments.uniform(0, at_most))
-        process.send(signal.SIGKILL)
-        process.exit_code()
+        with contextlib.suppress(ProcessLookupError):
+            process.send(signal.SIGKILL)
+        if process.exit_code() == 0:  # it was done before
+            break
         newest = max(path.name for path in (output / "checkpoints").glob("step-*"))
         steps.add(newest)
         torn += any(output.rglob(".*"))

@@ -52,8 +52,9 @@ def locked(folder: Path) -> Iterator[None]:
         return
     with open(folder / ".lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Unlike flock's, this lock is not shared by the workers that the process forks.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise FileExistsError(f"{folder} is in use by another process") from None
         except OSError:  # a file system without locks
             pass
