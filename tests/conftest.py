@@ -38,3 +38,19 @@ def model_folder(tmp_path_factory):
     CvtForImageClassification(config).save_pretrained(folder)
     image_processor(config, image_size=32).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(model_folder):
+    """The small classifier, loaded."""
+    from cvt.checkpoints import load_classifier
+
+    return load_classifier(model_folder).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(model_folder, classifier):
+    """Its image processor."""
+    from cvt.checkpoints import load_processor
+
+    return load_processor(model_folder, classifier.config)

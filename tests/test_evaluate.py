@@ -10,7 +10,6 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cvt import CvtConfig, CvtForImageClassification, image_processor
-from cvt.checkpoints import load_classifier, load_processor
 from cvt.cli import app
 from cvt.datasets import LabelledImages, StreamedImages, image_folder
 from cvt.evaluate import (
@@ -26,16 +25,6 @@ from cvt.evaluate import (
 )
 from cvt.labels import imagenet_classes
 from cvt.predict import classify, predict
-
-
-@pytest.fixture(scope="module")
-def classifier(model_folder):
-    return load_classifier(model_folder).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(model_folder, classifier):
-    return load_processor(model_folder, classifier.config)
 
 
 @pytest.fixture

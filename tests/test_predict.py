@@ -6,19 +6,8 @@ from PIL import Image
 from transformers import pipeline
 
 from cvt import CvtConfig
-from cvt.checkpoints import load_classifier, load_processor
 from cvt.images import StoredImage
 from cvt.predict import Prediction, classify, find_images, predict, ranked, scores
-
-
-@pytest.fixture(scope="module")
-def classifier(model_folder):
-    return load_classifier(model_folder).eval()
-
-
-@pytest.fixture(scope="module")
-def processor(model_folder, classifier):
-    return load_processor(model_folder, classifier.config)
 
 
 @pytest.fixture

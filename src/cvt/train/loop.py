@@ -505,7 +505,7 @@ class Run:
         """The model to hand out, averaged where there is an average, and its LoRA adapter."""
         if self.recipe.lora_r:
             adapted = self.averaged or self.plain
-            return merged(adapted, self.recipe), adapted
+            return merged(adapted), adapted
         model = rebuilt(self.config.to_dict())
         model.load_state_dict(state["ema"] or state["model"])
         return model, None

@@ -90,9 +90,9 @@ def frozen(model: Any, recipe: Recipe) -> list[nn.Module]:
     return [body] if recipe.head_only else list(body.encoder.stages[: recipe.freeze_stages])
 
 
-def merged(model: Any, recipe: Recipe) -> CvtForImageClassification:
-    """The model as a plain classifier: adapters are added to the weights of a copy."""
-    return copy.deepcopy(model).merge_and_unload() if recipe.lora_r else model
+def merged(model: Any) -> CvtForImageClassification:
+    """A model with adapters as a plain classifier: they are added to the weights of a copy."""
+    return copy.deepcopy(model).merge_and_unload()
 
 
 def rebuilt(config: dict[str, Any]) -> CvtForImageClassification:
