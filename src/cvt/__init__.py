@@ -14,6 +14,7 @@ _HOME = {
     "CvtForImageClassification": "modeling",
     "CvtBackbone": "modeling",
     "register_auto_classes": "auto",
+    "fuse": "fused",
     "image_processor": "images",
 }
 _MODULES = ("checkpoints",)

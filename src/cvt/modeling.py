@@ -307,8 +307,36 @@ class CvtModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
+def checked_pixels(pixel_values: Tensor | None, channels: int, least: int) -> Tensor:
+    """`pixel_values`, or a ValueError that says what was expected.
+
+    Args:
+        pixel_values: floats, (B, C, H, W).
+        channels: C.
+        least: pixels that height and width must have.
+    """
+    if pixel_values is None:
+        raise ValueError("pixel_values is missing")
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values are {pixel_values.dtype}; expected floats, normalised as "
+            "cvt.image_processor does"
+        )
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or pixel_values.shape[0] == 0:
+        raise ValueError(
+            f"pixel_values have shape {tuple(pixel_values.shape)}; "
+            f"expected (batch, {channels}, height, width)"
+        )
+    H, W = pixel_values.shape[2:]
+    if least > H or least > W:
+        raise ValueError(
+            f"pixel_values are {H} x {W} pixels; this model needs at least {least} x {least}"
+        )
+    return pixel_values
+
+
 class Encoder(nn.Module):
-    """The stages, one after the other, and the checks of their input."""
+    """The stages, one after the other."""
 
     def __init__(self, config: CvtConfig) -> None:
         super().__init__()
@@ -326,7 +354,10 @@ class Encoder(nn.Module):
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        image, class_token = self.check(pixel_values), None
+        image = checked_pixels(pixel_values, self.config.num_channels, self.minimum_image_size)
+        dtype = next(self.parameters()).dtype
+        image = image.to(dtype, memory_format=torch.channels_last)
+        class_token = None
         hidden_states: tuple[Tensor, ...] = ()
         attentions: tuple[Tensor, ...] = ()
         for stage in self.stages:
@@ -339,33 +370,6 @@ class Encoder(nn.Module):
             hidden_states=hidden_states if output_hidden_states else None,
             attentions=attentions if output_attentions else None,
         )
-
-    def check(self, pixel_values: Tensor | None) -> Tensor:
-        """`pixel_values` in the weights' type, or a ValueError that says what was expected."""
-        channels, least = self.config.num_channels, self.minimum_image_size
-        if pixel_values is None:
-            raise ValueError("pixel_values is missing")
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values are {pixel_values.dtype}; expected floats, normalised as "
-                "cvt.image_processor does"
-            )
-        if (
-            pixel_values.ndim != 4
-            or pixel_values.shape[1] != channels
-            or pixel_values.shape[0] == 0
-        ):
-            raise ValueError(
-                f"pixel_values have shape {tuple(pixel_values.shape)}; "
-                f"expected (batch, {channels}, height, width)"
-            )
-        H, W = pixel_values.shape[2:]
-        if least > H or least > W:
-            raise ValueError(
-                f"pixel_values are {H} x {W} pixels; this model needs at least {least} x {least}"
-            )
-        dtype = next(self.parameters()).dtype
-        return pixel_values.to(dtype, memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------ public classes

@@ -1,0 +1,375 @@
+"""The inference form of a CvT, `cvt.fuse(model)`: the same outputs from less work.
+
+BatchNorm is folded into the depthwise convolutions, the scale of the attention into the query's
+Linear, the constants of QuickGELU into the Linears around it. On a CPU, weights are packed for
+oneDNN when they are first used, and batches are cut so that a block's work stays in the cache.
+Where the logits alone are wanted, the last block computes nothing but its class token.
+
+Shapes are as in `modeling.py`: B batch, C channels, H W grid, N tokens, h heads, d head width.
+"""
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
+
+from cvt.modeling import (
+    Block,
+    CvtBackbone,
+    CvtForImageClassification,
+    CvtModel,
+    CvtModelOutput,
+    Projection,
+    QuickGELU,
+    Stage,
+    checked_pixels,
+    to_image,
+    to_tokens,
+)
+
+# Numbers in the hidden layer of an MLP that still pass through a processor's caches.
+CACHED = 2**22
+
+# ------------------------------------------------------------------------------ operators
+
+
+class Operator(nn.Module):
+    """A weight and a bias, which no state dict holds, and the weight packed for oneDNN."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            kept = None if tensor is None else tensor.detach().to(dtype, copy=True)
+            self.register_buffer(name, kept, persistent=False)
+        self.packed: Tensor | None = None
+
+    def packs(self) -> bool:
+        """Whether the packed weight is to be used: not while PyTorch traces what is computed."""
+        return (
+            self.weight.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and torch.backends.mkldnn.is_available()
+            and (self.weight.dtype is torch.float32 or self.is_native_bfloat16())
+        )
+
+    def is_native_bfloat16(self) -> bool:
+        """Whether the weight is in bfloat16 and this processor computes with it."""
+        return self.weight.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Operator":
+        self.packed = None
+        return super()._apply(fn, recurse)
+
+
+class Linear(Operator):
+    """Linear and its activation: none, gelu or silu."""
+
+    ONEDNN = {"": ("none", ""), "gelu": ("gelu", "none"), "silu": ("swish", "")}
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, activation: str = ""
+    ) -> None:
+        super().__init__(weight, bias, dtype)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packs():
+            operators = torch.ops.mkldnn
+            if self.packed is None:
+                self.packed = operators._reorder_linear_weight(self.weight, 256)
+            name, algorithm = self.ONEDNN[self.activation]
+            return operators._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
+        y = F.linear(x, self.weight, self.bias)
+        return getattr(F, self.activation)(y) if self.activation else y
+
+
+class Conv(Operator):
+    """Convolution of (B, C, H, W), channels-last."""
+
+    def __init__(
+        self, convolution: nn.Conv2d, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__(weight, bias, dtype)
+        geometry = (convolution.padding, convolution.stride, convolution.dilation)
+        self.geometry: list[Any] = [*map(list, geometry), convolution.groups]
+
+    def forward(self, image: Tensor) -> Tensor:
+        padding, stride, dilation, groups = self.geometry
+        if self.packs():
+            operators = torch.ops.mkldnn
+            if self.packed is None:
+                self.packed = operators._reorder_convolution_weight(
+                    self.weight, *self.geometry, list(image.shape)
+                )
+            return operators._convolution_pointwise(
+                image, self.packed, self.bias, *self.geometry, "none", [], ""
+            )
+        return F.conv2d(image, self.weight, self.bias, stride, padding, dilation, groups)
+
+
+class LayerNorm(Operator):
+    """LayerNorm over channels."""
+
+    def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
+        super().__init__(norm.weight, norm.bias, dtype)
+        self.eps = norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def folded(projection: Projection, dtype: torch.dtype) -> nn.Module:
+    """The convolution of a projection with its BatchNorm in it; pooling or nothing as it is."""
+    if not isinstance(projection.convolution_projection, nn.Sequential):
+        return projection.convolution_projection
+    convolution, norm = cast(Any, projection.convolution_projection)
+    gain = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+    weight = convolution.weight.double() * gain[:, None, None, None]
+    bias = norm.bias.double() - norm.running_mean.double() * gain
+    return Conv(convolution, weight, bias, dtype)
+
+
+def scaled(linear: nn.Linear, dtype: torch.dtype, by: float = 1.0, activation: str = "") -> Linear:
+    """A Linear whose output is `by` times as large, in front of an activation."""
+    bias = None if linear.bias is None else linear.bias * by
+    return Linear(linear.weight * by, bias, dtype, activation)
+
+
+# ------------------------------------------------------------------------------ the network
+
+
+class FusedBlock(nn.Module):
+    """A `Block`, or, of the last one, only what the class token needs."""
+
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        super().__init__()
+        attention = block.attention.attention
+        self.heads = attention.num_heads
+        self.norm1 = LayerNorm(block.layernorm_before, dtype)
+        self.convolve_query = folded(attention.convolution_projection_query, dtype)
+        self.convolve_key = folded(attention.convolution_projection_key, dtype)
+        self.convolve_value = folded(attention.convolution_projection_value, dtype)
+        self.query = scaled(attention.projection_query, dtype, by=attention.scale)
+        self.key = scaled(attention.projection_key, dtype)
+        self.value = scaled(attention.projection_value, dtype)
+        self.out = scaled(block.attention.output.dense, dtype)
+        self.norm2 = LayerNorm(block.layernorm_after, dtype)
+        fc1, fc2 = block.intermediate.dense, block.output.dense
+        if isinstance(block.intermediate.activation, QuickGELU):  # silu(1.702 x) / 1.702
+            self.fc1 = scaled(fc1, dtype, 1.702, "silu")
+            self.fc2 = Linear(fc2.weight / 1.702, fc2.bias, dtype)
+        else:
+            self.fc1, self.fc2 = scaled(fc1, dtype, activation="gelu"), scaled(fc2, dtype)
+
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], attentions: bool, class_token_only: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        N, (H, W) = x.shape[1], grid
+        class_token, tokens = self.norm1(x).split((N - H * W, H * W), dim=1)
+        image = to_image(tokens, grid)  # (B, C, H, W)
+
+        def heads(tokens: Tensor) -> Tensor:
+            return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, N, d)
+
+        def project(convolve: nn.Module, linear: Linear) -> Tensor:
+            projected = to_tokens(convolve(image))  # (B, H'·W', C)
+            if N > H * W:
+                projected = torch.cat((class_token, projected), dim=1)
+            return heads(linear(projected))
+
+        if class_token_only:
+            x, query = x[:, :1], heads(self.query(class_token))
+        else:
+            query = project(self.convolve_query, self.query)
+        key = project(self.convolve_key, self.key)
+        value = project(self.convolve_value, self.value)
+        if query.shape[2] not in (x.shape[1], 1):
+            raise ValueError(
+                f"kernel_qkv, stride_q and padding_q make {query.shape[2]} queries of {N} tokens "
+                f"({H} x {W}); the residual connection needs as many queries as tokens"
+            )
+        weights = None
+        if attentions:
+            weights = (query @ key.transpose(2, 3)).softmax(dim=-1)  # (B, h, N, N')
+            context = weights @ value
+        else:
+            context = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        x = x + self.out(context.transpose(1, 2).flatten(2))
+        return x + self.fc2(self.fc1(self.norm2(x))), weights
+
+
+class FusedStage(nn.Module):
+    """A `Stage`, from an image to its tokens, class token included."""
+
+    cls_token: Tensor | None
+
+    def __init__(self, stage: Stage, dtype: torch.dtype) -> None:
+        super().__init__()
+        embedding: Any = stage.embedding.convolution_embeddings
+        convolution = embedding.projection
+        self.embed = Conv(convolution, convolution.weight, convolution.bias, dtype)
+        self.norm = LayerNorm(embedding.normalization, dtype)
+        token = None if stage.cls_token is None else stage.cls_token.detach().to(dtype, copy=True)
+        self.register_buffer("cls_token", token, persistent=False)
+        blocks = [FusedBlock(cast(Block, block), dtype) for block in stage.layers]
+        self.hidden = blocks[0].fc1.weight.shape[0]
+        self.blocks = nn.ModuleList(blocks)
+
+    def grid(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns of the tokens of `image`, (B, C', H', W')."""
+        padding, stride, _, _ = self.embed.geometry
+        kernel = self.embed.weight.shape[2:]
+        H, W = (
+            (size + 2 * padding[i] - kernel[i]) // stride[i] + 1
+            for i, size in enumerate(image.shape[2:])
+        )
+        return H, W
+
+    def forward(
+        self, image: Tensor, attentions: bool, class_token_only: bool
+    ) -> tuple[Tensor, ...]:
+        """Tokens (B, N, C) or the class token (B, 1, C), then the attentions of every block."""
+        grid = self.grid(image)
+        x = self.norm(to_tokens(self.embed(image)))  # (B, H·W, C)
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        weights = []
+        for block in cast(Iterable[FusedBlock], self.blocks):
+            last = block is self.blocks[-1]
+            x, of_block = block(x, grid, attentions, class_token_only and last)
+            weights.append(of_block)
+        return (x, *weights) if attentions else (x,)
+
+    def in_parts(self, image: Tensor, *options: bool) -> tuple[Tensor, ...]:
+        """The same, on a CPU on as many images at once as its caches hold."""
+        H, W = self.grid(image)
+        images = max(1, CACHED // (H * W * self.hidden))
+        if torch.compiler.is_compiling() or image.device.type != "cpu" or len(image) <= images:
+            return self(image, *options)
+        parts = [self(part, *options) for part in image.split(images)]
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+class FusedCvt(nn.Module):
+    """What `fuse` makes: called like the model it was made from, but without labels.
+
+    It stays in eval mode, gives no gradients, and no state dict holds its weights: save the model
+    that it was made from. `.to(device)` moves it.
+    """
+
+    def __init__(
+        self, model: CvtModel | CvtForImageClassification | CvtBackbone, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.config = model.config
+        self.minimum_image_size = model.config.minimum_image_size
+        self.dtype = dtype
+        self.is_classifier = isinstance(model, CvtForImageClassification)
+        self.feature_maps: list[int] | None = None  # of a backbone: the stages that it returns
+        if isinstance(model, CvtBackbone):
+            self.feature_maps = [model.stage_names.index(name) for name in model.out_features]
+        encoder = (
+            model.cvt.encoder if isinstance(model, CvtForImageClassification) else model.encoder
+        )
+        stages = [FusedStage(cast(Stage, stage), dtype) for stage in encoder.stages]
+        self.stages = nn.ModuleList(stages)
+        if isinstance(model, CvtForImageClassification):
+            self.layernorm = LayerNorm(model.layernorm, dtype)
+            head = model.classifier
+            self.classifier = scaled(head, dtype) if isinstance(head, nn.Linear) else head
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "FusedCvt":
+        """Refuses to leave eval mode.
+
+        Raises:
+            ValueError: `mode` is true.
+        """
+        if mode:
+            raise ValueError("a fused model cannot be trained; train the model it was made from")
+        return self
+
+    @torch.no_grad()
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutput | CvtModelOutput | BackboneOutput | tuple:
+        """Arguments, outputs and errors of the model's own forward."""
+        config = self.config
+        image = checked_pixels(pixel_values, config.num_channels, self.minimum_image_size)
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        logits_only = self.is_classifier and not output_hidden_states
+        image = image.to(self.dtype, memory_format=torch.channels_last)
+        hidden_states: tuple[Tensor, ...] = ()
+        attentions: tuple[Tensor, ...] = ()
+        for stage in cast(Iterable[FusedStage], self.stages):
+            last = stage is self.stages[-1]
+            class_token_only = logits_only and last and stage.cls_token is not None
+            grid = stage.grid(image)
+            x, *weights = stage.in_parts(image, bool(output_attentions), class_token_only)
+            attentions += tuple(weights)
+            if class_token_only:
+                break
+            class_token, tokens = x.split((x.shape[1] - grid[0] * grid[1], grid[0] * grid[1]), 1)
+            image = to_image(tokens, grid)  # (B, C, H, W)
+            hidden_states += (image,)
+
+        output: ImageClassifierOutput | CvtModelOutput | BackboneOutput
+        kept: dict[str, Any] = {
+            "hidden_states": hidden_states if output_hidden_states else None,
+            "attentions": attentions if output_attentions else None,
+        }
+        if self.is_classifier:
+            pooled = x[:, :1] if stage.cls_token is not None else x
+            logits = self.classifier(self.layernorm(pooled).mean(dim=1))  # (B, classes)
+            output = ImageClassifierOutput(logits=logits, **kept)
+        elif self.feature_maps is not None:
+            maps: Any = tuple(hidden_states[i] for i in self.feature_maps)
+            output = BackboneOutput(feature_maps=maps, **kept)
+        else:
+            token = class_token if stage.cls_token is not None else None
+            output = CvtModelOutput(last_hidden_state=image, cls_token_value=token, **kept)
+        return_dict = config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+def fuse(
+    model: CvtModel | CvtForImageClassification | CvtBackbone, dtype: torch.dtype | None = None
+) -> FusedCvt:
+    """The inference form of a model, on its device; the model itself is left as it is.
+
+    Outputs are those of the model within 1e-5 in float32. On a CPU the fused weights come to lie
+    there twice, as they were and packed for oneDNN. `torch.compile` and `torch.export` take it.
+
+    Args:
+        model: in eval mode.
+        dtype: to compute in; the model's own by default. Folding is done in the model's precision
+            and above, so a float32 model fused to bfloat16 loses less than the other way round.
+
+    Raises:
+        TypeError: not a CvT of this package.
+        ValueError: the model is in training mode, or `dtype` is no floating point type.
+    """
+    if not isinstance(model, CvtModel | CvtForImageClassification | CvtBackbone):
+        raise TypeError(
+            "fuse takes a CvtModel, CvtForImageClassification or CvtBackbone of this package, "
+            f"not {type(model).__module__}.{type(model).__qualname__}"
+        )
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() before fusing it")
+    dtype = dtype or model.dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype = {dtype}: must be a floating point type")
+    return FusedCvt(model, dtype)
