@@ -1,0 +1,59 @@
+"""One interface over what runs a classifier: pixels in, logits out."""
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cvt.modeling import CvtForImageClassification
+    from cvt.runtime.base import Runtime
+
+RUNTIMES = ("torch", "fused", "compiled", "onnxruntime", "openvino")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+LIBRARIES = {"onnxruntime": ("onnxruntime", "onnxscript"), "openvino": ("openvino",)}
+
+
+def available(runtime: str) -> bool:
+    """Whether what a runtime needs is installed; imports nothing."""
+    return all(map(importlib.util.find_spec, LIBRARIES.get(runtime, ())))
+
+
+def open_runtime(
+    source: "str | Path | CvtForImageClassification",
+    runtime: str = "auto",
+    precision: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+) -> "Runtime":
+    """Make a classifier ready to run.
+
+    Args:
+        source: a published name, a model folder, an authors' file, an exported folder, or a loaded
+            classifier, which is put in eval mode and otherwise left as it is.
+        runtime: one of `RUNTIMES`, or `auto`: of an export its own; of a model the fastest that is
+            installed, which is `fused` on a GPU and `openvino` on a CPU.
+        precision: one of `PRECISIONS`; by default an export's own, and fp32 for a model.
+        device: `cpu`, or another of torch's, as `cuda:1`; `auto` is a CUDA device where there is
+            one that the runtime can use.
+        threads: that compute on a CPU; for PyTorch a setting of the whole process.
+
+    Raises:
+        FileNotFoundError: `source` names no model.
+        ValueError: an argument is illegal, or the runtime cannot do what is asked.
+        ImportError: the runtime is not installed; says what to install.
+    """
+    from cvt.runtime.opening import open_export, open_model
+
+    for name, value, choices in (
+        ("runtime", runtime, ("auto", *RUNTIMES)),
+        ("precision", precision, (None, *PRECISIONS)),
+    ):
+        if value not in choices:
+            raise ValueError(
+                f"{name} = {value!r}: must be one of {', '.join(filter(None, choices))}"
+            )
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads = {threads}: must be at least 1")
+    if isinstance(source, str | Path) and Path(source, "export.json").is_file():
+        return open_export(Path(source), runtime, precision, device, threads)
+    return open_model(source, runtime, precision or "fp32", device, threads)

@@ -1,0 +1,139 @@
+"""Pixels in, logits out: what every runtime promises, and the pixels that none takes."""
+
+import importlib.util
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cvt.configuration import CvtConfig
+
+LARGEST = 20.0  # normalised pixels lie between -3 and 3; those of 0 to 255 pass this in any photo
+
+
+class PixelError(ValueError):
+    """Pixels that a runtime does not take; the message says what was expected."""
+
+
+class Runtime(ABC):
+    """A classifier, ready to be called. Several threads may call it, and get the serial answers.
+
+    Attributes:
+        name: of what computes: `torch`, `fused`, `compiled`, `onnxruntime` or `openvino`.
+        config: the classifier's.
+        precision: `fp32`, `bf16`, `fp16` or `int8`.
+        device: `cpu`, or a device's name in torch.
+        threads: that compute; None where that is left to the library.
+        image_size: the one height and width that it takes, in pixels; None if any.
+        single: whether what it runs takes one image at a time; callers need not mind.
+    """
+
+    name: str
+
+    def __init__(
+        self,
+        config: CvtConfig,
+        precision: str,
+        device: str = "cpu",
+        threads: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        single: bool = False,
+    ) -> None:
+        self.config = config
+        self.minimum_image_size = config.minimum_image_size
+        self.precision = precision
+        self.device = device
+        self.threads = threads
+        self.image_size = image_size
+        self.single = single
+
+    @property
+    def describe(self) -> str:
+        """Name, precision, device and threads, in words."""
+        unit = "thread" if self.threads == 1 else "threads"
+        threads = f", {self.threads} {unit}" if self.threads else ""
+        return f"{self.name} {self.precision} on {self.device}{threads}"
+
+    def __call__(self, pixels: Tensor | np.ndarray) -> Tensor:
+        """The logits, (B, K) in float32 on the CPU, of pixels, (B, C, H, W).
+
+        Args:
+            pixels: floats of any precision on any device, normalised as the image processor does.
+
+        Raises:
+            PixelError: they are something else; says what was expected.
+        """
+        pixels = self.checked(pixels)
+        images = 1 if self.single else self.images_at_once(pixels)
+        sizes = [images] * (len(pixels) // images) + [1] * (len(pixels) % images)
+        return torch.cat([self._run(piece) for piece in pixels.split(sizes)])
+
+    @abstractmethod
+    def _run(self, pixels: Tensor) -> Tensor:
+        """The logits, (B, K) in float32 on the CPU, of checked pixels in float32."""
+
+    def images_at_once(self, pixels: Tensor) -> int:
+        """Of how many of these images a call of `_run` is made; those left over come singly."""
+        return len(pixels)
+
+    def checked(self, pixels: Tensor | np.ndarray) -> Tensor:
+        """The pixels as a tensor in float32.
+
+        Raises:
+            PixelError: see `__call__`.
+        """
+        if isinstance(pixels, np.ndarray) and pixels.dtype.kind == "f":
+            pixels = torch.from_numpy(np.require(pixels, np.float32, ["C", "W"]))
+        if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+            found = getattr(pixels, "dtype", None) or type(pixels).__name__
+            raise PixelError(
+                f"pixels are of type {found}: expected a tensor or an array of floats, normalised "
+                "as the model's image processor does"
+            )
+        channels, shape = self.config.num_channels, tuple(pixels.shape)
+        if len(shape) != 4 or shape[1] != channels:
+            raise PixelError(
+                f"pixels have shape {shape}: expected (batch, {channels}, height, width)"
+            )
+        if not len(pixels):
+            raise PixelError("pixels hold no image: expected a batch of at least one")
+        size, least = shape[2:], self.minimum_image_size
+        if self.image_size is not None and size != self.image_size:
+            raise PixelError(
+                f"images are {size[0]} x {size[1]} pixels: this export takes "
+                f"{self.image_size[0]} x {self.image_size[1]} only; `cvt export --dynamic "
+                "batch,size` makes one for any size"
+            )
+        if min(size) < least:
+            raise PixelError(
+                f"images are {size[0]} x {size[1]} pixels: this model needs at least "
+                f"{least} x {least}"
+            )
+        pixels = pixels.detach().to(torch.float32)
+        low, high = (bound.item() for bound in pixels.aminmax())
+        if not (-float("inf") < low and high < float("inf")):  # a NaN is neither
+            raise PixelError("pixels hold NaN or infinite values: expected finite ones")
+        if low < -LARGEST or high > LARGEST:
+            raise PixelError(
+                f"pixels reach from {low:g} to {high:g}: expected normalised ones, within "
+                f"{LARGEST:g} of 0; use the model's image processor, which divides by 255, takes "
+                "the mean off and divides by the standard deviation"
+            )
+        return pixels
+
+
+def require(purpose: str, *libraries: str) -> None:
+    """Make sure that optional libraries are installed.
+
+    Args:
+        purpose: what needs them, as the beginning of the error.
+        libraries: the names that they are imported by.
+
+    Raises:
+        ImportError: one is not; names the command that installs it.
+    """
+    if missing := [name for name in libraries if not importlib.util.find_spec(name)]:
+        raise ImportError(
+            f"{purpose} needs {' and '.join(missing)}: pip install 'cvt-vision[export]'"
+        )

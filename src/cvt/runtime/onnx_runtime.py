@@ -1,0 +1,110 @@
+"""ONNX Runtime as a runtime, on a CPU or a CUDA device."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cvt.configuration import CvtConfig
+from cvt.graph import onnx_graph
+from cvt.modeling import CvtForImageClassification
+from cvt.runtime.base import Runtime, require
+from cvt.runtime.torch_runtime import program_of
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxRuntime(Runtime):
+    """A graph in ONNX Runtime.
+
+    Args:
+        graph: an .onnx file, or what would be in one; takes `pixel_values`, gives `logits`.
+        config: the classifier's.
+        precision: the graph's.
+        device: `cpu`, or a CUDA device.
+        threads: that compute; as many as the processor has cores by default.
+        image_size: as in `Runtime`.
+        single: as in `Runtime`.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+        ValueError: it cannot use the device, or cannot run the graph.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(
+        self,
+        graph: Path | bytes,
+        config: CvtConfig,
+        precision: str = "fp32",
+        device: str = "cpu",
+        threads: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        single: bool = False,
+    ) -> None:
+        super().__init__(config, precision, device, threads, image_size, single)
+        provider = _provider(device)
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0  # 0: its own choice
+        options.log_severity_level = 3  # errors
+        source = graph if isinstance(graph, bytes) else str(graph)
+        try:
+            self.session = onnxruntime.InferenceSession(source, options, providers=[provider])
+        except Exception as error:  # it has exceptions of its own, of no common kind
+            where = "the graph" if isinstance(graph, bytes) else graph
+            raise ValueError(f"onnxruntime cannot run {where} on {device}: {error}") from error
+        if self.session.get_providers()[0] != provider[0]:
+            raise ValueError(f"device = {device}: onnxruntime could not start on it")
+
+    @classmethod
+    def from_model(
+        cls,
+        model: CvtForImageClassification,
+        precision: str = "fp32",
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> "OnnxRuntime":
+        """Convert a classifier, in memory.
+
+        Raises:
+            ImportError: onnxruntime, or onnxscript for the conversion, is not installed.
+            ValueError: ONNX Runtime does not compute in the precision, or cannot use the device.
+        """
+        require("the runtime onnxruntime", "onnxruntime", "onnxscript")
+        if precision not in ("fp32", "fp16"):
+            raise ValueError(f"precision = {precision}: ONNX Runtime has fp32 and fp16")
+        _provider(device)
+        graph = onnx_graph(program_of(model, precision)).SerializeToString()
+        return cls(graph, model.config, precision, device, threads)
+
+    def _run(self, pixels: Tensor) -> Tensor:
+        array = pixels.cpu().contiguous().numpy()
+        return torch.from_numpy(self.session.run(["logits"], {"pixel_values": array})[0])
+
+
+def uses_cuda() -> bool:
+    """Whether the onnxruntime installed here computes on CUDA devices."""
+    require("the runtime onnxruntime", "onnxruntime")
+    import onnxruntime
+
+    return PROVIDERS["cuda"] in onnxruntime.get_available_providers()
+
+
+def _provider(device: str) -> tuple[str, dict[str, str]]:
+    """What computes on a device in ONNX Runtime, and its settings.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+        ValueError: it has nothing for the device.
+    """
+    require("the runtime onnxruntime", "onnxruntime")
+    import onnxruntime
+
+    kind, _, index = device.partition(":")
+    provider = PROVIDERS.get(kind, "")
+    if provider not in onnxruntime.get_available_providers():
+        raise ValueError(f"device = {device}: the onnxruntime installed here cannot use it")
+    return provider, {"device_id": index} if index else {}

@@ -1,0 +1,97 @@
+"""From a model or an export to a runtime: what `cvt.runtime.open_runtime` does."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cvt.checkpoints import load_classifier
+from cvt.configuration import CvtConfig
+from cvt.modeling import CvtForImageClassification
+from cvt.runtime import available
+from cvt.runtime.base import Runtime
+from cvt.runtime.exported_runtime import ExportedRuntime
+from cvt.runtime.manifest import FORMATS, Manifest
+from cvt.runtime.onnx_runtime import OnnxRuntime, uses_cuda
+from cvt.runtime.openvino_runtime import OpenVinoRuntime, demand
+from cvt.runtime.torch_runtime import DTYPES, CompiledRuntime, FusedRuntime, TorchRuntime
+
+
+def open_model(
+    source: str | Path | CvtForImageClassification,
+    runtime: str,
+    precision: str,
+    device: str,
+    threads: int | None,
+) -> Runtime:
+    """A runtime of a model that is loaded, or to be loaded."""
+    if precision == "int8":
+        raise ValueError(
+            "precision = int8: is for exports; `cvt export` makes one, with --precision int8"
+        )
+    device = _device(device, runtime)
+    if runtime == "auto":
+        fast = device == "cpu" and precision != "fp16" and available("openvino")
+        runtime = "openvino" if fast else "fused"
+    loaded = isinstance(source, CvtForImageClassification)
+    model = source if isinstance(source, CvtForImageClassification) else load_classifier(source)
+    model.eval()
+    if runtime == "openvino":
+        return OpenVinoRuntime.from_model(model, precision, threads)
+    if runtime == "onnxruntime":
+        return OnnxRuntime.from_model(model, precision, device, threads)
+    if runtime == "fused":
+        return FusedRuntime(model, precision, device, threads)
+    if runtime == "compiled":
+        return CompiledRuntime(model, precision, device, threads)
+    dtype, weight = DTYPES[precision], next(model.parameters())
+    as_asked: nn.Module = model
+    if loaded and weight.to(device, dtype) is not weight:
+        as_asked = copy.deepcopy(model)  # the caller's stays where it is
+    return TorchRuntime(as_asked.to(device, dtype), threads=threads)
+
+
+def open_export(
+    folder: Path, runtime: str, precision: str | None, device: str, threads: int | None
+) -> Runtime:
+    """The runtime of an exported folder."""
+    manifest = Manifest.read(folder)
+    own = FORMATS[manifest.format]
+    if runtime not in ("auto", own):
+        raise ValueError(f"runtime = {runtime}: {folder} is an export for {own}")
+    if precision not in (None, manifest.precision):
+        if own != "openvino" or manifest.precision != "fp32" or precision == "int8":
+            raise ValueError(
+                f"precision = {precision}: {folder} is an export in {manifest.precision}"
+            )
+        demand(precision)  # OpenVINO computes a graph of full precision in a lower one, too
+    device = _device(device, own)
+    config = CvtConfig.from_pretrained(folder)
+    size = None if "size" in manifest.dynamic else manifest.image_size
+    rest: Any = (threads, size, "batch" not in manifest.dynamic)
+    graph, precision = folder / manifest.file, precision or manifest.precision
+    if own == "openvino":
+        return OpenVinoRuntime.from_file(graph, config, precision, *rest)
+    if own == "onnxruntime":
+        return OnnxRuntime(graph, config, precision, device, *rest)
+    return ExportedRuntime(graph, config, precision, device, *rest)
+
+
+def _device(device: str, runtime: str) -> str:
+    """The name of the device that is to be used.
+
+    Raises:
+        ValueError: there is none of that name, or the runtime cannot use it.
+    """
+    if device == "auto":
+        usable = uses_cuda() if runtime == "onnxruntime" else runtime != "openvino"
+        return "cuda" if usable and torch.cuda.is_available() else "cpu"
+    if runtime == "openvino" and device != "cpu":
+        raise ValueError(f"device = {device}: the runtime openvino computes on a CPU")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device = {device!r}: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,0 +1,135 @@
+"""OpenVINO as a runtime, on a CPU.
+
+It computes fastest when it knows every shape, and when few images at a time keep the work in the
+processor's caches. So a batch runs in pieces, and the graph is compiled for each shape of a piece.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cvt.configuration import CvtConfig
+from cvt.graph import openvino_graph
+from cvt.modeling import CvtForImageClassification
+from cvt.runtime.base import Runtime, require
+from cvt.runtime.torch_runtime import program_of
+
+if TYPE_CHECKING:
+    import openvino
+
+PIECE = 4  # images
+LARGE = 256 * 256  # pixels of an image above which it runs alone
+KEPT = 4  # shapes that stay compiled, each with a packed copy of the weights
+HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "bf16"}
+
+
+class OpenVinoRuntime(Runtime):
+    """A graph in OpenVINO.
+
+    Args:
+        graph: takes `pixel_values`, gives `logits`.
+        config: the classifier's.
+        precision: the graph's; one in `int8` computes the rest in bfloat16, where the processor
+            can.
+        threads: that compute; the processor's cores by default.
+        image_size: as in `Runtime`.
+        single: as in `Runtime`.
+    """
+
+    name = "openvino"
+
+    def __init__(
+        self,
+        graph: "openvino.Model",
+        config: CvtConfig,
+        precision: str = "fp32",
+        threads: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        single: bool = False,
+    ) -> None:
+        super().__init__(config, precision, "cpu", threads, image_size, single)
+        settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": HINTS[precision] if computes(precision) else "f32",
+        }
+        if threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = threads
+
+        @lru_cache(KEPT)
+        def compiled(*shape: int) -> "openvino.InferRequest":
+            import openvino
+
+            static = graph.clone()
+            static.reshape(list(shape))
+            return openvino.Core().compile_model(static, "CPU", settings).create_infer_request()
+
+        self.compiled = compiled
+        self.lock = Lock()  # each request uses all threads
+
+    @classmethod
+    def from_model(
+        cls, model: CvtForImageClassification, precision: str = "fp32", threads: int | None = None
+    ) -> "OpenVinoRuntime":
+        """Convert a classifier, in memory.
+
+        Raises:
+            ImportError: openvino is not installed.
+            ValueError: this processor does not compute in that precision.
+        """
+        require("the runtime openvino", "openvino")
+        demand(precision)
+        return cls(openvino_graph(program_of(model, "fp32")), model.config, precision, threads)
+
+    @classmethod
+    def from_file(cls, path: Path, *args: Any, **kwargs: Any) -> "OpenVinoRuntime":
+        """Read a graph, model.xml beside model.bin; the other arguments are the class's.
+
+        Raises:
+            ImportError: openvino is not installed.
+            ValueError: the file is no whole graph.
+        """
+        require("the runtime openvino", "openvino")
+        import openvino
+
+        try:
+            graph = openvino.Core().read_model(path)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no whole graph of OpenVINO: {error}") from error
+        return cls(graph, *args, **kwargs)
+
+    def images_at_once(self, pixels: Tensor) -> int:
+        """Four images, or one large one."""
+        H, W = pixels.shape[2:]
+        return PIECE if H * W <= LARGE else 1
+
+    def _run(self, pixels: Tensor) -> Tensor:
+        with self.lock:
+            request = self.compiled(*pixels.shape)
+            request.infer([pixels.cpu().contiguous().numpy()], share_inputs=True)
+            return torch.from_numpy(request.get_output_tensor().data.copy())
+
+
+def demand(precision: str) -> None:
+    """Make sure that OpenVINO computes in a precision on this processor.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not computes(precision):
+        raise ValueError(
+            f"precision = {precision}: OpenVINO does not compute in it on this processor; in fp32 "
+            "it does"
+        )
+
+
+def computes(precision: str) -> bool:
+    """Whether OpenVINO computes in a precision on this processor."""
+    import openvino
+
+    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}[HINTS[precision]] in capabilities
