@@ -537,7 +537,9 @@ def test_of_many_classes_only_the_cells_that_count_are_written(tmp_path):
 @pytest.fixture
 def cli(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    return lambda *arguments: CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+    return lambda *arguments: CliRunner().invoke(
+        app, ["evaluate", "--runtime", "torch", *map(str, arguments)]
+    )
 
 
 def test_the_command_writes_figures_and_page(cli, model_folder, photos, tmp_path):

@@ -21,8 +21,14 @@ import pytest
 import torch
 import transformers
 from PIL import EpsImagePlugin, GifImagePlugin, Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
+from sklearn.datasets import load_sample_image
 from torchvision.transforms import v2
-from transformers import AutoImageProcessor, ConvNextImageProcessor, ConvNextImageProcessorPil
+from transformers import (
+    AutoImageProcessor,
+    ConvNextImageProcessor,
+    ConvNextImageProcessorPil,
+    ViTImageProcessor,
+)
 
 from cvt import CvtConfig, images
 from cvt.images import (
@@ -32,6 +38,7 @@ from cvt.images import (
     StoredImage,
     decode,
     image_processor,
+    pixels_needed,
 )
 
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, EXTRA_SAMPLES = 274, 258, 262, 338
@@ -1275,3 +1282,117 @@ def test_decoded_photo_passes_the_processor_like_a_plain_one():
     decoded = processor(decode(data), return_tensors="pt").pixel_values
     plain = processor(Image.open(io.BytesIO(data)), return_tensors="pt").pixel_values
     assert torch.equal(decoded, plain)
+
+
+# ------------------------------------------------------------------------------ reduced decoding
+
+
+def enlarged(name, width, height, **options):
+    """One of scikit-learn's photos as a JPEG; mirrored side by side it keeps its full sharpness."""
+    photograph = load_sample_image(name)
+    mirrored = np.concatenate([photograph, photograph[:, ::-1]], axis=1)
+    tiled = np.concatenate([mirrored, mirrored[::-1]], axis=0)
+    return encoded(Image.fromarray(tiled).crop((0, 0, width, height)), "JPEG", **options)
+
+
+def preprocessed(processor, image):
+    """What the processor makes of an image, in steps of 1/255."""
+    pixel_values = processor([image], return_tensors="np")["pixel_values"][0]
+    return pixel_values * np.array(images.IMAGE_STD)[:, None, None] * 255
+
+
+@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
+@pytest.mark.parametrize("subsampling", [0, 2])
+@pytest.mark.parametrize(
+    ("model", "size", "scale"),
+    [
+        ("cvt-13", (1024, 768), 2),  # the smallest that is decoded at a half: 1.5 times 256
+        ("cvt-13", (1152, 784), 2),
+        ("cvt-13-384", (1200, 1152), 2),  # 1.5 times 384
+    ],
+)
+def test_a_large_jpeg_is_decoded_smaller_within_the_tolerance(
+    model, size, scale, subsampling, name
+):
+    processor = image_processor(model)
+    data = enlarged(name, *size, quality=85, subsampling=subsampling)
+    whole, reduced = decode(data), decode(data, pixels_needed(processor))
+    assert (whole.size, reduced.size) == (size, (size[0] // scale, size[1] // scale))
+    difference = abs(preprocessed(processor, whole) - preprocessed(processor, reduced))
+    assert difference.mean() < 2
+    assert difference.max() < 32
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((1024, 768), (512, 384)),
+        ((1024, 767), (1024, 767)),  # half of it would end within a pixel
+        ((1022, 768), (511, 384)),
+        ((766, 1024), (766, 1024)),  # too small
+        ((1536, 1536), (384, 384)),
+        ((1540, 1540), (385, 385)),
+        ((1542, 1542), (771, 771)),
+        ((3072, 4096), (384, 512)),
+    ],
+)
+def test_the_scale_divides_both_sides_and_keeps_enough_pixels(size, expected):
+    data = encoded(Image.new("RGB", size, "teal"), "JPEG")
+    assert decode(data, 384).size == expected
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"format": "MPO"}])
+def test_reduced_decoding_keeps_colours_and_orientation(mode, orientation, options):
+    options = dict(options)
+    image_format = options.pop("format", "JPEG")
+    if image_format == "MPO":
+        options |= {"save_all": True, "append_images": [Image.new(mode, (64, 48))]}
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    smooth = Image.fromarray(photo(6, 8)).resize((256, 192), Image.Resampling.BICUBIC)
+    data = encoded(smooth.convert(mode), image_format, quality=95, exif=exif, **options)
+    whole, reduced = decode(data), decode(data, 96)
+    assert reduced.size == (whole.width // 2, whole.height // 2)
+    averaged = whole.resize(reduced.size, Image.Resampling.BOX)
+    assert abs(np.asarray(averaged).astype(int) - np.asarray(reduced)).max() <= 4
+
+
+def test_a_damaged_jpeg_is_refused_at_any_scale():
+    data = enlarged("china.jpg", 1024, 768)
+    with pytest.raises(ImageError, match="truncated"):
+        decode(data[: len(data) // 2], 384)
+
+
+def test_other_formats_and_the_callers_image_are_decoded_whole():
+    large = Image.new("RGB", (64, 64), "teal")
+    assert decode(encoded(large, "PNG"), 8).size == (64, 64)
+    opened = Image.open(io.BytesIO(encoded(large, "JPEG")))
+    assert decode(opened, 8).size == opened.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 384),
+        ({"image_size": 384}, 576),
+        ({"image_size": 100, "crop_pct": 0.9}, 167),  # 1.5 times 111
+        ({"do_resize": False}, None),
+        ({"resample": Image.Resampling.BILINEAR}, None),
+    ],
+)
+@pytest.mark.parametrize("backend", ["torchvision", "pil"])
+def test_the_pixels_that_a_processor_needs(settings, expected, backend):
+    assert pixels_needed(image_processor("cvt-13", backend=backend, **settings)) == expected
+
+
+def test_for_another_kind_of_processor_images_are_decoded_whole():
+    assert pixels_needed(ViTImageProcessor()) is None
+
+
+def test_a_stored_image_may_be_made_when_it_is_decoded():
+    data = encoded(photo())
+    assert (pixels(StoredImage("late", lambda: data)) == photo()).all()
+    with pytest.raises(ImageError, match="late: cannot be decoded: division by zero"):
+        decode(StoredImage("late", lambda: 1 / 0))

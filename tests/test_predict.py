@@ -8,6 +8,7 @@ from transformers import pipeline
 from cvt import CvtConfig
 from cvt.images import StoredImage
 from cvt.predict import Prediction, classify, find_images, predict, ranked, scores
+from cvt.runtime import open_runtime
 
 
 @pytest.fixture
@@ -19,11 +20,11 @@ def broken(tmp_path):
 
 def test_images_are_found_in_files_folders_and_globs(photos):
     one = photos / "red" / "03.png"
-    assert find_images([one]) == [one]
-    assert len(find_images([photos])) == 36
+    assert list(find_images([one])) == [one]
+    assert len(list(find_images([photos]))) == 36
     firsts = [photos / name / "00.png" for name in ("blue", "green", "red")]
-    assert find_images([f"{photos}/*/00.png"]) == firsts
-    assert find_images([one, str(photos / "green")])[:2] == [one, photos / "green" / "00.png"]
+    assert list(find_images([f"{photos}/*/00.png"])) == firsts
+    assert list(find_images([one, str(photos / "green")]))[:2] == [one, photos / "green" / "00.png"]
 
 
 @pytest.mark.parametrize("source", ["missing.png", "nowhere/", "*.webp"])
@@ -37,8 +38,26 @@ def test_an_empty_folder_is_named(tmp_path):
         find_images([tmp_path])
 
 
+def test_a_folder_is_read_when_its_turn_comes(tmp_path):
+    for name in ("a", "b/c"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.png").touch()
+    images = find_images([tmp_path])
+    assert next(images) == tmp_path / "a/1.png"
+    (tmp_path / "b/c/0.png").touch()
+    assert list(images) == [tmp_path / "b/c/0.png", tmp_path / "b/c/1.png"]
+
+
+@pytest.mark.parametrize("runtime", ["torch", "fused"])
+def test_a_runtime_gives_what_its_model_gives(classifier, processor, photos, runtime):
+    paths = list(find_images([photos]))[::5]
+    ours = classify(open_runtime(classifier, runtime), processor, paths)
+    for a, b in zip(ours, classify(classifier, processor, paths), strict=True):
+        torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=1e-5)
+
+
 def test_predictions_are_those_of_transformers_pipeline(classifier, processor, photos):
-    paths = find_images([photos])[::5]
+    paths = list(find_images([photos]))[::5]
     ours = list(predict(classifier, processor, paths, topk=3, batch_size=4))
     pipe = pipeline("image-classification", model=classifier, image_processor=processor)
     for prediction, records in zip(ours, pipe([str(path) for path in paths]), strict=True):
@@ -47,7 +66,7 @@ def test_predictions_are_those_of_transformers_pipeline(classifier, processor, p
 
 
 def test_the_batch_size_changes_nothing(classifier, processor, photos):
-    paths = find_images([photos])
+    paths = list(find_images([photos]))
     one, many = (list(classify(classifier, processor, paths, size)) for size in (1, 100))
     for a, b in zip(one, many, strict=True):
         assert a.path == b.path
@@ -62,7 +81,7 @@ def test_a_broken_image_is_reported_in_its_place(classifier, processor, photos, 
 
 
 def test_a_broken_image_changes_nothing_for_its_neighbours(classifier, processor, photos, broken):
-    paths = find_images([photos / "red"])[:3]
+    paths = list(find_images([photos / "red"]))[:3]
     blank = StoredImage("blank", Image.new("RGB", (9, 9)))
     with_broken, with_blank = (
         list(classify(classifier, processor, [*paths, source])) for source in (broken, blank)
@@ -74,7 +93,7 @@ def test_a_broken_image_changes_nothing_for_its_neighbours(classifier, processor
 @pytest.mark.parametrize("batch_size", [4, 7, 100])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_not_a_bit(classifier, processor, photos, broken, batch_size, workers):
-    paths = find_images([photos])[::2]
+    paths = list(find_images([photos]))[::2]
     stored = StoredImage("stored", paths[3].read_bytes())
     sources = [*paths[:6], broken, stored, *paths[6:]]
     random_state = torch.get_rng_state()
@@ -106,7 +125,7 @@ def test_a_batch_of_broken_images_is_reported(classifier, processor, broken):
 
 
 def test_training_can_go_on_with_what_classifying_left(classifier, processor, photos):
-    paths = find_images([photos / "red"])
+    paths = list(find_images([photos / "red"]))
     (result, *_) = classify(classifier, processor, paths)
     assert not result.logits.requires_grad
     assert not result.logits.is_inference()

@@ -16,6 +16,8 @@ _HOME = {
     "register_auto_classes": "auto",
     "fuse": "fused",
     "image_processor": "images",
+    "Classifier": "classifier",
+    "PixelError": "runtime.base",
 }
 _MODULES = ("checkpoints",)
 __all__ = ["__version__", *_HOME, *_MODULES]

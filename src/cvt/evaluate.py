@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from itertools import tee
 from math import ceil, inf, nan
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from cvt.files import staged
 from cvt.images import Source, StoredImage
 from cvt.labels import imagenet_classes
 from cvt.predict import BLANK, classify, ranked, scores
+from cvt.runtime.base import Runtime
+from cvt.runtime.torch_runtime import TorchRuntime
 
 BINS = 15  # of the calibration error, as in its paper
 MOST_CONFIDENT = 60  # mistakes whose images are kept
@@ -321,7 +323,7 @@ def _labels_of(name: str, real_labels: list[list[int]]) -> list[int]:
 
 
 def evaluate(
-    model: nn.Module,
+    model: Runtime | nn.Module,
     processor: Callable,
     images: Images,
     batch_size: int = 32,
@@ -334,6 +336,7 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     config: CvtConfig | None = None,
+    exact: bool = True,
 ) -> Evaluation:
     """Classify labelled images and compare; classes are matched by name.
 
@@ -342,7 +345,7 @@ def evaluate(
     equally often, as a sharded one must be.
 
     Args:
-        model: a classifier, or what wraps one.
+        model: what runs a classifier; or a classifier, or what wraps one.
         processor: its image processor.
         images: images and class names.
         batch_size: images at a time.
@@ -354,6 +357,7 @@ def evaluate(
         rank: whose share of the images, from 0 to `world` - 1.
         world: how many processes share.
         config: the classifier's, where `model` does not have it.
+        exact: decode every image whole, see `cvt.predict.classify`.
 
     Returns:
         The evaluation; with `world` > 1 the share of this rank, for `Evaluation.joined`.
@@ -363,7 +367,8 @@ def evaluate(
             place in the real labels, or a stream of unknown length is to be shared.
         FloatingPointError: the model's answer is not finite.
     """
-    config = config or cast(CvtConfig, model.config)
+    runtime = model if isinstance(model, Runtime) else TorchRuntime(model, config)
+    config = runtime.config
     labels = config.class_names
     indices = match_classes(images.classes, config, class_map)
     ignored = torch.zeros(len(labels), dtype=torch.bool)
@@ -378,7 +383,7 @@ def evaluate(
     mistakes: list[Mistake] = []  # a heap
     failures: list[Failure] = []
     share, sent = tee(_share(images, indices, batch_size, rank, world))
-    results = classify(model, processor, (s for _, (s, _) in sent), batch_size, workers)
+    results = classify(runtime, processor, (s for _, (s, _) in sent), batch_size, workers, exact)
     for result, (position, (source, label)) in zip(results, share, strict=True):
         if position is None:
             continue

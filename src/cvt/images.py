@@ -5,6 +5,7 @@
 | kind | what becomes of it |
 |---|---|
 | JPEG, MPO, PNG, WebP, BMP, GIF, TIFF, PPM, AVIF | decoded; told by content, not by suffix; AVIF and WebP where Pillow was built with them |
+| JPEG, where the caller says how few pixels are enough | at a half, a quarter or an eighth of its size, where that divides both sides: else every pixel would be displaced |
 | any other format (EPS, PDF, PSD, ICO, SVG, ...) | refused unread, so that nothing is ever executed for it |
 | EXIF orientation | applied (XMP's where there is no EXIF); unreadable EXIF is ignored, as viewers do |
 | greyscale, 1 bit | the same value in R, G and B |
@@ -35,13 +36,14 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import ceil
 from numbers import Real
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, SupportsIndex
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, JpegImagePlugin
 
 from cvt import hub
 from cvt.zoo import PUBLISHED
@@ -63,6 +65,8 @@ IMAGE_SUFFIXES = (
 MAX_PIXELS = 2**27
 MAX_ASPECT = 1000  # resizing the short side to 256 pixels would make gigabytes of the long one
 MAX_SCANS = 100  # of a JPEG, as in libtiff; encoders make about ten
+JPEG_SCALES = (8, 4, 2)  # by which a JPEG can be decoded smaller
+REDUCED = 1.5  # times the pixels that preprocessing resizes to, a JPEG decoded smaller must keep
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -94,11 +98,11 @@ class StoredImage:
 
     Attributes:
         name: how messages and results call it.
-        content: the bytes of an image file, or decoded pixels.
+        content: the bytes of an image file, decoded pixels, or what gives them when it is called.
     """
 
     name: str
-    content: bytes | Image.Image
+    content: bytes | Image.Image | Callable[[], bytes | Image.Image]
 
     def __str__(self) -> str:
         return self.name
@@ -131,12 +135,16 @@ def _without_warnings() -> Iterator[None]:
 
 def decode(
     source: str | os.PathLike | bytes | IO[bytes] | Image.Image | StoredImage,
+    least: int | None = None,
 ) -> Image.Image:
     """An image as 8-bit RGB, upright; the module's table says what becomes of each kind.
 
     Args:
         source: a path, the bytes of a file, a binary file object (read from its start), a PIL
             image, or a `StoredImage`.
+        least: the pixels that a JPEG's short side must keep; it may be decoded at a half, a quarter
+            or an eighth of its size, which takes a third of the time. `pixels_needed` says how many
+            an image processor needs. By default images are decoded whole.
 
     Returns:
         A new PIL image of mode RGB, without metadata.
@@ -146,13 +154,14 @@ def decode(
         TypeError: `source` is none of these.
     """
     name = _name(source)
-    if isinstance(source, StoredImage):
-        source = source.content
+    content = source.content if isinstance(source, StoredImage) else source
     try:
-        if isinstance(source, Image.Image):
-            return _upright_rgb(source, name)
-        with _file(source, name) as file:
-            return _upright_rgb(_opened(file, name), name)
+        if callable(content):
+            content = content()
+        if isinstance(content, Image.Image):
+            return _upright_rgb(content, name)
+        with _file(content, name) as file:
+            return _upright_rgb(_opened(file, name), name, least)
     except ImageError:
         raise
     except Exception as error:  # Pillow raises nearly everything on damaged files
@@ -234,7 +243,7 @@ def _scans(file: IO[bytes]) -> int:
     return scans
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str, least: int | None = None) -> Image.Image:
     if image.format and image.format not in IMAGE_FORMATS:
         raise ImageError(
             f"{name}: is {image.format}, which is not decoded; "
@@ -248,6 +257,11 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
             f"{name}: is {width} x {height} pixels; at most {MAX_ASPECT} times as long as wide "
             "is decoded"
         )
+    if least and isinstance(image, JpegImagePlugin.JpegImageFile):
+        for scale in JPEG_SCALES:
+            if width % scale == height % scale == 0 and min(width, height) >= scale * least:
+                image.draft(None, (width // scale, height // scale))
+                break
     with _without_warnings() if image.format == "TIFF" else contextlib.nullcontext():
         image.load()
     transposition = None
@@ -372,6 +386,19 @@ def image_processor(
             f"image_size = {size}: this model needs at least {config.minimum_image_size} pixels"
         )
     return processor
+
+
+def pixels_needed(processor: Any) -> int | None:
+    """The `least` of `decode` for an image processor; None where images must be decoded whole."""
+    from transformers import ConvNextImageProcessor, ConvNextImageProcessorPil
+
+    known = isinstance(processor, ConvNextImageProcessor | ConvNextImageProcessorPil)
+    if not known or not processor.do_resize or processor.resample != Image.Resampling.BICUBIC:
+        return None
+    side = processor.size.shortest_edge
+    if side is None:  # the processor will say so
+        return None
+    return ceil(REDUCED * (side if side >= 384 else int(side / processor.crop_pct)))
 
 
 def _checked_changes(image_size: int | None, crop_pct: float | None) -> dict[str, Any]:

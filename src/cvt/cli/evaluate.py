@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
+from cvt.cli.predict import Device, Precision, RuntimeName, Threads
+
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="MODEL to evaluate.")],
+    model: Annotated[str, typer.Argument(help="MODEL to evaluate, or an exported folder.")],
     data: Annotated[
         str,
         typer.Argument(
@@ -18,6 +20,10 @@ def evaluate(
     ],
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    runtime: RuntimeName = "auto",
+    precision: Precision = None,
+    device: Device = "auto",
+    threads: Threads = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -51,12 +57,13 @@ def evaluate(
     """Measure accuracy, per class too, and calibration; classes are matched by name."""
     from rich.table import Table
 
-    from cvt.checkpoints import load_classifier, load_processor
+    from cvt.checkpoints import load_processor
     from cvt.cli.console import bar, err, out, quiet_libraries
     from cvt.datasets import StreamedImages, open_labelled
     from cvt.evaluate import evaluate as evaluate_images
     from cvt.evaluate import read_class_map, read_real_labels, write_evaluation
     from cvt.files import staged
+    from cvt.runtime import open_runtime
 
     quiet_libraries()
     images = open_labelled(
@@ -72,7 +79,8 @@ def evaluate(
     ):
         if page:
             from cvt.report import write_report
-        classifier = load_classifier(model)
+        classifier = open_runtime(model, runtime, precision, device, threads)
+        err.print(f"runtime: {classifier.describe}")
         processor = load_processor(model, classifier.config)
         with bar("evaluate", total) as step:
             result = evaluate_images(

@@ -1,94 +1,121 @@
 """`cvt predict`."""
 
-import csv
-import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from cvt.predict import Prediction
+    from cvt.runtime.base import Runtime
+
+# How a model is run, in every command that runs one.
+RuntimeName = Annotated[
+    Literal["auto", "torch", "fused", "compiled", "onnxruntime", "openvino"],
+    typer.Option("--runtime", help="What runs the model; auto is the fastest installed."),
+]
+Precision = Annotated[
+    Literal["fp32", "bf16", "fp16", "int8"] | None,
+    typer.Option(help="Of the numbers; fp32, or an export's own, unless given."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is CUDA where there is.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads that run the model on a CPU.")]
 
 
 def predict(
-    model: Annotated[str, typer.Argument(help="MODEL that classifies.")],
+    model: Annotated[str, typer.Argument(help="MODEL that classifies, or an exported folder.")],
     images: Annotated[list[str], typer.Argument(help="Image files, folders, glob patterns.")],
     topk: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 1,
+    runtime: RuntimeName = "auto",
+    precision: Precision = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    exact_decoding: Annotated[
+        bool, typer.Option("--exact-decoding", help="Decode large JPEGs whole, which is slower.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Write .csv (a row per class) or .jsonl (a line per image).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per image.")] = False,
-    force: Annotated[bool, typer.Option(help="Overwrite the output file.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the output of an interrupted run.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option(help="Overwrite the output file, and what an interrupted run left.")
+    ] = False,
 ) -> None:
     """Classify images; those that cannot be decoded are reported and skipped (exit code 3)."""
     if output is not None and output.suffix not in (".csv", ".jsonl"):
         raise typer.BadParameter(f"{output} must end in .csv or .jsonl", param_hint="--output")
-    from cvt.checkpoints import load_classifier, load_processor
+    if resume and output is None:
+        raise typer.BadParameter("goes on with an --output", param_hint="--resume")
+    from cvt.checkpoints import load_processor
     from cvt.cli.console import bar, err, quiet_libraries
     from cvt.predict import Prediction, find_images
     from cvt.predict import predict as predict_files
+    from cvt.results import Results
+    from cvt.runtime import open_runtime
 
     quiet_libraries()
     paths = find_images(images)
-    skipped = 0
-    with writer(output, as_json, force) as write:
-        classifier = load_classifier(model)
+    skipped = classified = 0
+    with Results(output, resume, force) if output else nullcontext() as results:
+        classifier = open_runtime(model, runtime, precision, device, threads)
+        err.print(f"runtime: {classifier.describe}")
         processor = load_processor(model, classifier.config)
-        with bar("predict", len(paths)) as step:
-            for result in predict_files(classifier, processor, paths, topk, batch_size):
-                step()
-                if isinstance(result, Prediction):
-                    write(result)
-                else:
-                    skipped += 1
-                    err.print(f"skipped {result.error}", style="yellow")
-    if output:
-        err.print(f"{output}: {len(paths) - skipped} images classified")
+        topk = min(topk, len(classifier.config.class_names))
+        if results:
+            settings = {"topk": topk, "exact_decoding": exact_decoding}
+            paths = results.missing(paths, identity(model, classifier) | settings)
+            if results.count:
+                err.print(f"{results.count} images are classified already")
+        try:
+            with bar("predict", None) as step:
+                for result in predict_files(
+                    classifier, processor, paths, topk, batch_size, workers, exact_decoding
+                ):
+                    step()
+                    if not isinstance(result, Prediction):
+                        skipped += 1
+                        err.print(f"skipped {result.error}", style="yellow")
+                        continue
+                    classified += 1
+                    if results:
+                        results.write(result)
+                    else:
+                        print(line(result, as_json), flush=True)
+        except BaseException:
+            if results and results.count:
+                err.print(f"{results.count} images are in {results.part}: --resume goes on")
+            raise
+        if results:
+            results.finish()
+            err.print(f"{output}: {results.count} images classified")
     if skipped:
-        err.print(f"{skipped} of {len(paths)} images skipped")
+        err.print(f"{skipped} of {classified + skipped} images skipped")
         raise typer.Exit(3)
 
 
-@contextmanager
-def writer(
-    output: Path | None, as_json: bool, force: bool
-) -> "Iterator[Callable[[Prediction], object]]":
-    """A function that writes a prediction to the file, or prints it."""
-    if output is None:
-        yield lambda prediction: sys.stdout.write(line(prediction, as_json))
-        return
-    from cvt.files import staged
-
-    with (
-        staged(output, overwrite=force) as path,
-        open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file,
-    ):
-        if output.suffix == ".jsonl":
-            yield lambda prediction: file.write(line(prediction, as_json=True))
-            return
-        rows = csv.writer(file)
-        rows.writerow(["path", "rank", "label", "score"])
-        yield lambda prediction: rows.writerows(
-            (prediction.path, rank, label, f"{score:.6f}")
-            for rank, (label, score) in enumerate(pairs(prediction), start=1)
-        )
-
-
-def pairs(prediction: "Prediction") -> Iterator[tuple[str, float]]:
-    """Labels with their scores."""
-    return zip(prediction.labels, prediction.scores, strict=True)
+def identity(model: str, runtime: "Runtime") -> dict[str, Any]:
+    """What tells a model and what runs it from others, for results to go on with."""
+    path = Path(model)
+    files = path.iterdir() if path.is_dir() else [path] if path.is_file() else []
+    return {
+        "model": str(path.resolve()) if path.exists() else model,
+        "changed": max((file.stat().st_mtime for file in files), default=None),
+        "runtime": runtime.name,
+        "precision": runtime.precision,
+    }
 
 
 def line(prediction: "Prediction", as_json: bool) -> str:
     """A prediction as a line of text or of JSON."""
+    from cvt.results import json_line
+
     if as_json:
-        records = [{"label": label, "score": score} for label, score in pairs(prediction)]
-        record = {"path": str(prediction.path), "predictions": records}
-        return json.dumps(record, ensure_ascii=False) + "\n"
-    classes = "  ".join(f"{label} {score:.1%}" for label, score in pairs(prediction))
-    return f"{prediction.path}: {classes}\n"
+        return json_line(prediction)
+    classes = "  ".join("{label} {score:.1%}".format(**record) for record in prediction.records)
+    return f"{prediction.path}: {classes}"

@@ -30,19 +30,31 @@ class Files(Sequence[Path]):
         return self.folder / self.text[self.ends[index] : self.ends[index + 1]]
 
 
-def images_below(folder: Path) -> list[Path]:
-    """The image files in a folder and in the folders in it, told by suffix, sorted; none hidden."""
-    return [folder / name for name in _names_below(folder)]
+def images_below(folder: Path) -> Iterator[Path]:
+    """The image files in a folder and in the folders in it, told by suffix, sorted; none hidden.
+
+    Each folder is read when its turn comes; no more is kept than the names in those on the way.
+    """
+    return (folder / name for name in _names_below(folder))
 
 
 def _names_below(folder: str | Path, prefix: str = "") -> Iterator[str]:
+    names, folders = [], set()
     with os.scandir(folder) as entries:
-        visible = sorted((e for e in entries if e.name[0] != "."), key=lambda entry: entry.name)
-    for entry in visible:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _names_below(entry.path, f"{prefix}{entry.name}/")
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.is_file():
-            yield prefix + entry.name
+        for entry in entries:
+            is_image = os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
+            if entry.name[0] == ".":
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.add(entry.name)
+                names.append(entry.name)
+            elif is_image and entry.is_file():
+                names.append(entry.name)
+    for name in sorted(names):
+        if name in folders:
+            yield from _names_below(os.path.join(folder, name), f"{prefix}{name}/")
+        else:
+            yield prefix + name
 
 
 def image_folder(root: str | Path) -> LabelledImages:
