@@ -1,15 +1,26 @@
+import ast
+import inspect
 import re
 import shlex
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
+import torch
 import typer
+from small_models import make, tiny
 
+from cvt import PixelError
 from cvt.cli import app
+from cvt.runtime import RUNTIMES
+from cvt.runtime.torch_runtime import TorchRuntime
 from cvt.train.recipe import FIELDS, load_recipe
 
 ROOT = Path(__file__).parents[1]
-TRANSLATED = {"README.md": "README.zh-CN.md", "docs/training.md": "docs/training.zh-CN.md"}
+TRANSLATED = {
+    page: page.replace(".md", ".zh-CN.md")
+    for page in ("README.md", "docs/training.md", "docs/inference.md")
+}
 PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 CVT = typer.main.get_command(app)
 # Words with an underscore that the training page names and that are no settings.
@@ -95,6 +106,65 @@ def test_every_setting_that_the_training_page_names_exists():
     for name, value in re.findall(r"`([a-z_]+)=([^`]+)`", prose):
         load_recipe(None, {name: value})
     assert set(re.findall(r"`([a-z]+_[a-z_]+)`", prose)) <= FIELDS.keys() | NO_SETTINGS
+
+
+def python_blocks():
+    for page in PAGES:
+        for code in re.findall(r"^```python\n(.*?)^```", read(page), re.DOTALL | re.MULTILINE):
+            yield page, code
+
+
+@pytest.mark.parametrize(("page", "code"), sorted(set(python_blocks())))
+def test_python_names_only_what_is_there(page, code):
+    tree = list(ast.walk(ast.parse(code)))
+    homes = {"cvt": "cvt"}
+    for node in tree:
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("cvt"):
+            homes |= {alias.name: f"{node.module}:{alias.name}" for alias in node.names}
+    for node in tree:
+        name = ast.unparse(node.func if isinstance(node, ast.Call) else node)
+        first, dot, rest = name.partition(".")
+        if not (isinstance(node, ast.Call | ast.Attribute | ast.Name) and first in homes):
+            continue
+        if not re.fullmatch(r"[\w.]+", name):  # of what a call gives
+            continue
+        thing = resolve_name(homes[first] + dot + rest)
+        if isinstance(node, ast.Call):
+            keywords = {keyword.arg: None for keyword in node.keywords}
+            inspect.signature(thing).bind_partial(*node.args, **keywords)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_name_in_cvt_exists(page):
+    for name in re.findall(r"`(cvt(?:\.\w+)+)[`(]", without_code(page)):
+        resolve_name(name)
+
+
+def test_the_inference_page_lists_every_runtime():
+    rows = re.findall(r"^\| `(\w+)` .*PyTorch|^\| `(\w+)` \| O", read("docs/inference.md"), re.M)
+    assert tuple(filter(None, (name for row in rows for name in row))) == RUNTIMES
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+        torch.zeros(1, 4, 32, 32),
+        torch.zeros(3, 32, 32),
+        torch.zeros(0, 3, 32, 32),
+        torch.zeros(1, 3, 2, 2),
+        torch.zeros(1, 3, 64, 64),
+        torch.full((1, 3, 32, 32), torch.nan),
+        torch.linspace(0, 255, 3 * 32 * 32).view(1, 3, 32, 32),
+    ],
+    ids=["uint8", "channels", "rank", "empty", "small", "export", "nan", "range"],
+)
+def test_the_inference_page_has_the_words_of_every_pixel_error(pixels):
+    runtime = TorchRuntime(make(tiny()))
+    runtime.image_size = (32, 32) if pixels.shape[-1] == 64 else None  # as of an export
+    with pytest.raises(PixelError) as raised:
+        runtime(pixels)
+    assert f" | {raised.value} |" in read("docs/inference.md")
 
 
 def test_architecture_names_every_module():

@@ -8,54 +8,12 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import CLASSES, METHODS, PLACES, images, make, mixed, tiny
 from torch import nn
 
-from cvt import CvtBackbone, CvtConfig, CvtForImageClassification, CvtModel
+from cvt import CvtBackbone, CvtForImageClassification, CvtModel
 
-METHODS = ["dw_bn", "avg", "linear"]
-PLACES = [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 1, 1)]  # which stages have a class token
 every_kind = pytest.mark.parametrize(("method", "places"), list(product(METHODS, PLACES)))
-CLASSES = 5
-
-
-def tiny(method="dw_bn", places=(0, 0, 1), **fields):
-    defaults = {
-        "embed_dim": [8, 16, 24],
-        "num_heads": [1, 2, 3],
-        "depth": [1, 2, 3],
-        "mlp_ratio": [2, 2, 2],
-        "cls_token": places,
-        "qkv_projection_method": [method] * 3,
-        "drop_path_rate": [0, 0, 0],
-        "num_labels": CLASSES,
-    }
-    return CvtConfig(**{**defaults, **fields})
-
-
-def mixed(**fields):
-    """Every projection method, and class tokens at both ends, in one model of three blocks."""
-    methods = {"qkv_projection_method": METHODS, "depth": [1, 1, 1], "cls_token": (1, 0, 1)}
-    return tiny(**{**methods, **fields})
-
-
-def make(config, cls=CvtForImageClassification):
-    """A model in eval mode whose every weight and running statistic matters to its output."""
-    torch.manual_seed(0)
-    model = cls(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.normal_()
-            elif name.endswith("running_var"):
-                buffer.uniform_(0.5, 2)
-    return model
-
-
-def images(batch=4, height=40, width=24):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 3, height, width, generator=generator)
 
 
 def targets(batch=4):

@@ -1,11 +1,11 @@
 """Our model against the CvT of transformers, on everything that the latter computes rightly."""
 
 import json
-import random
 from dataclasses import fields
 
 import pytest
 import torch
+from small_models import assert_equal, random_case, randomise
 from transformers.models.cvt import CvtConfig as PortConfig
 from transformers.models.cvt import CvtForImageClassification as PortForImageClassification
 from transformers.models.cvt import CvtModel as PortModel
@@ -20,94 +20,10 @@ OWN_FIELDS = {"hidden_act", "init", "out_features", "out_indices"}
 # ------------------------------------------------------------------------------ random models
 
 
-def conv_size(size, kernel, stride, padding):
-    return (size + 2 * padding - kernel) // stride + 1
-
-
-def random_case(seed):
-    """A legal config that the port can run, and the shape of an image batch for it."""
-    rng = random.Random(seed)
-    stages = rng.randint(1, 4)
-    size = (rng.randint(5, 30), rng.randint(5, 30))
-    shape = (rng.randint(1, 3), rng.randint(1, 4), *size)
-    widths = [rng.choice([6, 8, 12, 16])] * stages
-    if rng.random() < 0.6:
-        widths = [rng.choice([6, 8, 12, 16]) for _ in range(stages)]
-    rows = []
-    for i, width in enumerate(widths):
-        patches = [
-            {"patch_sizes": kernel, "patch_stride": stride, "patch_padding": padding}
-            for kernel in range(1, 8)
-            for stride in range(1, 5)
-            for padding in range(kernel)
-            if all(conv_size(s, kernel, stride, padding) in range(1, 17) for s in size)
-        ]
-        patch = rng.choice(patches)
-        size = [conv_size(s, *patch.values()) for s in size]
-        # The port makes every class token as wide as the last stage.
-        class_token = width == widths[-1] and rng.random() < 0.5
-        # As many queries as tokens, or a single one, which the residual connection broadcasts.
-        targets = [size] if class_token else [size, [1, 1]]
-        projections = [
-            {
-                "kernel_qkv": kernel,
-                "stride_q": stride_q,
-                "padding_q": padding_q,
-                "stride_kv": stride_kv,
-                "padding_kv": padding_kv,
-            }
-            for kernel in range(1, 6)
-            for stride_q in range(1, 4)
-            for padding_q in range(4)
-            if [conv_size(s, kernel, stride_q, padding_q) for s in size] in targets
-            for stride_kv in range(1, 4)
-            for padding_kv in range(3)
-            if all(conv_size(s, kernel, stride_kv, padding_kv) > 0 for s in size)
-        ]
-        rows.append(
-            patch
-            | rng.choice(projections)
-            | {
-                "embed_dim": width,
-                "num_heads": rng.choice(
-                    [heads for heads in range(1, width + 1) if width % heads == 0]
-                ),
-                "depth": rng.randint(i + 1, i + 2),  # the port needs more blocks than stages before
-                "mlp_ratio": rng.choice([0.5, 1.0, 2.7, 4.0]),
-                "qkv_bias": rng.random() < 0.5,
-                "cls_token": class_token,
-                "qkv_projection_method": "dw_bn",
-                "attention_drop_rate": rng.choice([0.0, 0.3]),
-                "drop_rate": rng.choice([0.0, 0.3]),
-                "drop_path_rate": rng.choice([0.0, 0.3]),
-            }
-        )
-    config = {name: [row[name] for row in rows] for name in rows[0]}
-    return config | {"num_channels": shape[1], "num_labels": rng.randint(2, 6)}, shape
-
-
 def pair(config, attn_implementation="sdpa"):
     theirs = PortForImageClassification(PortConfig(**config, attn_implementation="eager"))
     ours = CvtForImageClassification(CvtConfig(**config, attn_implementation=attn_implementation))
     return theirs.eval(), ours.eval()
-
-
-@torch.no_grad()
-def randomise(model, seed):
-    """Every tensor of `model` random, at a scale that keeps activations near 1."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in model.state_dict().items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        if name.endswith("num_batches_tracked"):
-            tensor.fill_(seed + 1)
-        elif name.endswith("running_var"):
-            tensor.copy_(0.5 + noise.abs())
-        elif tensor.ndim > 1:
-            tensor.copy_(noise / tensor[0].numel() ** 0.5)
-        elif name.endswith("weight"):
-            tensor.copy_(1 + 0.2 * noise)
-        else:
-            tensor.copy_(0.2 * noise)
 
 
 def equal_pair(seed, source="theirs", **changes):
@@ -156,15 +72,6 @@ def outputs_and_gradients(model, images, labels):
         "gradient of pixel_values": images.grad,
         **{f"gradient of {name}": weight.grad for name, weight in model.named_parameters()},
     }
-
-
-def assert_equal(ours, theirs, tolerance):
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        atol = tolerance * max(1.0, expected.abs().max().item())
-        torch.testing.assert_close(
-            ours[name], expected, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
 
 
 def shapes(model):

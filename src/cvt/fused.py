@@ -8,12 +8,14 @@ Where the logits alone are wanted, the last block computes nothing but its class
 Shapes are as in `modeling.py`: B batch, C channels, H W grid, N tokens, h heads, d head width.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
 from cvt.modeling import (
@@ -36,6 +38,20 @@ CACHED = 2**22
 # ------------------------------------------------------------------------------ operators
 
 
+def known(module: Any, kind: type[nn.Module]) -> Any:
+    """`module`, which is what the model was built of, not an adapter around it or another head.
+
+    Raises:
+        TypeError: it is no `kind`.
+    """
+    if not isinstance(module, kind):
+        raise TypeError(
+            f"the model has a {type(module).__module__}.{type(module).__qualname__} where fuse "
+            f"knows a {kind.__name__} only; merge adapters into the model before fusing it"
+        )
+    return module
+
+
 class Operator(nn.Module):
     """A weight and a bias, which no state dict holds, and the weight packed for oneDNN."""
 
@@ -54,6 +70,7 @@ class Operator(nn.Module):
         return (
             self.weight.device.type == "cpu"
             and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")  # which knows PyTorch's own operators only
             and torch.backends.mkldnn.is_available()
             and (self.weight.dtype is torch.float32 or self.is_native_bfloat16())
         )
@@ -61,6 +78,9 @@ class Operator(nn.Module):
     def is_native_bfloat16(self) -> bool:
         """Whether the weight is in bfloat16 and this processor computes with it."""
         return self.weight.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"packed": None}  # it can be neither copied nor pickled
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Operator":
         self.packed = None
@@ -99,6 +119,12 @@ class Conv(Operator):
         geometry = (convolution.padding, convolution.stride, convolution.dilation)
         self.geometry: list[Any] = [*map(list, geometry), convolution.groups]
 
+    def grid(self, size: Iterable[int]) -> list[int]:
+        """Rows and columns of what comes out of an image of `size`, (H, W)."""
+        padding, stride, _, _ = self.geometry
+        numbers = zip(size, self.weight.shape[2:], padding, stride, strict=True)
+        return [(n + 2 * pad - kernel) // step + 1 for n, kernel, pad, step in numbers]
+
     def forward(self, image: Tensor) -> Tensor:
         padding, stride, dilation, groups = self.geometry
         if self.packs():
@@ -117,18 +143,30 @@ class LayerNorm(Operator):
     """LayerNorm over channels."""
 
     def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
-        super().__init__(norm.weight, norm.bias, dtype)
+        super().__init__(known(norm, nn.LayerNorm).weight, norm.bias, dtype)
         self.eps = norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+def pooling(pool: nn.AvgPool2d) -> nn.Module:
+    """The same averages, padded before: OpenVINO divides those of `ceil_mode` by other numbers."""
+    kernel, stride, pad = cast(list[int], [pool.kernel_size, pool.stride, pool.padding])
+    if stride + pad > kernel:  # PyTorch leaves out windows that lie in the padding alone
+        return nn.AvgPool2d(kernel, stride, pad, pool.ceil_mode)
+    averages = nn.AvgPool2d(kernel, stride, 0, pool.ceil_mode, count_include_pad=False)
+    return nn.Sequential(nn.ZeroPad2d(pad), averages)
+
+
 def folded(projection: Projection, dtype: torch.dtype) -> nn.Module:
     """The convolution of a projection with its BatchNorm in it; pooling or nothing as it is."""
-    if not isinstance(projection.convolution_projection, nn.Sequential):
-        return projection.convolution_projection
-    convolution, norm = cast(Any, projection.convolution_projection)
+    module: Any = projection.convolution_projection
+    if isinstance(module, nn.Identity):
+        return nn.Identity()
+    if isinstance(module, nn.AvgPool2d):
+        return pooling(module)
+    convolution, norm = known(module[0], nn.Conv2d), known(module[1], _BatchNorm)
     gain = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
     weight = convolution.weight.double() * gain[:, None, None, None]
     bias = norm.bias.double() - norm.running_mean.double() * gain
@@ -137,8 +175,9 @@ def folded(projection: Projection, dtype: torch.dtype) -> nn.Module:
 
 def scaled(linear: nn.Linear, dtype: torch.dtype, by: float = 1.0, activation: str = "") -> Linear:
     """A Linear whose output is `by` times as large, in front of an activation."""
-    bias = None if linear.bias is None else linear.bias * by
-    return Linear(linear.weight * by, bias, dtype, activation)
+    bias = known(linear, nn.Linear).bias
+    scaled_bias = None if bias is None else bias.double() * by
+    return Linear(linear.weight.double() * by, scaled_bias, dtype, activation)
 
 
 # ------------------------------------------------------------------------------ the network
@@ -163,7 +202,7 @@ class FusedBlock(nn.Module):
         fc1, fc2 = block.intermediate.dense, block.output.dense
         if isinstance(block.intermediate.activation, QuickGELU):  # silu(1.702 x) / 1.702
             self.fc1 = scaled(fc1, dtype, 1.702, "silu")
-            self.fc2 = Linear(fc2.weight / 1.702, fc2.bias, dtype)
+            self.fc2 = Linear(known(fc2, nn.Linear).weight.double() / 1.702, fc2.bias, dtype)
         else:
             self.fc1, self.fc2 = scaled(fc1, dtype, activation="gelu"), scaled(fc2, dtype)
 
@@ -171,6 +210,14 @@ class FusedBlock(nn.Module):
         self, x: Tensor, grid: tuple[int, int], attentions: bool, class_token_only: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         N, (H, W) = x.shape[1], grid
+        convolution = self.convolve_query
+        queries = math.prod(convolution.grid(grid) if isinstance(convolution, Conv) else grid)
+        queries += N - H * W
+        if queries not in (N, 1):
+            raise ValueError(
+                f"kernel_qkv, stride_q and padding_q make {queries} queries of {N} tokens "
+                f"({H} x {W}); the residual connection needs as many queries as tokens"
+            )
         class_token, tokens = self.norm1(x).split((N - H * W, H * W), dim=1)
         image = to_image(tokens, grid)  # (B, C, H, W)
 
@@ -189,11 +236,6 @@ class FusedBlock(nn.Module):
             query = project(self.convolve_query, self.query)
         key = project(self.convolve_key, self.key)
         value = project(self.convolve_value, self.value)
-        if query.shape[2] not in (x.shape[1], 1):
-            raise ValueError(
-                f"kernel_qkv, stride_q and padding_q make {query.shape[2]} queries of {N} tokens "
-                f"({H} x {W}); the residual connection needs as many queries as tokens"
-            )
         weights = None
         if attentions:
             weights = (query @ key.transpose(2, 3)).softmax(dim=-1)  # (B, h, N, N')
@@ -212,7 +254,7 @@ class FusedStage(nn.Module):
     def __init__(self, stage: Stage, dtype: torch.dtype) -> None:
         super().__init__()
         embedding: Any = stage.embedding.convolution_embeddings
-        convolution = embedding.projection
+        convolution = known(embedding.projection, nn.Conv2d)
         self.embed = Conv(convolution, convolution.weight, convolution.bias, dtype)
         self.norm = LayerNorm(embedding.normalization, dtype)
         token = None if stage.cls_token is None else stage.cls_token.detach().to(dtype, copy=True)
@@ -223,12 +265,7 @@ class FusedStage(nn.Module):
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Rows and columns of the tokens of `image`, (B, C', H', W')."""
-        padding, stride, _, _ = self.embed.geometry
-        kernel = self.embed.weight.shape[2:]
-        H, W = (
-            (size + 2 * padding[i] - kernel[i]) // stride[i] + 1
-            for i, size in enumerate(image.shape[2:])
-        )
+        H, W = self.embed.grid(image.shape[2:])
         return H, W
 
     def forward(
@@ -269,7 +306,6 @@ class FusedCvt(nn.Module):
         super().__init__()
         self.config = model.config
         self.minimum_image_size = model.config.minimum_image_size
-        self.dtype = dtype
         self.is_classifier = isinstance(model, CvtForImageClassification)
         self.feature_maps: list[int] | None = None  # of a backbone: the stages that it returns
         if isinstance(model, CvtBackbone):
@@ -282,8 +318,14 @@ class FusedCvt(nn.Module):
         if isinstance(model, CvtForImageClassification):
             self.layernorm = LayerNorm(model.layernorm, dtype)
             head = model.classifier
-            self.classifier = scaled(head, dtype) if isinstance(head, nn.Linear) else head
+            is_none = isinstance(head, nn.Identity)
+            self.classifier = nn.Identity() if is_none else scaled(cast(nn.Linear, head), dtype)
         super().train(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return cast(FusedStage, self.stages[0]).embed.weight.dtype
 
     def train(self, mode: bool = True) -> "FusedCvt":
         """Refuses to leave eval mode.
@@ -310,7 +352,7 @@ class FusedCvt(nn.Module):
             output_hidden_states = config.output_hidden_states
         if output_attentions is None:
             output_attentions = config.output_attentions
-        logits_only = self.is_classifier and not output_hidden_states
+        logits_only = self.is_classifier and not output_hidden_states and not output_attentions
         image = image.to(self.dtype, memory_format=torch.channels_last)
         hidden_states: tuple[Tensor, ...] = ()
         attentions: tuple[Tensor, ...] = ()
@@ -367,7 +409,7 @@ def fuse(
             "fuse takes a CvtModel, CvtForImageClassification or CvtBackbone of this package, "
             f"not {type(model).__module__}.{type(model).__qualname__}"
         )
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode; call model.eval() before fusing it")
     dtype = dtype or model.dtype
     if not dtype.is_floating_point:

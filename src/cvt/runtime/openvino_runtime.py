@@ -4,7 +4,7 @@ It computes fastest when it knows every shape, and when few images at a time kee
 processor's caches. So a batch runs in pieces, and the graph is compiled for each shape of a piece.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -62,11 +62,9 @@ class OpenVinoRuntime(Runtime):
 
         @lru_cache(KEPT)
         def compiled(*shape: int) -> "openvino.InferRequest":
-            import openvino
-
             static = graph.clone()
             static.reshape(list(shape))
-            return openvino.Core().compile_model(static, "CPU", settings).create_infer_request()
+            return core().compile_model(static, "CPU", settings).create_infer_request()
 
         self.compiled = compiled
         self.lock = Lock()  # each request uses all threads
@@ -94,10 +92,9 @@ class OpenVinoRuntime(Runtime):
             ValueError: the file is no whole graph.
         """
         require("the runtime openvino", "openvino")
-        import openvino
 
         try:
-            graph = openvino.Core().read_model(path)
+            graph = core().read_model(path)
         except RuntimeError as error:
             raise ValueError(f"{path} is no whole graph of OpenVINO: {error}") from error
         return cls(graph, *args, **kwargs)
@@ -127,9 +124,15 @@ def demand(precision: str) -> None:
         )
 
 
-def computes(precision: str) -> bool:
-    """Whether OpenVINO computes in a precision on this processor."""
+@cache
+def core() -> "openvino.Core":
+    """OpenVINO itself, once: a second one that ends first leaves a signal stack that is gone."""
     import openvino
 
-    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return openvino.Core()
+
+
+def computes(precision: str) -> bool:
+    """Whether OpenVINO computes in a precision on this processor."""
+    capabilities = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}[HINTS[precision]] in capabilities
