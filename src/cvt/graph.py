@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,29 +41,39 @@ def torch_graph(
 
     Args:
         model: a fused classifier, on a CPU.
-        image_size: height and width of the images that the graph takes, in pixels; with a dynamic
-            size, of one example.
+        image_size: height and width of the images that the graph takes, in pixels, if that is not
+            dynamic.
         dynamic: what may differ from image to image: `batch`, `size`, both or neither. Without
             `batch`, the graph takes one image.
     """
-    batch = 2 if "batch" in dynamic else 1  # torch.export takes a one for a constant
-    example = torch.zeros(batch, model.config.num_channels, *image_size)
+    # torch.export takes a one for a constant, be it a batch or the side of a grid of keys.
+    config, batch = model.config, 2 if "batch" in dynamic else 1
+    if "size" in dynamic:
+        coarsest = prod(config.patch_stride) * max(config.stride_kv)
+        image_size = (max(config.minimum_image_size, 4 * coarsest),) * 2
+    example = torch.zeros(batch, config.num_channels, *image_size)
     of_batch = {0: Dim.DYNAMIC} if "batch" in dynamic else {}
     of_size = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if "size" in dynamic else {}
     shapes = {"pixel_values": of_batch | of_size}
-    with _quiet():
+    with quiet():
         return torch.export.export(Logits(model).eval(), (example,), dynamic_shapes=shapes)
 
 
 def onnx_graph(program: ExportedProgram) -> "onnx.ModelProto":
-    """The same in ONNX.
+    """The same in ONNX; what may differ is named `batch`, `height` and `width` in it.
 
     Raises:
         ImportError: onnxscript is not installed.
     """
-    with _quiet():
+    names = zip(("batch", "channels", "height", "width"), _sizes(program), strict=True)
+    dynamic = {axis: name for axis, (name, size) in enumerate(names) if size is None}
+    with quiet("torch.onnx"):
         converted = torch.onnx.export(
-            program, input_names=["pixel_values"], output_names=["logits"], verbose=False
+            program,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes={"pixel_values": dynamic},
+            verbose=False,
         )
     assert converted is not None
     return converted.model_proto
@@ -76,24 +87,30 @@ def openvino_graph(program: ExportedProgram) -> "openvino.Model":
     """
     import openvino
 
-    (pixels,) = (n for n in program.graph.nodes if n.target == "pixel_values")
-    shape = [size if isinstance(size, int) else -1 for size in pixels.meta["val"].shape]
-    with _quiet():
+    shape = [-1 if size is None else size for size in _sizes(program)]
+    with quiet():
         graph = openvino.convert_model(program, input=[shape])
     graph.inputs[0].set_names({"pixel_values"})
     graph.outputs[0].set_names({"logits"})
     return graph
 
 
+def _sizes(program: ExportedProgram) -> list[int | None]:
+    """The shape of the pixels that a program takes; None where they may differ."""
+    (pixels,) = (node for node in program.graph.nodes if node.target == "pixel_values")
+    return [size if isinstance(size, int) else None for size in pixels.meta["val"].shape]
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Converters warn of what no user can change."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
+def quiet(*loggers: str) -> Iterator[None]:
+    """Keep back warnings, and of these loggers all but errors: no user can change their causes."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.ERROR)
         try:
+            for name in loggers:
+                logging.getLogger(name).setLevel(logging.ERROR)
             yield
         finally:
-            logger.setLevel(level)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

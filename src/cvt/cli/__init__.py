@@ -6,8 +6,10 @@ import sys
 import typer
 
 from cvt import __version__
+from cvt.cli.benchmark import benchmark
 from cvt.cli.convert import convert
 from cvt.cli.evaluate import evaluate
+from cvt.cli.export import export
 from cvt.cli.info import info
 from cvt.cli.predict import predict
 from cvt.cli.train import train
@@ -35,13 +37,13 @@ def cvt(
     ),
     debug: bool = typer.Option(False, "--debug", help="Show tracebacks; works anywhere."),
 ) -> None:
-    """CvT, the Convolutional vision Transformer: train, evaluate, predict, convert.
+    """CvT, the Convolutional vision Transformer: train, evaluate, predict, export, convert.
 
     A MODEL is a published name (cvt-13, cvt-13-384, ...), a model folder, or an authors' .pth file.
     """
 
 
-for command in (predict, train, evaluate, convert, info):
+for command in (predict, train, evaluate, export, benchmark, convert, info):
     app.command()(command)
 
 

@@ -1,0 +1,107 @@
+"""`cvt benchmark`."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def benchmark(
+    model: Annotated[
+        str,
+        typer.Argument(help="MODEL, an exported folder, or a variant: cvt-13, cvt-21, cvt-w24."),
+    ],
+    runtimes: Annotated[
+        str | None,
+        typer.Option(
+            help="Of auto, torch, fused, compiled, onnxruntime, openvino, commas between; ratios "
+            "are to the first. By default all but compiled."
+        ),
+    ] = None,
+    precisions: Annotated[
+        str | None, typer.Option(help="Of fp32, bf16, fp16, int8. By default fp32,bf16.")
+    ] = None,
+    batch_sizes: Annotated[str, typer.Option(help="Images at a time.")] = "1,32",
+    image_sizes: Annotated[
+        str | None, typer.Option(help="Heights and widths in pixels, if not the model's.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of the processor, if not the runtimes' choice.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seconds: Annotated[
+        float, typer.Option(min=0, help="To spend on each row; it has eight turns at least.")
+    ] = 3.0,
+    output: Annotated[
+        Path | None, typer.Option(help="New folder for benchmark.csv and benchmark.png.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Overwrite files in the output folder.")] = False,
+) -> None:
+    """Time a model over runtimes, precisions, batch and image sizes, from pixels to logits.
+
+    Rows of the same batch and image size take turns. A model that is only named has random weights:
+    they are as fast, and nothing is downloaded.
+    """
+    batches = _numbers(batch_sizes, "--batch-sizes")
+    sizes = _numbers(image_sizes, "--image-sizes") if image_sizes else None
+    from rich.table import Table
+
+    from cvt.benchmark import benchmark as time_model
+    from cvt.benchmark import versions, write_benchmark
+    from cvt.cli.console import bar, err, out, quiet_libraries
+    from cvt.files import staged
+    from cvt.runtime.base import require
+
+    quiet_libraries()
+    # What may not be written is refused before the work begins.
+    with staged(output, force) if output else nullcontext() as folder:
+        if output:
+            require("the picture in --output", "matplotlib")
+        with bar("benchmark", None) as step:
+            rows = time_model(
+                model,
+                _words(runtimes) if runtimes else None,
+                _words(precisions) if precisions else None,
+                batches,
+                sizes,
+                threads,
+                device,
+                seconds,
+                step,
+            )
+        devices = ", ".join(dict.fromkeys(row.device for row in rows if row.device))
+        title = f"{model} on {devices}"
+        if folder:
+            about = {"model": model, "threads": threads, **versions()}
+            write_benchmark(rows, folder, about, title)
+
+    table = Table("batch", "pixels", "runtime", title=title, title_justify="left")
+    for name in ("ms", "p95 ms", "images/s", "ratio"):
+        table.add_column(name, justify="right")
+    before = rows[0]
+    for row in rows:
+        if (row.batch_size, row.image_size) != (before.batch_size, before.image_size):
+            table.add_section()
+        before = row
+        figures = (row.median_ms, row.p95_ms, row.images_per_second, row.ratio)
+        table.add_row(
+            *(str(row.batch_size), str(row.image_size), f"{row.runtime} {row.precision}"),
+            *("–" if figure is None else f"{figure:.2f}" for figure in figures),
+        )
+    out.print(table)
+    for reason in dict.fromkeys(f"{r.runtime} {r.precision}: {r.reason}" for r in rows if r.reason):
+        err.print(f"left out {reason}", style="yellow")
+    if output:
+        out.print(f"written to {output}")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    if not all(word.isdecimal() and int(word) for word in _words(text)):
+        message = f"{text}: must be whole numbers of at least 1, with commas between"
+        raise typer.BadParameter(message, param_hint=option)
+    return [int(word) for word in _words(text)]

@@ -1,0 +1,211 @@
+"""Exports: a classifier as a folder that other software runs, checked as it is written.
+
+| format | its file | precisions |
+|---|---|---|
+| onnx | `model.onnx` | fp32, fp16, int8 |
+| openvino | `model.xml`, `model.bin` | fp32, int8; bf16 and fp16: weights in 16 bits, and arithmetic where the processor has it |
+| torch-export | `model.pt2` | fp32, bf16, fp16 (slow on a CPU) |
+
+Beside it lie `config.json` (with the labels), `preprocessor_config.json`, and `export.json`, which says how it was
+checked; `cvt.runtime.open_runtime` takes the folder. `model.pt2` holds tensors, JSON, and the example that the graph was
+made with, which needs no more than `weights_only` to read; `open_runtime` refuses a file that holds anything else.
+"""  # noqa: E501
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvt.checkpoints import image_size_of, load_classifier, load_processor
+from cvt.export.parity import compare, random_batches, shapes
+from cvt.export.quantization import quantized, real_batches, two_halves
+from cvt.files import staged
+from cvt.fused import fuse
+from cvt.graph import onnx_graph, openvino_graph, torch_graph
+from cvt.modeling import CvtForImageClassification
+from cvt.runtime import PRECISIONS, open_runtime
+from cvt.runtime.base import require
+from cvt.runtime.manifest import DYNAMIC, FORMATS, Manifest
+from cvt.runtime.torch_runtime import DTYPES
+
+FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch-export": "model.pt2"}
+LIBRARIES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
+    "torch-export": (),
+}
+INSTEAD = {
+    ("onnx", "bf16"): "ONNX Runtime has no bf16 convolution on a CPU; use fp16, or openvino",
+    ("torch-export", "int8"): "int8 is made for openvino and onnx; use one of them",
+}
+
+
+def export(
+    source: str | Path,
+    output: str | Path,
+    to: str,
+    *,
+    precision: str = "fp32",
+    dynamic: Collection[str] = ("batch",),
+    image_size: int | None = None,
+    calibration: str | Path | None = None,
+    min_agreement: float = 0.99,
+    calibration_images: int = 300,
+    overwrite: bool = False,
+    progress: Callable[[str], object] = lambda step: None,
+) -> Manifest:
+    """Export a classifier to a folder, run the result and compare it with the torch model.
+
+    Several batch sizes are compared and, where the size is dynamic, several resolutions. In fp32
+    logits differ by at most 1e-4 (1e-5 of logits above 10), in bf16 by 5 % of the largest, in fp16
+    by 1 %, and every image gets the same class. In int8 the classes of images that were not used
+    for calibration are compared, and at other resolutions than the preprocessing's only reported.
+
+    Args:
+        source: a published name, a model folder or an authors' .pth file.
+        output: the folder to write.
+        to: `onnx`, `openvino` or `torch-export`; the module's table says more.
+        precision: `fp32`, `bf16`, `fp16` or `int8`.
+        dynamic: what may differ from call to call: `batch`, `size`, both or neither.
+        image_size: height and width, in pixels, that the graph is made and preprocessing is set
+            for; the source's by default.
+        calibration: for int8, a folder with images of the kind that the model is for.
+        min_agreement: for int8, the share of images, from 0 to 1, that must get the same class.
+        calibration_images: from that folder at most, and as many others to check with.
+        overwrite: replace files in `output`.
+        progress: told of every step, in words.
+
+    Returns:
+        What was written into export.json.
+
+    Raises:
+        ValueError: an argument is illegal, or the export fails a check. Nothing is written.
+        ImageError: a calibration image cannot be decoded. Nothing is written.
+        FileExistsError: `output` exists and may not be overwritten.
+        FileNotFoundError: `source` is no model, or the calibration folder has no images.
+        ImportError: a library is missing; says what to install.
+    """
+    _check_arguments(to, precision, dynamic, calibration, min_agreement)
+    libraries = LIBRARIES[to] + (("nncf",) if precision == "int8" else ())
+    require(f"an export to {to} in {precision}", *libraries)
+    if Path(output).resolve() == Path(source).resolve():
+        raise ValueError(f"{output} is the model itself; export to another folder")
+    with staged(output, overwrite=overwrite) as folder:
+        calibrating, held_out = (
+            ([], []) if calibration is None else two_halves(Path(calibration), calibration_images)
+        )
+        progress(f"loading {source}")
+        model = load_classifier(source).float().eval()
+        processor = load_processor(source, model.config, image_size)
+        size = (image_size_of(processor),) * 2
+        model.config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        progress(f"converting to {to} in {precision}")
+        _write_graph(
+            model, folder / FILES[to], to, precision, size, dynamic, calibrating, processor
+        )
+        manifest = Manifest(
+            format=to,
+            precision=precision,
+            file=FILES[to],
+            image_size=size,
+            dynamic=tuple(name for name in DYNAMIC if name in dynamic),
+            versions={name: version(name) for name in ("cvt-vision", "torch", *libraries)},
+            parity={},
+        )
+        manifest.write(folder)
+        progress("comparing with the torch model")
+        batches = shapes(size, model.config.minimum_image_size if "size" in dynamic else None)
+        pixels = (
+            real_batches(held_out, processor, batches)
+            if precision == "int8"
+            else random_batches(model.config.num_channels, batches)
+        )
+        runtime = open_runtime(folder, device="cpu")
+        checks = [compare(model, runtime, batch) for batch in pixels]
+        for check in checks:
+            if not check.passed:
+                raise ValueError(f"{output} was not written: {check}")
+        at_size = [check for check in checks if (check.height, check.width) == size]
+        images = sum(check.images for check in at_size)
+        agreement = sum(check.same_class for check in at_size) / images
+        if agreement < min_agreement:
+            raise ValueError(
+                f"{output} was not written: of {images} images that were not used for calibration "
+                f"{agreement:.2%} get the class that they get in fp32, where {min_agreement:.2%} "
+                "is asked for; bf16 is more accurate than int8"
+            )
+        manifest = replace(
+            manifest,
+            parity={
+                "images": images,
+                "largest_difference": max(check.difference for check in checks),
+                "checks": [asdict(check) for check in checks],
+            },
+            agreement=agreement if precision == "int8" else None,
+        )
+        manifest.write(folder)
+    return manifest
+
+
+def _check_arguments(
+    to: str,
+    precision: str,
+    dynamic: Collection[str],
+    calibration: str | Path | None,
+    min_agreement: float,
+) -> None:
+    for name, value, choices in (("to", to, FORMATS), ("precision", precision, PRECISIONS)):
+        if value not in choices:
+            raise ValueError(f"{name} = {value!r}: must be one of {', '.join(choices)}")
+    if (to, precision) in INSTEAD:
+        raise ValueError(f"precision = {precision}, to = {to}: {INSTEAD[to, precision]}")
+    if not set(dynamic) <= set(DYNAMIC):
+        raise ValueError(f"dynamic = {dynamic!r}: may hold {' and '.join(DYNAMIC)}")
+    if not 0 <= min_agreement <= 1:
+        raise ValueError(f"min_agreement = {min_agreement}: must be a share from 0 to 1")
+    if (precision == "int8") != (calibration is not None):
+        raise ValueError(
+            "calibration: a folder of images of the kind that the model is for is needed in int8"
+            + ("" if precision == "int8" else f", and has no use in {precision}")
+        )
+
+
+def _write_graph(
+    model: CvtForImageClassification,
+    file: Path,
+    to: str,
+    precision: str,
+    size: tuple[int, int],
+    dynamic: Collection[str],
+    calibrating: Sequence[Path],
+    processor: Any,
+) -> None:
+    # OpenVINO itself computes a graph of fp32 in the precision that it is asked for.
+    dtype = torch.float32 if to == "openvino" else DTYPES.get(precision, torch.float32)
+    program = torch_graph(fuse(model, dtype), size, dynamic)
+    names = json.dumps(model.config.class_names)
+    if to == "torch-export":
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # paths of this machine
+        torch.export.save(program, file)
+    elif to == "onnx":
+        import onnx
+
+        graph = onnx_graph(program)
+        if precision == "int8":
+            graph = quantized(graph, calibrating, processor)
+        onnx.helper.set_model_props(graph, {"class_names": names})
+        onnx.save(graph, file)
+    else:
+        import openvino
+
+        network = openvino_graph(program)
+        if precision == "int8":
+            network = quantized(network, calibrating, processor)
+        network.set_rt_info(names, ["model_info", "class_names"])
+        openvino.save_model(network, file, compress_to_fp16=precision in ("bf16", "fp16"))

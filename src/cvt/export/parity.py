@@ -1,0 +1,99 @@
+"""Whether an export computes what the torch model computes."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from cvt.modeling import CvtForImageClassification
+from cvt.runtime.base import Runtime
+
+BATCHES = (1, 2, 5)
+# The largest difference of a logit that is accepted, and the same as a share of the largest logit;
+# the larger of the two holds. Of cvt-13 with random weights they were 2e-6, 0.015 and 0.002.
+TOLERANCES = {"fp32": (1e-4, 1e-5), "bf16": (0.0, 0.05), "fp16": (0.0, 0.01)}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A batch that an export and the torch model were both given.
+
+    Attributes:
+        images: in the batch.
+        height: of the images, in pixels.
+        width: likewise.
+        same_class: images of which both name the same class. For fp32, bf16 and fp16 classes whose
+            logits lie within `tolerance` of each other are the same.
+        difference: the largest between their logits.
+        tolerance: what is accepted of it; None in int8, where the classes count.
+    """
+
+    images: int
+    height: int
+    width: int
+    same_class: int
+    difference: float
+    tolerance: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the logits are close and the classes the same; in int8, whether it has logits."""
+        if self.tolerance is None:
+            return isfinite(self.difference)
+        return self.difference <= self.tolerance and self.same_class == self.images
+
+    def __str__(self) -> str:
+        accepted = "" if self.tolerance is None else f", of which {self.tolerance:.3g} is accepted"
+        return (
+            f"for {self.images} images of {self.height} x {self.width} pixels its logits differ "
+            f"from the torch model's by {self.difference:.3g}{accepted}, and {self.same_class} get "
+            "the same class"
+        )
+
+
+@torch.no_grad()
+def compare(model: CvtForImageClassification, runtime: Runtime, pixels: Tensor) -> Check:
+    """Give the same pixels, (B, C, H, W), to both.
+
+    Args:
+        model: in eval mode, in float32, on a CPU.
+        runtime: of its export.
+        pixels: normalised.
+    """
+    expected, logits = model(pixels).logits, runtime(pixels)  # (B, K)
+    tolerance = None
+    if runtime.precision in TOLERANCES:
+        absolute, relative = TOLERANCES[runtime.precision]
+        tolerance = max(absolute, relative * expected.abs().max().item())
+    named = expected.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
+    same_class = named >= expected.amax(dim=1) - (tolerance or 0.0)
+    return Check(
+        *(len(pixels), pixels.shape[2], pixels.shape[3]),
+        same_class=int(same_class.sum()),
+        difference=(expected - logits).abs().max().item(),
+        tolerance=tolerance,
+    )
+
+
+def shapes(image_size: tuple[int, int], least: int | None = None) -> list[tuple[int, int, int]]:
+    """Number, height and width of the images in each batch to check an export with.
+
+    Args:
+        image_size: height and width, in pixels.
+        least: height and width that the model needs at least, where the size may differ: then there
+            are images of odd sides and such as are no squares, too.
+    """
+    H, W = image_size
+    sizes = [image_size]
+    if least is not None:
+        sizes += [(H + 1 + H % 2, W + 1 + W % 2), (max(least, H // 2), W + W // 2)]
+    return [(batch, *size) for batch in BATCHES for size in sizes]
+
+
+def random_batches(channels: int, shapes: Iterable[tuple[int, int, int]]) -> Iterator[Tensor]:
+    """Pixels, (B, C, H, W), always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    for B, H, W in shapes:
+        yield torch.randn(B, channels, H, W, generator=generator)
