@@ -16,38 +16,34 @@ Prints a table and writes it to `results/training-<device>-torch<version>-<date>
 """
 
 import argparse
-import csv
-import datetime
 import importlib.metadata
-import multiprocessing
-import platform
-import re
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers.models.cvt import modeling_cvt as port
+from measuring import (
+    RESULTS,
+    in_fresh_process,
+    peak_memory,
+    result_file,
+    transformers_cvt,
+    write_rows,
+)
 
 from cvt import CvtConfig, CvtForImageClassification
+from cvt.benchmark import device_name, in_turns, middle, speed_ratios
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CONTESTANTS = ("cvt", "transformers")
-WARM_UP = 2  # steps before anything is measured
 
 
 def build(contestant: str, config: CvtConfig) -> torch.nn.Module:
     """A fresh model of a contestant, of the shape of `config`."""
     torch.manual_seed(0)
-    if contestant == "cvt":
-        return CvtForImageClassification(config)
-    known = transformers.CvtConfig().to_dict().keys() - {"layer_norm_eps", "dtype"}
-    shape = {name: value for name, value in config.to_dict().items() if name in known}
-    return port.CvtForImageClassification(transformers.CvtConfig(**shape))
+    return (CvtForImageClassification if contestant == "cvt" else transformers_cvt)(config)
 
 
 def training_step(contestant: str, options: argparse.Namespace) -> Callable[[], None]:
@@ -77,49 +73,24 @@ def training_step(contestant: str, options: argparse.Namespace) -> Callable[[], 
     return step
 
 
-def seconds(options: argparse.Namespace) -> dict[str, list[float]]:
-    """The time of every step of each contestant, taken in turns."""
-    steps = {contestant: training_step(contestant, options) for contestant in CONTESTANTS}
-    times: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
-    for turn in range(WARM_UP + options.steps):
-        for contestant, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn >= WARM_UP:
-                times[contestant].append(time.perf_counter() - start)
-    return times
-
-
-def peak_memory(contestant: str, options: argparse.Namespace) -> float:
+def peak_of_training(contestant: str, options: argparse.Namespace) -> float:
     """Peak of this process, or of its GPU memory, when it trains that contestant alone, in MiB."""
     step = training_step(contestant, options)
-    for _ in range(WARM_UP + 3):
+    for _ in range(5):
         step()
-    if options.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
-
-
-def device_name(device: str) -> str:
-    """Model of the GPU or of the processor."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.machine()
+    return peak_memory(options.device)
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     """One row for each contestant."""
-    times = seconds(options)
-    turns = zip(times["transformers"], times["cvt"], strict=True)
-    quartiles = statistics.quantiles([theirs / ours for theirs, ours in turns], n=4)
-    # A fresh process each, so that the second does not start on the memory of the first.
-    context = multiprocessing.get_context("spawn")
+    steps = {contestant: training_step(contestant, options) for contestant in CONTESTANTS}
+    times = in_turns(steps, least=options.steps, turn=0)
+    quartiles = speed_ratios(times["transformers"], times["cvt"])
     rows = []
     for contestant in CONTESTANTS:
-        with context.Pool(1) as pool:
-            memory = pool.apply(peak_memory, (contestant, options))
-        step = statistics.median(times[contestant])
+        # A fresh process each, so that the second does not start on the memory of the first.
+        memory = in_fresh_process(peak_of_training, contestant, options)
+        step = middle(times[contestant])
         rows.append(
             {
                 "model": contestant,
@@ -144,13 +115,6 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
-def result_file(folder: Path, device: str) -> Path:
-    """Where a result of today belongs."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    version = torch.__version__.partition("+")[0]
-    return folder / f"training-{slug}-torch{version}-{datetime.date.today()}.csv"
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     summary, _, details = __doc__.partition("\n")
@@ -166,25 +130,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measures, prints, writes."""
-    path = result_file(options.results, options.device)
-    if path.exists() and not options.overwrite:
-        sys.exit(f"{path} exists; pass --overwrite to replace it, or --results FOLDER")
+    path = result_file(options.results, "training", options.device, options.overwrite)
     rows = measure(options)
     for column in list(rows[0])[:6]:
         print(f"{column:20}", *(f"{row[column]!s:>18}" for row in rows))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w" if options.overwrite else "x", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    print(path)
+    write_rows(path, rows, options.overwrite)
 
 
 if __name__ == "__main__":

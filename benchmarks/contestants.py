@@ -1,0 +1,185 @@
+"""Who takes part in the benchmark of inference: random weights of one shape, pixels to logits."""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from measuring import transformers_cvt
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils.flop_counter import FlopCounterMode
+
+from cvt import CvtConfig, CvtForImageClassification, fuse
+from cvt.graph import onnx_graph, openvino_graph
+from cvt.runtime import open_runtime
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Transformers' CvT cannot be less deep.
+TINY = {"embed_dim": (8, 16, 32), "num_heads": (1, 2, 4), "depth": (1, 2, 3), "num_labels": 10}
+
+
+class Contestant(NamedTuple):
+    """A model, what runs it, and in which precision."""
+
+    model: str
+    runtime: str
+    precision: str
+
+
+REFERENCE = Contestant("transformers", "torch", "fp32")
+OURS = Contestant("cvt", "fused", "fp32")
+CPU = (
+    REFERENCE,
+    Contestant("transformers", "compiled", "fp32"),
+    Contestant("transformers", "onnxruntime", "fp32"),
+    Contestant("transformers", "openvino", "fp32"),
+    Contestant("transformers", "openvino of fixed shape", "fp32"),
+    Contestant("transformers", "openvino", "bf16"),
+    Contestant("transformers", "openvino of fixed shape", "bf16"),
+    Contestant("cvt", "torch", "fp32"),
+    OURS,
+    Contestant("cvt", "compiled", "fp32"),
+    Contestant("cvt", "onnxruntime", "fp32"),
+    Contestant("cvt", "openvino", "fp32"),
+    Contestant("cvt", "fused", "bf16"),
+    Contestant("cvt", "openvino", "bf16"),
+)
+YARDSTICKS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2")  # timm's
+CUDA = tuple(
+    Contestant(name, runtime, "bf16")
+    for name in ("transformers", "cvt", *YARDSTICKS)
+    for runtime in ("torch", "fused", "compiled")
+    if runtime != "fused" or name == "cvt"
+)
+
+
+def shape(options: argparse.Namespace) -> CvtConfig:
+    """The configuration that all have: of the variant, or a tiny one for a quick run."""
+    return CvtConfig(**TINY) if options.quick else CvtConfig.from_variant(options.variant)
+
+
+class Logits(nn.Module):
+    """Pixels in, logits out, of a model that answers with more."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, K)."""
+        return self.model(pixel_values).logits
+
+
+def build(name: str, options: argparse.Namespace) -> nn.Module:
+    """A model of a contestant that gives logits, in eval mode."""
+    torch.manual_seed(0)
+    if name == "cvt":
+        return CvtForImageClassification(shape(options)).eval()
+    if name == "transformers":
+        return Logits(transformers_cvt(shape(options))).eval()
+    import timm
+
+    return timm.create_model(name).eval()
+
+
+def opened(contestant: Contestant, options: argparse.Namespace) -> Callable[[Tensor], Tensor]:
+    """A contestant, ready to go from pixels (B, 3, H, W) to logits (B, K) on the CPU."""
+    torch.set_num_threads(options.threads)
+    name, runtime, precision = contestant
+    if name == "cvt":
+        model = build(name, options)
+        return open_runtime(model, runtime, precision, options.device, options.threads)
+    model = build(name, options)
+    if runtime == "onnxruntime":
+        return in_onnxruntime(exported(model, options), options)
+    if runtime.startswith("openvino"):
+        fixed = runtime.endswith("fixed shape")
+        return in_openvino(exported(model, options), precision, fixed, options)
+    return in_torch(model, precision, runtime == "compiled", options)
+
+
+def in_torch(
+    model: nn.Module, precision: str, compiled: bool, options: argparse.Namespace
+) -> Callable[[Tensor], Tensor]:
+    """A model in PyTorch, eager or compiled."""
+    dtype = DTYPES[precision]
+    model = model.to(options.device, dtype)
+    forward = torch.compile(model) if compiled else model
+
+    @torch.inference_mode()
+    def run(pixels: Tensor) -> Tensor:
+        return forward(pixels.to(options.device, dtype)).float().cpu()  # waits for the GPU
+
+    return run
+
+
+def exported(model: nn.Module, options: argparse.Namespace) -> ExportedProgram:
+    """The graph of a model, for batches of any size."""
+    example = torch.zeros(2, 3, options.image_size, options.image_size)
+    shapes = {"pixel_values": {0: Dim.DYNAMIC}}
+    return torch.export.export(model, (example,), dynamic_shapes=shapes)
+
+
+def in_onnxruntime(
+    program: ExportedProgram, options: argparse.Namespace
+) -> Callable[[Tensor], Tensor]:
+    """A graph in ONNX Runtime."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = options.threads
+    graph = onnx_graph(program).SerializeToString()
+    session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+
+    def run(pixels: Tensor) -> Tensor:
+        (logits,) = session.run(None, {"pixel_values": pixels.numpy()})
+        return torch.from_numpy(logits)
+
+    return run
+
+
+@functools.cache
+def core() -> Any:
+    """OpenVINO, which must never end: cores that do can leave threads no stack for signals."""
+    import openvino
+
+    return openvino.Core()
+
+
+def in_openvino(
+    program: ExportedProgram, precision: str, fixed: bool, options: argparse.Namespace
+) -> Callable[[Tensor], Tensor]:
+    """A graph in OpenVINO, for any batch or compiled anew for the shape of each."""
+    graph = openvino_graph(program)
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+        "INFERENCE_NUM_THREADS": options.threads,
+    }
+    compiled = {}
+
+    def run(pixels: Tensor) -> Tensor:
+        key = tuple(pixels.shape) if fixed else None
+        if key not in compiled:
+            if fixed:
+                graph.reshape(list(key))
+            compiled[key] = core().compile_model(graph, "CPU", settings)
+        return torch.from_numpy(compiled[key](pixels.numpy())[0])
+
+    return run
+
+
+def operations(contestant: Contestant, options: argparse.Namespace) -> int:
+    """Floating point operations that a contestant executes for an image.
+
+    Counted by `torch.utils.flop_counter`: matrix products and convolutions, attention included. Our
+    fused form skips what the last block does for nothing; nothing else skips any.
+    """
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = build(contestant.model, options)
+        if contestant.model == "cvt" and contestant.runtime != "torch":
+            model = fuse(model)
+        model(torch.empty(1, 3, options.image_size, options.image_size))
+    return counter.get_total_flops()
