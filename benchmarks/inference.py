@@ -157,7 +157,7 @@ def write_export(options: argparse.Namespace, work: Path) -> Path:
             to="openvino",
             precision="int8",
             calibration=write_pictures(options, work),
-            most_images=64,
+            calibration_images=64,
             min_agreement=0.0,  # what random weights tell apart may well change
         )
     return folder

@@ -397,8 +397,8 @@ def fuse(
 
     Args:
         model: in eval mode.
-        dtype: to compute in; the model's own by default. Folding is done in the model's precision
-            and above, so a float32 model fused to bfloat16 loses less than the other way round.
+        dtype: to compute in; the model's own by default. Weights are folded in double precision and
+            rounded once.
 
     Raises:
         TypeError: not a CvT of this package.
