@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network by accident
 
@@ -54,3 +55,30 @@ def processor(model_folder, classifier):
     from cvt.checkpoints import load_processor
 
     return load_processor(model_folder, classifier.config)
+
+
+@pytest.fixture
+def cvt(monkeypatch, capsys):
+    """Runs the command line in this process; answers exit code, output and errors."""
+    from cvt.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cvt", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def no_recompilation():
+    """A test in which nothing may be compiled twice."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()

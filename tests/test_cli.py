@@ -14,27 +14,10 @@ import yaml
 
 from cvt import CvtForImageClassification
 from cvt.checkpoints import transformers_to_authors
-from cvt.cli import app, main
+from cvt.cli import app
 from cvt.cli.console import TrainingBars
 
 CVT = Path(sys.executable).with_name("cvt")
-
-
-@pytest.fixture
-def cvt(monkeypatch, capsys):
-    """Runs the command line in this process; answers exit code, output and errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cvt", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

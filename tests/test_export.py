@@ -1,6 +1,6 @@
 import importlib.util
 import json
-import sys
+from functools import partial
 
 import onnx
 import openvino
@@ -11,7 +11,6 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 import cvt.export
 from cvt import CvtConfig, CvtForImageClassification, graph, image_processor
-from cvt.cli import main
 from cvt.datasets import open_training
 from cvt.export import export
 from cvt.export.parity import compare
@@ -86,19 +85,9 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(cvt):
     """Runs `cvt export` in this process; answers exit code, output and errors."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cvt", "export", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return call
+    return partial(cvt, "export")
 
 
 def pixels_of(batch, height, width):

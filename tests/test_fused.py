@@ -416,14 +416,6 @@ def test_eight_threads_get_the_answers_of_one():
 # ------------------------------------------------------------------------------ compilers
 
 
-@pytest.fixture
-def no_recompilation():
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("no_recompilation")
 def test_it_compiles_into_one_graph():
     model = make(mixed())

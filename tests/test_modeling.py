@@ -574,14 +574,6 @@ def test_backbone_loads_from_a_classifiers_folder(tmp_path):
 # ------------------------------------------------------------------------------ compilers
 
 
-@pytest.fixture
-def no_recompilation():
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("no_recompilation")
 def test_eval_compiles_into_one_graph():
     model = make(mixed())

@@ -27,6 +27,7 @@ from cvt.modeling import (
     Projection,
     QuickGELU,
     Stage,
+    check_queries,
     checked_pixels,
     to_image,
     to_tokens,
@@ -212,12 +213,7 @@ class FusedBlock(nn.Module):
         N, (H, W) = x.shape[1], grid
         convolution = self.convolve_query
         queries = math.prod(convolution.grid(grid) if isinstance(convolution, Conv) else grid)
-        queries += N - H * W
-        if queries not in (N, 1):
-            raise ValueError(
-                f"kernel_qkv, stride_q and padding_q make {queries} queries of {N} tokens "
-                f"({H} x {W}); the residual connection needs as many queries as tokens"
-            )
+        check_queries(queries + N - H * W, N, grid)
         class_token, tokens = self.norm1(x).split((N - H * W, H * W), dim=1)
         image = to_image(tokens, grid)  # (B, C, H, W)
 

@@ -164,6 +164,15 @@ def eager_attention(
     return context.transpose(1, 2), weights
 
 
+def check_queries(queries: int, tokens: int, grid: tuple[int, int]) -> None:
+    """Raises a ValueError where queries cannot be added to tokens; the authors broadcast one."""
+    if queries not in (tokens, 1):
+        raise ValueError(
+            f"kernel_qkv, stride_q and padding_q make {queries} queries of {tokens} tokens "
+            f"({grid[0]} x {grid[1]}); the residual connection needs as many queries as tokens"
+        )
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention on projected tokens; the class token skips the projection."""
 
@@ -203,11 +212,7 @@ class SelfAttention(nn.Module):
         query = project(self.convolution_projection_query, self.projection_query)  # (B, h, N, d)
         key = project(self.convolution_projection_key, self.projection_key)  # (B, h, N', d)
         value = project(self.convolution_projection_value, self.projection_value)  # (B, h, N', d)
-        if query.shape[2] not in (N, 1):  # one query is broadcast, as by the authors
-            raise ValueError(
-                f"kernel_qkv, stride_q and padding_q make {query.shape[2]} queries of {N} tokens "
-                f"({H} x {W}); the residual connection needs as many queries as tokens"
-            )
+        check_queries(query.shape[2], N, grid)
         implementation = "eager" if output_attentions else self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         if implementation == "sdpa" and self.training and kernels.chunks_pay(query, key):

@@ -1,46 +1,25 @@
 """`cvt export`."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-
-
-class Format(str, Enum):
-    """What a classifier can be exported to."""
-
-    onnx = "onnx"
-    openvino = "openvino"
-    torch_export = "torch-export"
-
-
-class Precision(str, Enum):
-    """What an export computes in."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    int8 = "int8"
-
-
-class Dynamic(str, Enum):
-    """What may differ from call to call."""
-
-    batch = "batch"
-    size = "size"
-    both = "batch,size"
-    none = "none"
 
 
 def export(
     model: Annotated[str, typer.Argument(help="MODEL to export.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[Format, typer.Option(help="Software that is to run it.")],
-    precision: Annotated[Precision, typer.Option(help="What it computes in.")] = Precision.fp32,
+    to: Annotated[
+        Literal["onnx", "openvino", "torch-export"],
+        typer.Option(help="Software that is to run it."),
+    ],
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16", "int8"], typer.Option(help="What it computes in.")
+    ] = "fp32",
     dynamic: Annotated[
-        Dynamic, typer.Option(help="What may differ from call to call: number and size of images.")
-    ] = Dynamic.batch,
+        Literal["batch", "size", "batch,size", "none"],
+        typer.Option(help="What may differ from call to call: number and size of images."),
+    ] = "batch",
     image_size: Annotated[
         int | None,
         typer.Option(min=1, help="Height and width of its images, if not the model's."),
@@ -64,9 +43,9 @@ def export(
     done = export_model(
         model,
         output,
-        to.value,
-        precision=precision.value,
-        dynamic=() if dynamic is Dynamic.none else dynamic.value.split(","),
+        to,
+        precision=precision,
+        dynamic=() if dynamic == "none" else dynamic.split(","),
         image_size=image_size,
         calibration=calibration,
         min_agreement=min_agreement,
