@@ -41,8 +41,8 @@ def torch_graph(
 
     Args:
         model: a fused classifier, on a CPU.
-        image_size: height and width of the images that the graph takes, in pixels, if that is not
-            dynamic.
+        image_size: height and width of the images that the graph takes, in pixels, unless
+            that is dynamic.
         dynamic: what may differ from image to image: `batch`, `size`, both or neither. Without
             `batch`, the graph takes one image.
     """

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
-from cvt.graph import onnx_graph
+from cvt.fused import fuse
+from cvt.graph import onnx_graph, torch_graph
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import Runtime, require
-from cvt.runtime.torch_runtime import program_of
+from cvt.runtime.torch_runtime import DTYPES
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -77,7 +78,8 @@ class OnnxRuntime(Runtime):
         if precision not in ("fp32", "fp16"):
             raise ValueError(f"precision = {precision}: ONNX Runtime has fp32 and fp16")
         _provider(device)
-        graph = onnx_graph(program_of(model, precision)).SerializeToString()
+        program = torch_graph(fuse(model, DTYPES[precision]).cpu(), (224, 224))
+        graph = onnx_graph(program).SerializeToString()
         return cls(graph, model.config, precision, device, threads)
 
     def _run(self, pixels: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """OpenVINO as a runtime, on a CPU.
 
 It computes fastest when it knows every shape, and when few images at a time keep the work in the
-processor's caches. So a batch runs in pieces, and the graph is compiled for each shape of a piece.
+processor's caches. So a batch runs in pieces, and the graph is compiled for each shape of a piece;
+a model is even captured for each size of image, since a graph for any size stays slower.
 """
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 from threading import Lock
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
-from cvt.graph import openvino_graph
+from cvt.fused import fuse
+from cvt.graph import openvino_graph, torch_graph
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import Runtime, require
-from cvt.runtime.torch_runtime import program_of
 
 if TYPE_CHECKING:
     import openvino
@@ -31,7 +33,7 @@ class OpenVinoRuntime(Runtime):
     """A graph in OpenVINO.
 
     Args:
-        graph: takes `pixel_values`, gives `logits`.
+        graph: for images of a height and width, takes `pixel_values` and gives `logits`.
         config: the classifier's.
         precision: the graph's; one in `int8` computes the rest in bfloat16, where the processor
             can.
@@ -44,7 +46,7 @@ class OpenVinoRuntime(Runtime):
 
     def __init__(
         self,
-        graph: "openvino.Model",
+        graph: "Callable[[int, int], openvino.Model]",
         config: CvtConfig,
         precision: str = "fp32",
         threads: int | None = None,
@@ -62,7 +64,7 @@ class OpenVinoRuntime(Runtime):
 
         @lru_cache(KEPT)
         def compiled(*shape: int) -> "openvino.InferRequest":
-            static = graph.clone()
+            static = graph(*shape[2:]).clone()
             static.reshape(list(shape))
             return core().compile_model(static, "CPU", settings).create_infer_request()
 
@@ -73,7 +75,7 @@ class OpenVinoRuntime(Runtime):
     def from_model(
         cls, model: CvtForImageClassification, precision: str = "fp32", threads: int | None = None
     ) -> "OpenVinoRuntime":
-        """Convert a classifier, in memory.
+        """A classifier that is converted, in memory, for each size of image that it meets.
 
         Raises:
             ImportError: openvino is not installed.
@@ -81,7 +83,13 @@ class OpenVinoRuntime(Runtime):
         """
         require("the runtime openvino", "openvino")
         demand(precision)
-        return cls(openvino_graph(program_of(model, "fp32")), model.config, precision, threads)
+        fused = fuse(model, torch.float32).cpu()
+
+        @lru_cache(KEPT)
+        def graph(height: int, width: int) -> "openvino.Model":
+            return openvino_graph(torch_graph(fused, (height, width), {"batch"}))
+
+        return cls(graph, model.config, precision, threads)
 
     @classmethod
     def from_file(cls, path: Path, *args: Any, **kwargs: Any) -> "OpenVinoRuntime":
@@ -97,7 +105,7 @@ class OpenVinoRuntime(Runtime):
             graph = core().read_model(path)
         except RuntimeError as error:
             raise ValueError(f"{path} is no whole graph of OpenVINO: {error}") from error
-        return cls(graph, *args, **kwargs)
+        return cls(lambda *_: graph, *args, **kwargs)
 
     def images_at_once(self, pixels: Tensor) -> int:
         """Four images, or one large one."""

@@ -6,11 +6,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
 from cvt.configuration import CvtConfig
 from cvt.fused import fuse
-from cvt.graph import torch_graph
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import Runtime
 
@@ -96,9 +94,3 @@ class CompiledRuntime(FusedRuntime):
     def _run(self, pixels: Tensor) -> Tensor:
         with self.lock:
             return super()._run(pixels)
-
-
-def program_of(model: CvtForImageClassification, precision: str) -> ExportedProgram:
-    """The graph of a classifier for images of any number and size."""
-    side = max(224, model.config.minimum_image_size)
-    return torch_graph(fuse(model, DTYPES[precision]).cpu(), (side, side))
