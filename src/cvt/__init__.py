@@ -1,6 +1,6 @@
 """CvT, the Convolutional vision Transformer: exact, strict, with transformers' API and weights.
 
-Names load on first use: importing `cvt` imports neither torch nor transformers.
+Names load on first use: importing `cvt` imports neither torch, transformers nor Keras.
 """
 
 from importlib import import_module
@@ -13,6 +13,8 @@ _HOME = {
     "CvtModel": "modeling",
     "CvtForImageClassification": "modeling",
     "CvtBackbone": "modeling",
+    "TFCvtModel": "keras",
+    "TFCvtForImageClassification": "keras",
     "register_auto_classes": "auto",
     "fuse": "fused",
     "image_processor": "images",

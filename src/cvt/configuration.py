@@ -144,6 +144,15 @@ class StageConfig:
         return max(1, (grid - 1) * self.patch_stride + self.patch_sizes - 2 * self.patch_padding)
 
 
+def check_queries(queries: int, tokens: int, grid: tuple[int, int]) -> None:
+    """Raises a ValueError where queries cannot be added to tokens; the authors broadcast one."""
+    if queries not in (tokens, 1):
+        raise ValueError(
+            f"kernel_qkv, stride_q and padding_q make {queries} queries of {tokens} tokens "
+            f"({grid[0]} x {grid[1]}); the residual connection needs as many queries as tokens"
+        )
+
+
 class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a CvT.
 

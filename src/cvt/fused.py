@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
+from cvt.configuration import check_queries
 from cvt.modeling import (
     Block,
     CvtBackbone,
@@ -27,7 +28,6 @@ from cvt.modeling import (
     Projection,
     QuickGELU,
     Stage,
-    check_queries,
     checked_pixels,
     to_image,
     to_tokens,

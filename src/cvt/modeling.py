@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cvt import hub, kernels
-from cvt.configuration import CvtConfig, StageConfig
+from cvt.configuration import CvtConfig, StageConfig, check_queries
 from cvt.losses import classification_loss
 
 # ------------------------------------------------------------------------------ elementary layers
@@ -162,15 +162,6 @@ def eager_attention(
     weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1)
     context = F.dropout(weights, dropout, module.training) @ value
     return context.transpose(1, 2), weights
-
-
-def check_queries(queries: int, tokens: int, grid: tuple[int, int]) -> None:
-    """Raises a ValueError where queries cannot be added to tokens; the authors broadcast one."""
-    if queries not in (tokens, 1):
-        raise ValueError(
-            f"kernel_qkv, stride_q and padding_q make {queries} queries of {tokens} tokens "
-            f"({grid[0]} x {grid[1]}); the residual connection needs as many queries as tokens"
-        )
 
 
 class SelfAttention(nn.Module):

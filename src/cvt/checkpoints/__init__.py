@@ -1,26 +1,28 @@
-"""Checkpoints of every dialect: the authors' files, transformers' folders and ours."""
+"""Checkpoints of every dialect: the authors' files, transformers' folders and ours.
 
-from cvt.checkpoints.authors import load_authors
-from cvt.checkpoints.conversion import Conversion, convert
-from cvt.checkpoints.loading import (
-    image_size_of,
-    load_classifier,
-    load_config,
-    load_processor,
-)
-from cvt.checkpoints.names import authors_to_transformers, transformers_to_authors
-from cvt.checkpoints.reading import CheckpointError, read_weights
+Names load on first use, so that `names` can be read where PyTorch is not.
+"""
 
-__all__ = [
-    "CheckpointError",
-    "Conversion",
-    "authors_to_transformers",
-    "convert",
-    "image_size_of",
-    "load_authors",
-    "load_classifier",
-    "load_config",
-    "load_processor",
-    "read_weights",
-    "transformers_to_authors",
-]
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "CheckpointError": "reading",
+    "Conversion": "conversion",
+    "authors_to_transformers": "names",
+    "convert": "conversion",
+    "image_size_of": "loading",
+    "load_authors": "authors",
+    "load_classifier": "loading",
+    "load_config": "loading",
+    "load_processor": "loading",
+    "read_weights": "reading",
+    "transformers_to_authors": "names",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"cvt.checkpoints.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'cvt.checkpoints' has no attribute {name!r}")

@@ -34,6 +34,15 @@ _TABLE = {
     "layernorm": "norm",
     "classifier": "head",
 }
+# A weight of a Keras model: its path is our name with slashes and hyphens for dots.
+_KERAS = re.compile(r"(encoder/stages[-.]\d+/.+|(?:layernorm|classifier)/[^/]+)$")
+_KERAS_TENSORS = {
+    "kernel": "weight",
+    "gamma": "weight",
+    "beta": "bias",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_var",
+}
 _TENSOR = r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
 
 
@@ -55,6 +64,24 @@ def transformers_to_authors(state_dict: Mapping[str, Weight]) -> dict[str, Weigh
     # A model without a head has its names without the prefix.
     prefixed = {f"cvt.{k}" if k.startswith("encoder.") else k: v for k, v in state_dict.items()}
     return _refusing(*_renamed(prefixed, _TABLE))
+
+
+def keras_to_transformers(path: str) -> str | None:
+    """Transformers' name, in `CvtForImageClassification`, of the weight at a path in Keras.
+
+    Args:
+        path: in a model of this package, or in a tf_model.h5 of transformers 4.
+
+    Returns:
+        None if it is no weight of a CvT.
+    """
+    found = _KERAS.search(path.removesuffix(":0"))
+    if found is None:
+        return None
+    module, _, tensor = re.sub("[/-]", ".", found[1]).rpartition(".")
+    name = f"{module}.{_KERAS_TENSORS.get(tensor, tensor)}"
+    name = f"cvt.{name}" if name.startswith("encoder.") else name
+    return name if not _renamed({name: None}, _TABLE)[1] else None
 
 
 def rename_known(state_dict: Mapping[str, Weight]) -> tuple[dict[str, Weight], list[str]]:

@@ -1,0 +1,87 @@
+"""The losses of an image classifier, as `cvt.losses` has them for PyTorch."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from cvt.configuration import CvtConfig
+from cvt.keras.layers import register
+
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def losses_of(logits: Any, labels: Any, problem: str) -> Any:
+    """The loss of every image, (B,)."""
+    logits = ops.cast(logits, "float32")
+    if problem == "single_label_classification":
+        if len(labels.shape) < 2 or labels.shape[1] == 1 != logits.shape[1]:
+            labels = ops.one_hot(ops.cast(ops.reshape(labels, (-1,)), "int32"), logits.shape[1])
+        return -ops.sum(ops.cast(labels, "float32") * ops.log_softmax(logits), axis=1)
+    labels = ops.cast(ops.reshape(labels, ops.shape(logits)), "float32")
+    if problem == "regression":
+        return ops.mean(ops.square(logits - labels), axis=1)
+    return ops.mean(ops.binary_crossentropy(labels, logits, from_logits=True), axis=1)
+
+
+def classification_loss(logits: Any, labels: Any, config: CvtConfig) -> Any:
+    """The loss of `config.problem_type`, or of the problem that the labels make likely.
+
+    Args:
+        logits: (B, K).
+        labels: as `cvt.losses.classification_loss` takes them.
+        config: its `problem_type` and `num_labels` are read.
+
+    Raises:
+        ValueError: the labels' shape does not fit.
+    """
+    labels = ops.convert_to_tensor(labels)
+    integers = "int" in keras.backend.standardize_dtype(labels.dtype)
+    likely = "single_label_classification" if integers else "multi_label_classification"
+    problem = config.problem_type or ("regression" if config.num_labels == 1 else likely)
+    indices = problem == "single_label_classification" and integers
+    check(problem, tuple(labels.shape), tuple(logits.shape), indices)
+    return ops.mean(losses_of(logits, labels, problem))
+
+
+def check(problem: str, labels: tuple, logits: tuple, indices: bool) -> None:
+    """Raises a ValueError where labels of a shape do not fit logits; None fits any number."""
+    if problem not in PROBLEMS:
+        raise ValueError(f"problem_type = {problem!r}: must be one of {', '.join(PROBLEMS)}")
+    columns = 1 if indices else logits[1]
+    fits = (len(labels) == 2 and labels[1] in (columns, None)) or (len(labels) == columns == 1)
+    known = None not in (labels[:1] + logits[:1])
+    if not fits or (known and labels[0] != logits[0]):
+        raise ValueError(
+            f"labels have shape {labels}, which does not fit {problem} with logits of shape "
+            f"{logits}"
+        )
+
+
+@register
+class ClassificationLoss(keras.losses.Loss):
+    """The same as a loss of Keras, which `compile` takes; Keras hands it all labels as floats.
+
+    Args:
+        problem_type: of the config. If None: regression where there is one class, cross-entropy for
+            class indices (B,) or (B, 1), binary cross-entropy for (B, K).
+        num_labels: K.
+        kwargs: Keras' own.
+    """
+
+    def __init__(self, problem_type: str | None, num_labels: int | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.problem_type, self.num_labels = problem_type, num_labels
+
+    def call(self, labels: Any, logits: Any) -> Any:
+        """Labels and logits (B, K) to the loss of every image, (B,)."""
+        indices = len(labels.shape) < 2 or labels.shape[1] == 1
+        likely = "single_label_classification" if indices else "multi_label_classification"
+        problem = self.problem_type or ("regression" if self.num_labels == 1 else likely)
+        indices = problem == "single_label_classification" and indices
+        check(problem, tuple(labels.shape), tuple(logits.shape), indices)
+        return losses_of(logits, labels, problem)
+
+    def get_config(self) -> dict[str, Any]:
+        own = {"problem_type": self.problem_type, "num_labels": self.num_labels}
+        return super().get_config() | own

@@ -1,0 +1,40 @@
+"""What the Keras models need is asked for when this is imported, before anything else is."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from cvt.tensorflow import keep_triton_apart
+
+BACKENDS = ("tensorflow", "jax", "torch")
+OLDEST = (3, 13)  # of Keras
+INSTALL = "pip install 'cvt-vision[tensorflow]'"
+
+
+def check() -> None:
+    """Make sure that Keras is here, new enough and on a backend that it can train on.
+
+    Raises:
+        ImportError: it is not; says what to do.
+    """
+    try:
+        found = version("keras")
+    except PackageNotFoundError:
+        raise ImportError(f"cvt's TF classes need Keras 3 and TensorFlow: {INSTALL}") from None
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ImportError(f"cvt's TF classes need Keras {oldest}, and this is {found}: {INSTALL}")
+    keep_triton_apart()
+    try:
+        import keras
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"Keras' backend needs {error.name}, which is not installed: {INSTALL}, or set "
+            f"KERAS_BACKEND to another of {', '.join(BACKENDS)}"
+        ) from error
+    if keras.config.backend() not in BACKENDS:
+        raise ImportError(
+            f"KERAS_BACKEND = {keras.config.backend()}: cvt's TF classes run on "
+            f"{', '.join(BACKENDS)}"
+        )
+
+
+check()

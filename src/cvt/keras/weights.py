@@ -1,0 +1,255 @@
+"""Weights of the Keras models: found, read and written under transformers' names, and strictly.
+
+PyTorch is imported for its own files alone (.pth, .bin), not for .safetensors and .h5.
+"""
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+from keras import ops
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save_file
+from transformers.utils import cached_file
+
+from cvt import hub
+from cvt.checkpoints.names import keras_to_transformers
+from cvt.configuration import CvtConfig
+from cvt.files import staged
+
+if TYPE_CHECKING:
+    from cvt.keras.modeling import TFCvtPreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+Weights = dict[str, np.ndarray]  # under transformers' names, in PyTorch's order of axes
+
+# What weights are read from: the first of these files that a folder has.
+FILES = ("model.safetensors", "model.safetensors.index.json", "tf_model.h5", "pytorch_model.bin")
+OF_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+SAFETENSORS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+}
+CLASSIFIER = {"classifier.weight", "classifier.bias"}
+HEAD = CLASSIFIER | {"layernorm.weight", "layernorm.bias"}
+COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm; nothing reads it
+
+
+# ------------------------------------------------------------------------------ models
+
+
+def load(
+    source: str | os.PathLike, make: "Callable[[CvtConfig], TFCvtPreTrainedModel]", **kwargs: Any
+) -> "TFCvtPreTrainedModel":
+    """The model that `make` makes of the source's config, with the source's weights.
+
+    Args:
+        source: as in `TFCvtPreTrainedModel.from_pretrained`, whose errors it raises.
+        make: makes a model.
+        kwargs: fields of the config to set otherwise, and those for the hub, `OF_HUB`.
+    """
+    of_hub = {name: kwargs.pop(name) for name in OF_HUB if name in kwargs}
+    new_head = "num_labels" in kwargs or "id2label" in kwargs
+    if os.path.isfile(source):
+        config, found = read_authors(Path(source), kwargs)
+    else:
+        config = CvtConfig.from_pretrained(source, **of_hub, **kwargs)
+        with hub.resolved(source, of_hub) as resolved:
+            files = find(resolved, of_hub)
+        found = {name: weight for file in files for name, weight in read(file).items()}
+    model = make(config)
+    assign(model, found, source, new_head)
+    return model
+
+
+def assign(
+    model: "TFCvtPreTrainedModel", found: Weights, source: Any, new_head: bool = False
+) -> None:
+    """Give a model weights, all of them and no others.
+
+    Args:
+        model: one without a head takes a classifier's weights, too.
+        found: the weights.
+        source: how messages call where they come from.
+        new_head: leave a classifier that they do not fit as it is, random; that is logged.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of the wrong shape; lists all of them.
+    """
+    variables = named_variables(model)
+    shapes = {name: to_torch(np.empty(v.shape, bool)).shape for name, v in variables.items()}
+    missing = variables.keys() - found.keys()
+    mismatched = {
+        name: (found[name].shape, shape)
+        for name, shape in shapes.items()
+        if name not in missing and found[name].shape != shape
+    }
+    unexpected = {name for name in found.keys() - variables.keys() if not name.endswith(COUNTER)}
+    if not HEAD & variables.keys():
+        unexpected -= HEAD
+    new = set()
+    if new_head:  # what a model without a head was saved as has no LayerNorm for it, either
+        new = (HEAD if missing >= CLASSIFIER else CLASSIFIER) & (missing | mismatched.keys())
+    wrong = {name: mismatched[name] for name in sorted(mismatched.keys() - new)}
+    if faults := hub.list_faults(sorted(missing - new), sorted(unexpected), wrong):
+        raise ValueError(
+            f"the weights of {source} do not fit {type(model).__name__} (num_labels would ask for "
+            f"a new classifier):{faults}"
+        )
+    if new:
+        logger.warning(
+            f"New classifier of {model.config.num_labels} classes: {source} has none for them. It "
+            "is random until trained."
+        )
+    for name, variable in variables.items():
+        if name not in new:
+            variable.assign(to_keras(found[name]))
+
+
+def save(model: "TFCvtPreTrainedModel", folder: str | Path) -> None:
+    """Write config.json and model.safetensors, as the PyTorch classes do.
+
+    Files of these names are replaced, others in the folder are left alone.
+    """
+    variables = named_variables(model)
+    headless = not HEAD & variables.keys()
+    weights: Weights = {}
+    for name, variable in variables.items():
+        name = name.removeprefix("cvt.") if headless else name
+        weights[name] = np.ascontiguousarray(to_torch(ops.convert_to_numpy(variable)))
+        module, _, tensor = name.rpartition(".")
+        if tensor == "running_mean":
+            weights[f"{module}.{COUNTER}"] = np.array(0, np.int64)
+    config = copy.deepcopy(model.config)
+    config.architectures = ["CvtModel" if headless else "CvtForImageClassification"]
+    config.dtype = model.variable_dtype
+    with staged(folder, overwrite=True) as written:
+        config.save_pretrained(written)
+        save_file(weights, written / "model.safetensors", metadata={"format": "pt"})
+
+
+def named_variables(model: "TFCvtPreTrainedModel") -> dict[str, Any]:
+    """A model's variables under transformers' names of its weights."""
+    named = ((keras_to_transformers(variable.path), variable) for variable in model.variables)
+    return {name: variable for name, variable in named if name}  # seeds of dropout have none
+
+
+def to_keras(weight: np.ndarray) -> np.ndarray:
+    """From PyTorch's order of axes: outputs first, those of a kernel last."""
+    return weight.transpose({2: (1, 0), 4: (2, 3, 1, 0)}.get(weight.ndim, range(weight.ndim)))
+
+
+def to_torch(weight: np.ndarray) -> np.ndarray:
+    """From Keras' order of axes: inputs and outputs last."""
+    return weight.transpose({2: (1, 0), 4: (3, 2, 0, 1)}.get(weight.ndim, range(weight.ndim)))
+
+
+# ------------------------------------------------------------------------------ files
+
+
+def find(source: str | os.PathLike, of_hub: dict[str, Any]) -> list[Path]:
+    """The files that hold the weights of a model folder or a repository of the hub.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+
+    def located(name: str) -> str | None:
+        return cached_file(source, name, **of_hub, _raise_exceptions_for_missing_entries=False)
+
+    for name in FILES:
+        if path := located(name):
+            break
+    else:
+        raise FileNotFoundError(f"{source} has no weights: none of {', '.join(FILES)}")
+    if not name.endswith(".json"):
+        return [Path(path)]
+    shards = sorted(set(json.loads(Path(path).read_text())["weight_map"].values()))
+    paths = {shard: located(shard) for shard in shards}
+    if absent := [shard for shard, found in paths.items() if not found]:
+        raise FileNotFoundError(f"{source} lacks {', '.join(absent)}, which {name} names")
+    return [Path(found) for found in paths.values() if found]
+
+
+def read(path: Path) -> Weights:
+    """The weights in a .safetensors, .h5 or .bin file; those of a model without a head, too.
+
+    Raises:
+        ValueError: the file is damaged, or holds what is no weight of a CvT.
+    """
+    if path.suffix == ".h5":
+        return read_h5(path)
+    if path.suffix == ".bin":
+        from cvt.checkpoints.reading import read_weights
+
+        found = {name: weight.numpy() for name, weight in read_weights(path).items()}
+    else:
+        try:
+            tensors = deserialize(path.read_bytes())
+            found = {
+                name: np.frombuffer(tensor["data"], SAFETENSORS[tensor["dtype"]]).reshape(
+                    tensor["shape"]
+                )
+                for name, tensor in tensors
+            }
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{path} holds weights of type {error}, which no CvT has") from error
+    return {f"cvt.{name}" if name.startswith("encoder.") else name: w for name, w in found.items()}
+
+
+def read_h5(path: Path) -> Weights:
+    """The weights in a tf_model.h5, as transformers 4 wrote it.
+
+    Raises:
+        ValueError: the file is damaged, or holds what is no weight of a CvT.
+    """
+    import h5py
+
+    found: Weights = {}
+    unknown: list[str] = []
+
+    def visit(path: str, entry: Any) -> None:
+        if isinstance(entry, h5py.Dataset):
+            name = keras_to_transformers(path)
+            if name is None:
+                unknown.append(path)
+            else:
+                found[name] = to_torch(entry[()])
+
+    try:
+        with h5py.File(path) as file:
+            file.visititems(visit)
+    except OSError as error:
+        raise ValueError(f"{path} is not a whole h5 file: {error}") from error
+    if unknown:
+        raise ValueError(f"{path} holds what is no weight of a CvT: {', '.join(unknown)}")
+    return found
+
+
+def read_authors(path: Path, fields: dict[str, Any]) -> tuple[CvtConfig, Weights]:
+    """The config and the weights of an authors' .pth file; needs PyTorch.
+
+    Args:
+        path: the file.
+        fields: of the config, to be set otherwise.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not fit; lists every fault.
+    """
+    from cvt.checkpoints.authors import load_authors
+
+    model = load_authors(path, num_labels=fields.get("num_labels"))
+    config = CvtConfig.from_dict(model.config.to_dict(), **fields)
+    return config, {name: weight.numpy() for name, weight in model.state_dict().items()}
