@@ -8,7 +8,11 @@ demo: .venv/train.stamp  ## train, evaluate and predict on scikit-learn's digits
 	$(BIN)/python examples/digits/demo.py --output runs/demo
 
 test: .venv/dev.stamp  ## every test that needs no GPU and no network
-	$(BIN)/pytest
+	$(BIN)/pytest --ignore tests/keras --ignore tests/tensorflow
+	$(BIN)/pytest tests/tensorflow
+	KERAS_BACKEND=tensorflow $(BIN)/pytest tests/keras
+	KERAS_BACKEND=jax $(BIN)/pytest tests/keras
+	KERAS_BACKEND=torch $(BIN)/pytest tests/keras
 
 lint: .venv/dev.stamp  ## ruff, mypy and the import layers
 	$(BIN)/ruff check .
