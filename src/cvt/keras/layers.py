@@ -45,6 +45,16 @@ def pad(image: Any, padding: int, behind: int = 0, value: float = 0.0) -> Any:
     return ops.pad(image, ((0, 0), sides, sides, (0, 0)), constant_values=value)
 
 
+def compiled_by_xla() -> bool:
+    """Whether what is called now is traced for XLA."""
+    if keras.config.backend() != "tensorflow":
+        return keras.config.backend() == "jax"
+    import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
+
+    return control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
 @register
 def quick_gelu(x: Any) -> Any:
     """The sigmoid approximation of GELU, with which the released models were trained."""
@@ -220,9 +230,19 @@ class DepthwiseConv(layers.Layer):
         )
 
     def call(self, image: Any) -> Any:
-        kernel = ops.transpose(self.kernel, (0, 1, 3, 2))
         image = pad(image, self.padding)
-        return ops.depthwise_conv(image, kernel, self.stride, data_format="channels_last")
+        _, H, W, _ = image.shape
+        if not compiled_by_xla() or H is None or W is None:
+            kernel = ops.transpose(self.kernel, (0, 1, 3, 2))
+            return ops.depthwise_conv(image, kernel, self.stride, data_format="channels_last")
+        # XLA's own is slow on a CPU; shifted images, weighed and summed, become a single loop.
+        rows, columns = (range(0, size - self.size + 1, self.stride)[-1] + 1 for size in (H, W))
+        kernel = ops.convert_to_tensor(self.kernel)
+        return sum(
+            image[:, i : i + rows : self.stride, j : j + columns : self.stride] * kernel[i, j, 0]
+            for i in range(self.size)
+            for j in range(self.size)
+        )
 
     def get_config(self) -> dict[str, Any]:
         sizes = {"kernel": self.size, "stride": self.stride, "padding": self.padding}
