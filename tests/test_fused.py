@@ -270,6 +270,28 @@ def with_adapters(targets):
     return inject_adapter_in_model(config, make(tiny(hidden_act="quick_gelu"))).eval()
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def wrapped(linear):
+    linear.forward = lambda x: 2 * nn.Linear.forward(linear, x)
+    return linear
+
+
+def with_dense(linear):
+    model = make(tiny())
+    model.cvt.encoder.stages[2].layers[0].attention.output.dense = linear
+    return model.eval()
+
+
+def with_activation(activation):
+    model = make(tiny())
+    model.cvt.encoder.stages[2].layers[0].intermediate.activation = activation
+    return model.eval()
+
+
 def with_head(*layers):
     model = make(tiny())
     model.classifier = nn.Sequential(*layers)
@@ -283,8 +305,11 @@ def with_head(*layers):
         lambda: with_adapters(".*layers.0.output.dense"),
         lambda: with_adapters(".*convolution_embeddings.projection"),
         lambda: with_head(nn.Linear(24, 5), nn.Tanh()),
+        lambda: with_dense(Doubled(24, 24)),
+        lambda: with_dense(wrapped(nn.Linear(24, 24))),
+        lambda: with_activation(nn.ReLU()),
     ],
-    ids=["query", "MLP", "embedding", "head"],
+    ids=["query", "MLP", "embedding", "head", "subclass", "wrapped", "activation"],
 )
 def test_layers_that_are_not_the_models_own_are_refused_rather_than_left_out(make_model):
     with pytest.raises(TypeError, match="merge adapters into the model before fusing it"):

@@ -1,8 +1,12 @@
+import copy
+import io
 import itertools
+import pickle
 
 import pytest
 import torch
 from PIL import Image
+from small_models import make, tiny
 from transformers import pipeline
 
 from cvt import CvtConfig
@@ -118,6 +122,31 @@ def test_images_are_read_as_they_are_needed(classifier, processor, photos, worke
     assert next(taken) <= 4 + 2 * (2 * workers)  # what was asked for, and two batches per worker
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_open_image_that_cannot_be_loaded_is_reported(classifier, processor, photos, workers):
+    content = (photos / "red" / "00.png").read_bytes()
+    halves = [Image.open(io.BytesIO(content[:size])) for size in (len(content), len(content) // 2)]
+    sources = [StoredImage(f"image {i}", image) for i, image in enumerate(halves)]
+    good, bad = classify(classifier, processor, sources, workers=workers)
+    assert good.error is None
+    assert bad.error == "image 1: cannot be decoded: image file is truncated"
+
+
+def test_what_cannot_be_sent_to_a_worker_is_an_error(classifier, processor):
+    source = StoredImage("local", lambda: b"")
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        list(classify(classifier, processor, [source], workers=1))
+
+
+def test_a_worker_without_shared_memory_is_an_error(classifier, processor, photos, monkeypatch):
+    def fail(tensor):
+        raise RuntimeError("no space")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    with pytest.raises(RuntimeError, match="no space"):
+        list(classify(classifier, processor, [photos / "red" / "00.png"], workers=1))
+
+
 def test_a_batch_of_broken_images_is_reported(classifier, processor, broken):
     (result,) = classify(classifier, processor, [broken])
     assert result.logits is None
@@ -139,6 +168,19 @@ def test_topk_beyond_the_classes_gives_all(classifier, processor, photos):
     (prediction,) = predict(classifier, processor, [photos / "red" / "00.png"], topk=99)
     assert sorted(prediction.labels) == ["blue", "green", "red"]
     assert sum(prediction.scores) == pytest.approx(1, abs=1e-6)
+
+
+def test_scores_that_are_not_finite_are_reported(classifier, processor, photos):
+    overflowing = copy.deepcopy(classifier)
+    torch.nn.init.constant_(overflowing.classifier.bias, torch.nan)
+    (result,) = predict(overflowing, processor, [photos / "red" / "00.png"])
+    assert "00.png: its scores are not finite" in result.error
+
+
+def test_a_model_without_classes_is_refused(processor, photos):
+    headless = make(tiny(num_labels=0))
+    with pytest.raises(ValueError, match="num_labels = 0: the model has no classes"):
+        next(predict(headless, processor, [photos / "red" / "00.png"]))
 
 
 def test_independent_labels_get_independent_scores():

@@ -43,12 +43,14 @@ def known(module: Any, kind: type[nn.Module]) -> Any:
     """`module`, which is what the model was built of, not an adapter around it or another head.
 
     Raises:
-        TypeError: it is no `kind`.
+        TypeError: it is no `kind`, or computes something else than that.
     """
-    if not isinstance(module, kind):
+    computed_by = type(module).forward.__module__
+    as_built = computed_by.startswith(("torch.nn.", "cvt.")) and "forward" not in vars(module)
+    if not isinstance(module, kind) or not as_built:
         raise TypeError(
             f"the model has a {type(module).__module__}.{type(module).__qualname__} where fuse "
-            f"knows a {kind.__name__} only; merge adapters into the model before fusing it"
+            f"knows a plain {kind.__name__} only; merge adapters into the model before fusing it"
         )
     return module
 
@@ -205,6 +207,7 @@ class FusedBlock(nn.Module):
             self.fc1 = scaled(fc1, dtype, 1.702, "silu")
             self.fc2 = Linear(known(fc2, nn.Linear).weight.double() / 1.702, fc2.bias, dtype)
         else:
+            known(block.intermediate.activation, nn.GELU)
             self.fc1, self.fc2 = scaled(fc1, dtype, activation="gelu"), scaled(fc2, dtype)
 
     def forward(
@@ -390,6 +393,7 @@ def fuse(
 
     Outputs are those of the model within 1e-5 in float32. On a CPU the fused weights come to lie
     there twice, as they were and packed for oneDNN. `torch.compile` and `torch.export` take it.
+    Hooks of the model stay behind.
 
     Args:
         model: in eval mode.
@@ -397,7 +401,7 @@ def fuse(
             rounded once.
 
     Raises:
-        TypeError: not a CvT of this package.
+        TypeError: not a CvT of this package, or parts of it were replaced.
         ValueError: the model is in training mode, or `dtype` is no floating point type.
     """
     if not isinstance(model, CvtModel | CvtForImageClassification | CvtBackbone):

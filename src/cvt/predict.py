@@ -2,13 +2,14 @@
 
 import glob
 import os
+import pickle
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, tee
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cvt.configuration import CvtConfig
 from cvt.datasets import images_below
-from cvt.images import ImageError, Source, decode, pixels_needed
+from cvt.images import ImageError, Source, StoredImage, decode, pixels_needed
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import Runtime
 from cvt.runtime.torch_runtime import TorchRuntime
@@ -124,10 +125,11 @@ def _prepared(
     """Of each batch the pixels, (B, 3, H, W), and what is wrong with each image, if anything."""
     if workers:
         # The data set's indices are the batches themselves: they travel to the workers one by one.
+        # They are pickled here: of what cannot be, the loader would never hear again.
         # Of its own generator the loader draws a seed; the global one stays where it was.
         yield from DataLoader(
             prepare(),
-            sampler=batches,
+            sampler=(pickle.dumps([*map(_portable, batch)]) for batch in batches),
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=workers,
@@ -146,15 +148,33 @@ class _Prepare(Dataset):
     def __init__(self, processor: Callable, least: int | None, each: Callable = map) -> None:
         self.processor, self.least, self.each = processor, least, each
 
-    def __getitem__(self, batch: list[Source]) -> tuple[Tensor, list[str | None]]:
-        images, errors = zip(*self.each(self.decoded, batch), strict=True)
-        return self.processor(list(images), return_tensors="pt")["pixel_values"], list(errors)
+    def __getitem__(self, batch: list[Source] | bytes) -> tuple[Tensor, list[str | None]]:
+        in_worker = isinstance(batch, bytes)
+        sources = pickle.loads(batch) if isinstance(batch, bytes) else batch
+        images, errors = zip(*self.each(self.decoded, sources), strict=True)
+        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
+        # Shared here: where there is no memory for it, the queue would lose the batch unheard.
+        return pixels.share_memory_() if in_worker else pixels, list(errors)
 
     def decoded(self, source: Source) -> tuple[Image.Image, str | None]:
         try:
             return decode(source, self.least), None
         except ImageError as error:
             return BLANK, str(error)
+
+
+def _portable(source: Source) -> Source:
+    """A source for a worker: Pillow forgets the format of an image that it pickles."""
+    if not isinstance(source, StoredImage) or not isinstance(source.content, Image.Image):
+        return source
+    try:
+        return replace(source, content=decode(source))
+    except ImageError as error:
+        return replace(source, content=partial(_raise, error))
+
+
+def _raise(error: ImageError) -> NoReturn:
+    raise error
 
 
 def leave_group(worker: int) -> None:
@@ -188,7 +208,7 @@ def predict(
     workers: int = 0,
     exact: bool = False,
 ) -> Iterator[Prediction | Result]:
-    """The best classes of images; one that cannot be decoded gives a `Result` with the error.
+    """The best classes of images; one without finite scores gives a `Result` with the error.
 
     Args:
         model: a classifier, or what runs one.
@@ -198,11 +218,20 @@ def predict(
         batch_size: as in `classify`.
         workers: as in `classify`.
         exact: as in `classify`.
+
+    Raises:
+        ValueError: the model has no classes.
     """
     names = model.config.class_names
+    if not names:
+        raise ValueError("num_labels = 0: the model has no classes to name")
     for result in classify(model, processor, sources, batch_size, workers, exact):
         if result.logits is None:
             yield result
+            continue
+        if not result.logits.isfinite().all():
+            reason = "its scores are not finite; fp16 may overflow where bf16 does not"
+            yield Result(result.path, error=f"{result.path}: {reason}")
             continue
         best = ranked(result.logits)[:topk]
         labels = [names[i] for i in best.tolist()]
