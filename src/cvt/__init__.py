@@ -3,6 +3,7 @@
 Names load on first use: importing `cvt` imports neither torch, transformers nor Keras.
 """
 
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -26,6 +27,8 @@ __all__ = ["__version__", *_HOME, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
+    if "tensorflow" in sys.modules:  # else what follows might end the process
+        import_module("cvt.tensorflow").keep_triton_apart()
     if name in _HOME:
         return getattr(import_module(f"cvt.{_HOME[name]}"), name)
     if name in _MODULES:

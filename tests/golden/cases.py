@@ -2,7 +2,8 @@
 
 `CASES` are read by `make_authors_golden.py`, which runs the authors' code, and by
 `test_authors.py`, which runs ours; `TRAININGS` by `make_authors_losses.py` and by
-`test_authors_training.py`.
+`test_authors_training.py`; what begins with `TF` by `make_tf_golden.py` and by
+`test_keras_weights.py`.
 """
 
 import math
@@ -16,6 +17,9 @@ import numpy as np
 
 GOLDEN_FILE = Path(__file__).with_name("authors.npz")
 LOSSES_FILE = Path(__file__).with_name("authors_losses.npz")
+TF_CLASSIFIER = Path(__file__).with_name("tf_classifier")
+TF_MODEL = Path(__file__).with_name("tf_model")
+TF_IMAGES = (2, 40, 24)  # batch, height, width
 VARIANTS = ("cvt-13", "cvt-21", "cvt-w24")
 NUM_CLASSES = 7
 SEED = 0  # of the drop-path draws, set just before forward

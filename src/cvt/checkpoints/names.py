@@ -35,7 +35,7 @@ _TABLE = {
     "classifier": "head",
 }
 # A weight of a Keras model: its path is our name with slashes and hyphens for dots.
-_KERAS = re.compile(r"(encoder/stages[-.]\d+/.+|(?:layernorm|classifier)/[^/]+)$")
+_KERAS = re.compile(r"(encoder[/.]stages[-.]\d+[/.].+|(?:layernorm|classifier)/[^/]+)$")
 _KERAS_TENSORS = {
     "kernel": "weight",
     "gamma": "weight",

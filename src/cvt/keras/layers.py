@@ -79,7 +79,7 @@ class BatchNorm(layers.BatchNormalization):
 
     def call(self, x: Any, training: bool = False) -> Any:
         """(B, H, W, C) to the same shape."""
-        before = ops.convert_to_tensor(self.moving_variance)
+        before = ops.copy(self.moving_variance)  # PyTorch changes it in place
         y = super().call(x, training=training)
         if training and self.trainable:
             B, H, W, _ = ops.shape(x)
@@ -230,14 +230,13 @@ class DepthwiseConv(layers.Layer):
         )
 
     def call(self, image: Any) -> Any:
-        image = pad(image, self.padding)
+        image, kernel = pad(image, self.padding), ops.cast(self.kernel, image.dtype)
         _, H, W, _ = image.shape
         if not compiled_by_xla() or H is None or W is None:
-            kernel = ops.transpose(self.kernel, (0, 1, 3, 2))
+            kernel = ops.transpose(kernel, (0, 1, 3, 2))
             return ops.depthwise_conv(image, kernel, self.stride, data_format="channels_last")
         # XLA's own is slow on a CPU; shifted images, weighed and summed, become a single loop.
         rows, columns = (range(0, size - self.size + 1, self.stride)[-1] + 1 for size in (H, W))
-        kernel = ops.convert_to_tensor(self.kernel)
         return sum(
             image[:, i : i + rows : self.stride, j : j + columns : self.stride] * kernel[i, j, 0]
             for i in range(self.size)

@@ -341,6 +341,14 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
+    def _resolve_auto_jit_compile(self) -> bool:
+        # On a CPU TensorFlow trains without XLA at nearly twice the speed, and starts at once.
+        if keras.config.backend() == "tensorflow":
+            import tensorflow as tf
+
+            return bool(tf.config.list_physical_devices("GPU"))
+        return super()._resolve_auto_jit_compile()
+
     def _symbolic_build(self, *args: Any, **kwargs: Any) -> Any:
         with self._logits():
             return super()._symbolic_build(*args, **kwargs)

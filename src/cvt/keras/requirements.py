@@ -7,6 +7,7 @@ from cvt.tensorflow import keep_triton_apart
 BACKENDS = ("tensorflow", "jax", "torch")
 OLDEST = (3, 13)  # of Keras
 INSTALL = "pip install 'cvt-vision[tensorflow]'"
+SUPPORTED = f"cvt's TF classes run on {', '.join(BACKENDS)}: set KERAS_BACKEND to one of them"
 
 
 def check() -> None:
@@ -30,11 +31,10 @@ def check() -> None:
             f"Keras' backend needs {error.name}, which is not installed: {INSTALL}, or set "
             f"KERAS_BACKEND to another of {', '.join(BACKENDS)}"
         ) from error
+    except ValueError as error:  # Keras' own, of a backend that it does not know
+        raise ImportError(f"{error}; {SUPPORTED}") from error
     if keras.config.backend() not in BACKENDS:
-        raise ImportError(
-            f"KERAS_BACKEND = {keras.config.backend()}: cvt's TF classes run on "
-            f"{', '.join(BACKENDS)}"
-        )
+        raise ImportError(f"Keras' backend is {keras.config.backend()}; {SUPPORTED}")
 
 
 check()

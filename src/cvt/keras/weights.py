@@ -162,6 +162,7 @@ def find(source: str | os.PathLike, of_hub: dict[str, Any]) -> list[Path]:
 
     Raises:
         FileNotFoundError: there are none.
+        ValueError: the index of several files is damaged.
     """
 
     def located(name: str) -> str | None:
@@ -174,7 +175,10 @@ def find(source: str | os.PathLike, of_hub: dict[str, Any]) -> list[Path]:
         raise FileNotFoundError(f"{source} has no weights: none of {', '.join(FILES)}")
     if not name.endswith(".json"):
         return [Path(path)]
-    shards = sorted(set(json.loads(Path(path).read_text())["weight_map"].values()))
+    try:
+        shards = sorted(set(json.loads(Path(path).read_text())["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole index of weights: {error}") from error
     paths = {shard: located(shard) for shard in shards}
     if absent := [shard for shard, found in paths.items() if not found]:
         raise FileNotFoundError(f"{source} lacks {', '.join(absent)}, which {name} names")
@@ -192,7 +196,7 @@ def read(path: Path) -> Weights:
     if path.suffix == ".bin":
         from cvt.checkpoints.reading import read_weights
 
-        found = {name: weight.numpy() for name, weight in read_weights(path).items()}
+        found = {name: weight.float().numpy() for name, weight in read_weights(path).items()}
     else:
         try:
             tensors = deserialize(path.read_bytes())
