@@ -39,11 +39,17 @@ def peak_memory(device: str) -> float:
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
 
 
-def result_file(folder: Path, question: str, device: str, overwrite: bool) -> Path:
+def result_file(
+    folder: Path,
+    question: str,
+    device: str,
+    overwrite: bool,
+    library: str = f"torch{torch.__version__}",
+) -> Path:
     """Where a result of today belongs; one that is there already ends the program."""
     slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    version = torch.__version__.partition("+")[0]
-    path = folder / f"{question}-{slug}-torch{version}-{datetime.date.today()}.csv"
+    version = library.partition("+")[0]
+    path = folder / f"{question}-{slug}-{version}-{datetime.date.today()}.csv"
     if path.exists() and not overwrite:
         sys.exit(f"{path} exists; pass --overwrite to replace it, or --results FOLDER")
     return path
