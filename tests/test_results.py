@@ -12,8 +12,10 @@ import pytest
 from typer.testing import CliRunner
 
 from cvt.cli import app
+from cvt.cli.predict import identity
 from cvt.predict import Prediction
 from cvt.results import Results
+from cvt.runtime import open_runtime
 
 CVT = Path(sys.executable).with_name("cvt")
 SETTINGS = {"topk": 2, "model": "mine"}
@@ -167,6 +169,17 @@ def cvt(model_folder):
         return CliRunner().invoke(app, [*map(str, command)])
 
     return run
+
+
+def test_an_interrupted_run_that_writes_into_the_models_folder_goes_on(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    runtime = open_runtime(folder, "torch")
+    before = identity(str(folder), runtime)
+    (folder / "out.csv.part").mkdir()
+    os.utime(folder / "out.csv.part", (2**32, 2**32))
+    assert identity(str(folder), runtime) == before
+    os.utime(folder / "config.json", (2**32, 2**32))
+    assert identity(str(folder), runtime) != before
 
 
 def test_a_failure_before_the_first_result_leaves_nothing(cvt, photos, tmp_path, monkeypatch):

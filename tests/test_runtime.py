@@ -435,6 +435,32 @@ def test_what_is_no_manifest_is_a_value_error_that_names_the_file(tmp_path, text
         open_runtime(tmp_path)
 
 
+@pytest.mark.parametrize("kind", EXPORTS)
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("export.json", "image_size", (64, 64)),
+        ("export.json", "dynamic", ("batch", "size")),
+        ("export.json", "dynamic", ()),
+        ("config.json", "num_channels", 4),
+    ],
+)
+def test_a_graph_for_other_pixels_than_is_said_of_it_is_refused(
+    tmp_path, model, kind, file, field, value
+):
+    write_export(tmp_path, kind, model, ("batch",))
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ValueError, match=r"what it takes and what export\.json and config\.json"):
+        open_runtime(tmp_path)
+
+
+def test_a_configuration_of_other_classes_is_refused(runtime, monkeypatch):
+    monkeypatch.setattr(runtime, "config", CvtConfig(num_labels=6))
+    with pytest.raises(ValueError, match="tells 5 classes apart, and its configuration names 6"):
+        runtime(random_pixels(1, 3, 32, 32))
+
+
 @pytest.mark.parametrize("name", ["model.onnx", "model.xml", "model.bin", "model.pt2"])
 def test_a_damaged_graph_is_a_value_error_that_names_it(exported, name, tmp_path):
     (folder,) = (folder for folder in exported.values() if (folder / name).exists())

@@ -65,7 +65,7 @@ def onnx_graph(program: ExportedProgram) -> "onnx.ModelProto":
     Raises:
         ImportError: onnxscript is not installed.
     """
-    names = zip(("batch", "channels", "height", "width"), _sizes(program), strict=True)
+    names = zip(("batch", "channels", "height", "width"), pixel_shape(program), strict=True)
     dynamic = {axis: name for axis, (name, size) in enumerate(names) if size is None}
     with quiet("torch.onnx"):
         converted = torch.onnx.export(
@@ -87,7 +87,7 @@ def openvino_graph(program: ExportedProgram) -> "openvino.Model":
     """
     import openvino
 
-    shape = [-1 if size is None else size for size in _sizes(program)]
+    shape = [-1 if size is None else size for size in pixel_shape(program)]
     with quiet():
         graph = openvino.convert_model(program, input=[shape])
     graph.inputs[0].set_names({"pixel_values"})
@@ -95,8 +95,8 @@ def openvino_graph(program: ExportedProgram) -> "openvino.Model":
     return graph
 
 
-def _sizes(program: ExportedProgram) -> list[int | None]:
-    """The shape of the pixels that a program takes; None where they may differ."""
+def pixel_shape(program: ExportedProgram) -> list[int | None]:
+    """The shape of the pixels that a program takes; None where it may differ."""
     (pixels,) = (node for node in program.graph.nodes if node.target == "pixel_values")
     return [size if isinstance(size, int) else None for size in pixels.meta["val"].shape]
 

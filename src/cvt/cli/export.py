@@ -10,7 +10,7 @@ def export(
     model: Annotated[str, typer.Argument(help="MODEL to export.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[
-        Literal["onnx", "openvino", "torch-export"],
+        Literal["onnx", "openvino", "torch-export", "saved-model", "litert"],
         typer.Option(help="Software that is to run it."),
     ],
     precision: Annotated[

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 # How a model is run, in every command that runs one.
 RuntimeName = Annotated[
-    Literal["auto", "torch", "fused", "compiled", "onnxruntime", "openvino"],
+    Literal[
+        "auto", "torch", "fused", "compiled", "onnxruntime", "openvino", "tensorflow", "litert"
+    ],
     typer.Option("--runtime", help="What runs the model; auto is the fastest installed."),
 ]
 Precision = Annotated[
@@ -102,7 +104,7 @@ def predict(
 def identity(model: str, runtime: "Runtime") -> dict[str, Any]:
     """What tells a model and what runs it from others, for results to go on with."""
     path = Path(model)
-    files = path.iterdir() if path.is_dir() else [path] if path.is_file() else []
+    files = filter(Path.is_file, path.iterdir() if path.is_dir() else [path])
     return {
         "model": str(path.resolve()) if path.exists() else model,
         "changed": max((file.stat().st_mtime for file in files), default=None),

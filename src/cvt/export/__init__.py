@@ -5,16 +5,19 @@
 | onnx | `model.onnx` | fp32, fp16, int8 |
 | openvino | `model.xml`, `model.bin` | fp32, int8; bf16 and fp16: weights in 16 bits, and arithmetic where the processor has it |
 | torch-export | `model.pt2` | fp32, bf16, fp16 (slow on a CPU) |
+| saved-model | the folder `model` | fp32 |
+| litert | `model.tflite` | fp32; fp16: weights in 16 bits |
 
 Beside it lie `config.json` (with the labels), `preprocessor_config.json`, and `export.json`, which says how it was
-checked; `cvt.runtime.open_runtime` takes the folder. `model.pt2` holds tensors, JSON, and the example that the graph was
-made with, which needs no more than `weights_only` to read; `open_runtime` refuses a file that holds anything else.
+checked, and for the last two `labels.txt`; `cvt.runtime.open_runtime` takes the folder. `model.pt2` holds tensors, JSON,
+and the example that the graph was made with, which needs no more than `weights_only` to read. `open_runtime` refuses a
+`model.pt2` or a SavedModel that holds anything but weights and arithmetic.
 """  # noqa: E501
 
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,12 @@ import torch
 from cvt.checkpoints import image_size_of, load_classifier, load_processor
 from cvt.export.parity import compare, random_batches, shapes
 from cvt.export.quantization import quantized, real_batches, two_halves
+from cvt.export.tensorflow import (
+    demand_backend,
+    write_labels,
+    write_litert,
+    write_saved_model,
+)
 from cvt.files import staged
 from cvt.fused import fuse
 from cvt.graph import onnx_graph, openvino_graph, torch_graph
@@ -32,15 +41,29 @@ from cvt.runtime.base import require
 from cvt.runtime.manifest import DYNAMIC, FORMATS, Manifest
 from cvt.runtime.torch_runtime import DTYPES
 
-FILES = {"onnx": "model.onnx", "openvino": "model.xml", "torch-export": "model.pt2"}
+FILES = {
+    "onnx": "model.onnx",
+    "openvino": "model.xml",
+    "torch-export": "model.pt2",
+    "saved-model": "model",
+    "litert": "model.tflite",
+}
 LIBRARIES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
     "torch-export": (),
+    "saved-model": ("keras", "tensorflow"),
+    "litert": ("keras", "tensorflow", "ai_edge_litert"),
 }
+BY_KERAS = ("saved-model", "litert")
 INSTEAD = {
     ("onnx", "bf16"): "ONNX Runtime has no bf16 convolution on a CPU; use fp16, or openvino",
-    ("torch-export", "int8"): "int8 is made for openvino and onnx; use one of them",
+    ("saved-model", "bf16"): "a SavedModel is in fp32; use openvino or torch-export",
+    ("saved-model", "fp16"): "a SavedModel is in fp32; use litert, onnx or openvino",
+    ("litert", "bf16"): "LiteRT has no weights in bf16; use fp16, or openvino",
+} | {
+    (to, "int8"): "int8 is made for openvino and onnx; use one of them"
+    for to in ("torch-export", *BY_KERAS)
 }
 
 
@@ -68,7 +91,7 @@ def export(
     Args:
         source: a published name, a model folder or an authors' .pth file.
         output: the folder to write.
-        to: `onnx`, `openvino` or `torch-export`; the module's table says more.
+        to: a key of `FILES`; the module's table says more.
         precision: `fp32`, `bf16`, `fp16` or `int8`.
         dynamic: what may differ from call to call: `batch`, `size`, both or neither.
         image_size: height and width, in pixels, that the graph is made and preprocessing is set
@@ -91,10 +114,13 @@ def export(
     """
     _check_arguments(to, precision, dynamic, calibration, min_agreement)
     libraries = LIBRARIES[to] + (("nncf",) if precision == "int8" else ())
-    require(f"an export to {to} in {precision}", *libraries)
+    extra = "tensorflow" if to in BY_KERAS else "export"
+    require(f"an export to {to} in {precision}", *libraries, extra=extra)
     if Path(output).resolve() == Path(source).resolve():
         raise ValueError(f"{output} is the model itself; export to another folder")
     with staged(output, overwrite=overwrite) as folder:
+        if to in BY_KERAS:
+            demand_backend(to)
         calibrating, held_out = (
             ([], []) if calibration is None else two_halves(Path(calibration), calibration_images)
         )
@@ -114,7 +140,7 @@ def export(
             file=FILES[to],
             image_size=size,
             dynamic=tuple(name for name in DYNAMIC if name in dynamic),
-            versions={name: version(name) for name in ("cvt-vision", "torch", *libraries)},
+            versions=_versions("cvt-vision", "torch", *libraries),
             parity={},
         )
         manifest.write(folder)
@@ -185,6 +211,13 @@ def _write_graph(
     calibrating: Sequence[Path],
     processor: Any,
 ) -> None:
+    if to in BY_KERAS:
+        write_labels(model.config.class_names, file.with_name("labels.txt"))
+        if to == "saved-model":
+            write_saved_model(model, file, size, dynamic)
+        else:
+            write_litert(model, file, precision, size, dynamic)
+        return
     # OpenVINO itself computes a graph of fp32 in the precision that it is asked for.
     dtype = torch.float32 if to == "openvino" else DTYPES.get(precision, torch.float32)
     program = torch_graph(fuse(model, dtype), size, dynamic)
@@ -209,3 +242,9 @@ def _write_graph(
             network = quantized(network, calibrating, processor)
         network.set_rt_info(names, ["model_info", "class_names"])
         openvino.save_model(network, file, compress_to_fp16=precision in ("bf16", "fp16"))
+
+
+def _versions(*libraries: str) -> dict[str, str]:
+    """Of what is installed, by the names that it is imported by: TensorFlow has several."""
+    installed = packages_distributions()
+    return {name: version(installed.get(name, [name])[0]) for name in libraries}

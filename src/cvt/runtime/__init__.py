@@ -9,8 +9,14 @@ if TYPE_CHECKING:
     from cvt.runtime.base import Runtime
 
 RUNTIMES = ("torch", "fused", "compiled", "onnxruntime", "openvino")
+OF_EXPORTS = ("tensorflow", "litert")  # these run exports, and no models
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
-LIBRARIES = {"onnxruntime": ("onnxruntime", "onnxscript"), "openvino": ("openvino",)}
+LIBRARIES = {
+    "onnxruntime": ("onnxruntime", "onnxscript"),
+    "openvino": ("openvino",),
+    "tensorflow": ("tensorflow",),
+    "litert": ("ai_edge_litert",),
+}
 
 
 def available(runtime: str) -> bool:
@@ -30,12 +36,14 @@ def open_runtime(
     Args:
         source: a published name, a model folder, an authors' file, an exported folder, or a loaded
             classifier, which is put in eval mode and otherwise left as it is.
-        runtime: one of `RUNTIMES`, or `auto`: of an export its own; of a model the fastest that is
-            installed, which is `fused` on a GPU and `openvino` on a CPU.
+        runtime: one of `RUNTIMES`, of an export one of `OF_EXPORTS`, too, or `auto`: of an export
+            its own; of a model the fastest that is installed, which is `fused` on a GPU and
+            `openvino` on a CPU.
         precision: one of `PRECISIONS`; by default an export's own, and fp32 for a model.
         device: `cpu`, or another of torch's, as `cuda:1`; `auto` is a CUDA device where there is
             one that the runtime can use.
-        threads: that compute on a CPU; for PyTorch a setting of the whole process.
+        threads: that compute on a CPU; for PyTorch and TensorFlow a setting of the whole process,
+            which TensorFlow takes only before it has computed anything.
 
     Raises:
         FileNotFoundError: `source` names no model.
@@ -45,7 +53,7 @@ def open_runtime(
     from cvt.runtime.opening import open_export, open_model
 
     for name, value, choices in (
-        ("runtime", runtime, ("auto", *RUNTIMES)),
+        ("runtime", runtime, ("auto", *RUNTIMES, *OF_EXPORTS)),
         ("precision", precision, (None, *PRECISIONS)),
     ):
         if value not in choices:

@@ -1,7 +1,13 @@
 """Pixels in, logits out: what every runtime promises, and the pixels that none takes."""
 
 import importlib.util
+import os
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import RLock
 
 import numpy as np
 import torch
@@ -9,6 +15,7 @@ from torch import Tensor
 
 from cvt.configuration import CvtConfig
 
+ERRORS = RLock()  # the error stream, while it is kept from all threads
 LARGEST = 20.0  # normalised pixels lie between -3 and 3; those of 0 to 255 pass this in any photo
 
 
@@ -20,7 +27,8 @@ class Runtime(ABC):
     """A classifier, ready to be called. Several threads may call it, and get the serial answers.
 
     Attributes:
-        name: of what computes: `torch`, `fused`, `compiled`, `onnxruntime` or `openvino`.
+        name: of what computes: `torch`, `fused`, `compiled`, `onnxruntime`, `openvino`,
+            `tensorflow` or `litert`.
         config: the classifier's.
         precision: `fp32`, `bf16`, `fp16` or `int8`.
         device: `cpu`, or a device's name in torch.
@@ -63,15 +71,42 @@ class Runtime(ABC):
 
         Raises:
             PixelError: they are something else; says what was expected.
+            ValueError: the model has another number of classes than its configuration.
         """
         pixels = self.checked(pixels)
         images = 1 if self.single else self.images_at_once(pixels)
         sizes = [images] * (len(pixels) // images) + [1] * (len(pixels) % images)
-        return torch.cat([self._run(piece) for piece in pixels.split(sizes)])
+        logits = torch.cat([self._run(piece) for piece in pixels.split(sizes)])
+        classes = self.config.num_labels
+        if classes and logits.shape[1] != classes:  # of none, the logits are the features
+            raise ValueError(
+                f"the model tells {logits.shape[1]} classes apart, and its configuration names "
+                f"{classes}"
+            )
+        return logits
 
     @abstractmethod
     def _run(self, pixels: Tensor) -> Tensor:
         """The logits, (B, K) in float32 on the CPU, of checked pixels in float32."""
+
+    def check_graph(self, path: Path, shape: Sequence[int | None]) -> None:
+        """Make sure that an exported graph takes the pixels that are said of it beside it.
+
+        Args:
+            path: of the graph.
+            shape: of the pixels that it takes, (B, C, H, W); None where it may differ.
+
+        Raises:
+            ValueError: it takes others.
+        """
+        said = [1 if self.single else None, self.config.num_channels]
+        said += self.image_size or (None, None)
+        if list(shape) != said:
+            told = " and ".join(str(tuple(each)).replace("None", "any") for each in (shape, said))
+            raise ValueError(
+                f"{path}: what it takes and what export.json and config.json say of it differ: "
+                f"{told} for (batch, channels, height, width)"
+            )
 
     def images_at_once(self, pixels: Tensor) -> int:
         """Of how many of these images a call of `_run` is made; those left over come singly."""
@@ -123,17 +158,35 @@ class Runtime(ABC):
         return pixels
 
 
-def require(purpose: str, *libraries: str) -> None:
+def require(purpose: str, *libraries: str, extra: str = "export") -> None:
     """Make sure that optional libraries are installed.
 
     Args:
         purpose: what needs them, as the beginning of the error.
         libraries: the names that they are imported by.
+        extra: of this package, that brings them.
 
     Raises:
         ImportError: one is not; names the command that installs it.
     """
     if missing := [name for name in libraries if not importlib.util.find_spec(name)]:
         raise ImportError(
-            f"{purpose} needs {' and '.join(missing)}: pip install 'cvt-vision[export]'"
+            f"{purpose} needs {' and '.join(missing)}: pip install 'cvt-vision[{extra}]'"
         )
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Keep back what libraries in C++ write to the error stream, which no setting keeps back."""
+    if sys.stderr is None:  # then its number may be another file's
+        yield
+        return
+    with ERRORS, open(os.devnull, "w") as nothing:
+        sys.stderr.flush()
+        kept = os.dup(2)
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -14,6 +14,7 @@ from torch.export.passes import move_to_device_pass
 from torch.utils._sympy import functions
 
 from cvt.configuration import CvtConfig
+from cvt.graph import pixel_shape
 from cvt.runtime.base import Runtime
 
 # The files of an archive, below the folder that holds all of them.
@@ -38,7 +39,8 @@ class ExportedRuntime(Runtime):
     """A program of torch.export; its arguments are those of `OnnxRuntime`.
 
     Raises:
-        ValueError: the file is no such program, or asks for more than arithmetic.
+        ValueError: the file is no such program, asks for more than arithmetic, or takes other
+            pixels than is said of it.
     """
 
     name = "torch"
@@ -58,6 +60,7 @@ class ExportedRuntime(Runtime):
             torch.set_num_threads(threads)
         check(path)
         program = torch.export.load(path)
+        self.check_graph(path, pixel_shape(program))
         if device != "cpu":
             program = move_to_device_pass(program, device)
         # The graph without the guards that `program.module()` puts before it: they refuse images

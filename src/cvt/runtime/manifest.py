@@ -1,6 +1,7 @@
 """export.json: what an exported folder holds, and how it was checked when it was written."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,13 @@ from typing import Any
 from cvt.runtime import PRECISIONS
 
 NAME = "export.json"
-FORMATS = {"onnx": "onnxruntime", "openvino": "openvino", "torch-export": "torch"}  # → runtime
+FORMATS = {  # → runtime
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "torch-export": "torch",
+    "saved-model": "tensorflow",
+    "litert": "litert",
+}
 DYNAMIC = ("batch", "size")
 
 
@@ -19,7 +26,7 @@ class Manifest:
     Attributes:
         format: a key of `FORMATS`.
         precision: one of `PRECISIONS`.
-        file: name of the graph's file in the folder.
+        file: name of the graph's file, or folder, in the folder.
         image_size: height and width in pixels; where the size is dynamic, the preprocessing's.
         dynamic: what may differ from call to call, of `DYNAMIC`; without `batch` the graph takes
             one image at a time.
@@ -63,7 +70,6 @@ class Manifest:
         fits = {
             "format": found["format"] in (*FORMATS,),
             "precision": found["precision"] in PRECISIONS,
-            "file": isinstance(found["file"], str) and Path(found["file"]).name == found["file"],
             "image_size": is_size and all(type(side) is int and side > 0 for side in size),
             "dynamic": isinstance(found["dynamic"], list)
             and all(name in DYNAMIC for name in found["dynamic"]),
@@ -76,7 +82,7 @@ class Manifest:
                 raise ValueError(
                     f"{path}: {name} = {found[name]!r} is not what an export has there"
                 )
-        if not (folder / found["file"]).is_file():
+        if found["file"] not in os.listdir(folder):
             raise ValueError(f"{path}: file = {found['file']!r} is not beside it")
         tuples = {"image_size": tuple(size), "dynamic": tuple(found["dynamic"])}
         return cls(**found | tuples)

@@ -29,7 +29,8 @@ class OnnxRuntime(Runtime):
 
     Raises:
         ImportError: onnxruntime is not installed.
-        ValueError: it cannot use the device, or cannot run the graph.
+        ValueError: it cannot use the device, cannot run the graph, or that takes other pixels than
+            is said of it.
     """
 
     name = "onnxruntime"
@@ -59,6 +60,10 @@ class OnnxRuntime(Runtime):
             raise ValueError(f"onnxruntime cannot run {where} on {device}: {error}") from error
         if self.session.get_providers()[0] != provider[0]:
             raise ValueError(f"device = {device}: onnxruntime could not start on it")
+        if not isinstance(graph, bytes):
+            (pixels,) = self.session.get_inputs()
+            shape = [size if isinstance(size, int) else None for size in pixels.shape]
+            self.check_graph(graph, shape)
 
     @classmethod
     def from_model(

@@ -10,13 +10,17 @@ from torch import nn
 from cvt.checkpoints import load_classifier
 from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification
-from cvt.runtime import available
+from cvt.runtime import OF_EXPORTS, available
 from cvt.runtime.base import Runtime
 from cvt.runtime.exported_runtime import ExportedRuntime
+from cvt.runtime.litert_runtime import LiteRtRuntime
 from cvt.runtime.manifest import FORMATS, Manifest
 from cvt.runtime.onnx_runtime import OnnxRuntime, uses_cuda
 from cvt.runtime.openvino_runtime import OpenVinoRuntime, demand
+from cvt.runtime.saved_model_runtime import SavedModelRuntime
 from cvt.runtime.torch_runtime import DTYPES, CompiledRuntime, FusedRuntime, TorchRuntime
+
+ON_A_CPU = ("openvino", *OF_EXPORTS)  # these compute nowhere else
 
 
 def open_model(
@@ -30,6 +34,11 @@ def open_model(
     if precision == "int8":
         raise ValueError(
             "precision = int8: is for exports; `cvt export` makes one, with --precision int8"
+        )
+    if runtime in OF_EXPORTS:
+        (form,) = (form for form, own in FORMATS.items() if own == runtime)
+        raise ValueError(
+            f"runtime = {runtime}: is for exports; `cvt export` makes one, with --to {form}"
         )
     device = _device(device, runtime)
     if runtime == "auto":
@@ -76,6 +85,10 @@ def open_export(
         return OpenVinoRuntime.from_file(graph, config, precision, *rest)
     if own == "onnxruntime":
         return OnnxRuntime(graph, config, precision, device, *rest)
+    if own == "tensorflow":
+        return SavedModelRuntime(graph, config, precision, *rest)
+    if own == "litert":
+        return LiteRtRuntime(graph, config, precision, *rest)
     return ExportedRuntime(graph, config, precision, device, *rest)
 
 
@@ -86,10 +99,10 @@ def _device(device: str, runtime: str) -> str:
         ValueError: there is none of that name, or the runtime cannot use it.
     """
     if device == "auto":
-        usable = uses_cuda() if runtime == "onnxruntime" else runtime != "openvino"
+        usable = uses_cuda() if runtime == "onnxruntime" else runtime not in ON_A_CPU
         return "cuda" if usable and torch.cuda.is_available() else "cpu"
-    if runtime == "openvino" and device != "cpu":
-        raise ValueError(f"device = {device}: the runtime openvino computes on a CPU")
+    if runtime in ON_A_CPU and device != "cpu":
+        raise ValueError(f"device = {device}: the runtime {runtime} computes on a CPU")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

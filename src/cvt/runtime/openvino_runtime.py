@@ -97,7 +97,7 @@ class OpenVinoRuntime(Runtime):
 
         Raises:
             ImportError: openvino is not installed.
-            ValueError: the file is no whole graph.
+            ValueError: the file is no whole graph, or one for other pixels than is said of it.
         """
         require("the runtime openvino", "openvino")
 
@@ -105,7 +105,10 @@ class OpenVinoRuntime(Runtime):
             graph = core().read_model(path)
         except RuntimeError as error:
             raise ValueError(f"{path} is no whole graph of OpenVINO: {error}") from error
-        return cls(lambda *_: graph, *args, **kwargs)
+        runtime = cls(lambda *_: graph, *args, **kwargs)
+        shape = graph.inputs[0].partial_shape
+        runtime.check_graph(path, [s.get_length() if s.is_static else None for s in shape])
+        return runtime
 
     def images_at_once(self, pixels: Tensor) -> int:
         """Four images, or one large one."""

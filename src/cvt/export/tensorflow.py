@@ -1,0 +1,105 @@
+"""A classifier as a SavedModel of TensorFlow or a file of LiteRT, by way of its Keras model.
+
+The graph takes `pixel_values`, (B, C, H, W), and gives `logits`, (B, K), both in float32: these are
+the names in its signature `serving_default`.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from cvt.graph import quiet
+from cvt.modeling import CvtForImageClassification
+from cvt.runtime.base import hushed
+from cvt.runtime.saved_model_runtime import import_tensorflow
+
+
+def demand_backend(to: str) -> None:
+    """Make sure that Keras computes in TensorFlow.
+
+    Raises:
+        ImportError: Keras is too old, or what its backend needs is missing.
+        ValueError: its backend is another one.
+    """
+    import_tensorflow()
+    import cvt.keras  # noqa: F401
+    import keras  # isort: skip  # behind cvt.keras, which tells what is wrong with it
+
+    if keras.config.backend() != "tensorflow":
+        raise ValueError(
+            f"to = {to}: is made by Keras on TensorFlow, and Keras is on {keras.config.backend()}; "
+            "set KERAS_BACKEND=tensorflow before it is imported"
+        )
+
+
+def write_saved_model(
+    model: CvtForImageClassification,
+    folder: Path,
+    size: tuple[int, int],
+    dynamic: Collection[str],
+) -> None:
+    """Write a SavedModel.
+
+    It computes in float32. XLA is left to who serves it: on a CPU, cvt-13 gains nothing by it and
+    is compiled for up to ten seconds for each new shape.
+
+    Args:
+        model: the classifier, on a CPU.
+        folder: to write.
+        size: height and width of the images that it takes, in pixels, unless that is dynamic.
+        dynamic: what may differ from image to image: `batch`, `size`, both or neither. Without
+            `batch`, it takes one image.
+    """
+    tf = import_tensorflow()
+    from cvt.keras import TFCvtForImageClassification
+    from cvt.keras.weights import assign, named_variables
+
+    config = model.config
+    network = TFCvtForImageClassification(config, dtype="float32")
+    assign(
+        network, {name: weight.numpy() for name, weight in model.state_dict().items()}, "the model"
+    )
+    batch = None if "batch" in dynamic else 1
+    sides = (None, None) if "size" in dynamic else size
+    pixels = tf.TensorSpec((batch, config.num_channels, *sides), tf.float32, "pixel_values")
+
+    @tf.function(input_signature=[pixels], autograph=False)
+    def serve(pixel_values: Any) -> dict[str, Any]:
+        return {"logits": network(pixel_values, return_dict=True).logits}
+
+    served = tf.Module()
+    served.serve = serve
+    served.weights = [variable.value for variable in named_variables(network).values()]
+    served.class_names = tf.Variable(config.class_names, trainable=False)
+    with quiet("tensorflow", "absl"):
+        tf.saved_model.save(served, str(folder), signatures=serve)
+
+
+def write_litert(
+    model: CvtForImageClassification,
+    file: Path,
+    precision: str,
+    size: tuple[int, int],
+    dynamic: Collection[str],
+) -> None:
+    """Write a file of LiteRT; in fp16 its weights are of 16 bits.
+
+    It has operators of LiteRT itself alone, so every interpreter runs it. Other arguments as in
+    `write_saved_model`.
+    """
+    tf = import_tensorflow()
+    with TemporaryDirectory(dir=file.parent) as beside, quiet("tensorflow", "absl"):
+        write_saved_model(model, Path(beside), size, dynamic)
+        converter = tf.lite.TFLiteConverter.from_saved_model(beside)
+        if precision == "fp16":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            converter.target_spec.supported_types = [tf.float16]
+        with hushed():
+            file.write_bytes(converter.convert())
+
+
+def write_labels(names: Collection[str], file: Path) -> None:
+    """Write a line for each class, in the order of the logits, as mobile applications read them."""
+    lines = [" ".join(name.splitlines()) for name in names]
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,61 @@
+"""LiteRT, once TensorFlow Lite, as a runtime, on a CPU."""
+
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from cvt.configuration import CvtConfig
+from cvt.runtime.base import Runtime, hushed, require
+
+
+class LiteRtRuntime(Runtime):
+    """A file of LiteRT.
+
+    Args:
+        path: the file; takes `pixel_values`, gives `logits`.
+        config: the classifier's.
+        precision: of its weights; it computes in fp32.
+        threads: that compute; as many as PyTorch's by default.
+        image_size: as in `Runtime`.
+        single: as in `Runtime`.
+
+    Raises:
+        ImportError: ai-edge-litert is not installed.
+        ValueError: the file is damaged, asks for more than LiteRT's own operators, or takes other
+            pixels than is said of it.
+    """
+
+    name = "litert"
+
+    def __init__(
+        self,
+        path: Path,
+        config: CvtConfig,
+        precision: str = "fp32",
+        threads: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        single: bool = False,
+    ) -> None:
+        super().__init__(config, precision, "cpu", threads, image_size, single)
+        require("the runtime litert", "ai_edge_litert", extra="tensorflow")
+        from ai_edge_litert.interpreter import Interpreter
+
+        self.lock = Lock()  # an interpreter has one set of tensors
+        least = image_size or (config.minimum_image_size,) * 2
+        try:
+            with hushed():  # it names what computes
+                # Given the path, and not what is in the file, it makes sure that the file is whole.
+                interpreter = Interpreter(str(path), num_threads=threads or torch.get_num_threads())
+                self.run = interpreter.get_signature_runner("serving_default")
+                takes = self.run.get_input_details()["pixel_values"]["shape_signature"]
+                self._run(torch.zeros(1, config.num_channels, *least))
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"{path} is no whole graph of LiteRT: {error}") from error
+        self.check_graph(path, [None if size < 0 else int(size) for size in takes])
+
+    def _run(self, pixels: Tensor) -> Tensor:
+        array = pixels.cpu().contiguous().numpy()
+        with self.lock:
+            return torch.from_numpy(self.run(pixel_values=array)["logits"])
