@@ -2,17 +2,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-tensorflow lint bench clean
 
 demo: .venv/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
 	$(BIN)/python examples/digits/demo.py --output runs/demo
 
-test: .venv/dev.stamp  ## every test that needs no GPU and no network
+test: .venv/dev.stamp  ## every test that needs no GPU and no network; Keras' on every backend
 	$(BIN)/pytest --ignore tests/keras --ignore tests/tensorflow
+	$(MAKE) --jobs 2 --output-sync test-tensorflow $(addprefix test-keras-,jax tensorflow torch)
+
+test-tensorflow: .venv/dev.stamp
 	$(BIN)/pytest tests/tensorflow
-	KERAS_BACKEND=tensorflow $(BIN)/pytest tests/keras
-	KERAS_BACKEND=jax $(BIN)/pytest tests/keras
-	KERAS_BACKEND=torch $(BIN)/pytest tests/keras
+
+test-keras-%: .venv/dev.stamp
+	KERAS_BACKEND=$* $(BIN)/pytest tests/keras
 
 lint: .venv/dev.stamp  ## ruff, mypy and the import layers
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ def test_both_take_turns_in_processes_of_their_own(benchmark, monkeypatch, tmp_p
     peer = (benchmark.Contestant("transformers", False),)
     monkeypatch.setattr(benchmark, "Worker", worker)
     monkeypatch.setattr(benchmark, "shape", lambda options: tiny(depth=[1, 1, 1]))
-    monkeypatch.setattr(benchmark, "OURS", benchmark.Contestant("cvt", False))
+    monkeypatch.setattr(benchmark, "OURS", (benchmark.Contestant("cvt", False),))
     monkeypatch.setattr(benchmark, "PEERS", dict.fromkeys(("inference", "training"), peer))
     arguments = ["--peer=elsewhere", "--quick", "--threads=1", f"--results={tmp_path}"]
     options = benchmark.parse(arguments)

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -174,6 +175,8 @@ class Events:
     """TensorBoard's events of a run; a resumed run takes back what came after its checkpoint."""
 
     def __init__(self, output: Path, step: int) -> None:
+        # TensorBoard's own way to be told to do without TensorFlow, which takes seconds to load.
+        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)

@@ -1,3 +1,5 @@
+"""The pages: what they name exists. They name Keras' models, so TensorFlow is needed."""
+
 import ast
 import inspect
 import re
@@ -16,10 +18,10 @@ from cvt.runtime import RUNTIMES
 from cvt.runtime.torch_runtime import TorchRuntime
 from cvt.train.recipe import FIELDS, load_recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRANSLATED = {
     page: page.replace(".md", ".zh-CN.md")
-    for page in ("README.md", "docs/training.md", "docs/inference.md")
+    for page in ("README.md", "docs/training.md", "docs/inference.md", "docs/keras.md")
 }
 PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 CVT = typer.main.get_command(app)

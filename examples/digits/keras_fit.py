@@ -1,0 +1,52 @@
+"""Train a small CvT on scikit-learn's handwritten digits by Keras' `fit`; it needs no network.
+
+    python examples/digits/keras_fit.py --epochs 30
+
+The backend is TensorFlow, or what KERAS_BACKEND says: jax or torch.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from cvt import CvtConfig, TFCvtForImageClassification, image_processor
+
+import keras  # isort: skip  # behind cvt, which keeps PyTorch's Triton apart from TensorFlow
+
+from cvt.datasets import open_training
+from cvt.keras.data import image_dataset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    keras.utils.set_random_seed(arguments.seed)
+
+    config = CvtConfig.from_pretrained(Path(__file__).parent, num_labels=10)
+    processor = image_processor(config, image_size=16, crop_pct=1.0)
+    train, test = open_training("digits")
+    views = image_dataset(
+        train, processor, 64, training=True, crop_scale=0.6, flip=0, seed=arguments.seed
+    )
+    held_out = image_dataset(test, processor, 64)
+
+    model = TFCvtForImageClassification(config)
+    steps = arguments.epochs * len(views)
+    rate = keras.optimizers.schedules.CosineDecay(
+        3e-5, int(0.9 * steps), warmup_target=3e-3, warmup_steps=steps - int(0.9 * steps)
+    )
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=0.1, global_clipnorm=1.0)
+    optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias", "cls_token"])
+    model.compile(optimizer, metrics=["accuracy"])
+    history = model.fit(views, validation_data=held_out, epochs=arguments.epochs, verbose=2)
+
+    accuracy = 100 * history.history["val_accuracy"][-1]
+    seconds = time.perf_counter() - start
+    print(f"{accuracy:.2f} % of the {len(test)} held-out images are right, after {seconds:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""TensorFlow and PyTorch in one process."""
+
+from cvt.tensorflow import keep_triton_apart
+
+keep_triton_apart()  # before any test imports TensorFlow

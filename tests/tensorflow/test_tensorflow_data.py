@@ -1,0 +1,163 @@
+"""`cvt.keras.data`: images as a `tf.data.Dataset`."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from cvt import CvtConfig, image_processor
+from cvt.datasets import LabelledImages, image_folder
+from cvt.images import decode
+from cvt.keras.data import image_dataset
+
+import tensorflow as tf  # isort: skip  # behind cvt, which keeps Triton apart from it
+
+EXAMPLE = Path(__file__).parents[2] / "examples/digits/keras_fit.py"
+DEVIATION = np.float32([0.229, 0.224, 0.225]).reshape(3, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Photographs, and files of the kinds that readers treat differently."""
+    folder = tmp_path_factory.mktemp("pictures")
+    photo = Image.fromarray(load_sample_images().images[0])
+    sideways = Image.Exif()
+    sideways[274] = 6
+    alpha = photo.convert("RGBA")
+    alpha.putalpha(photo.convert("L"))
+    photo.save(folder / "down.jpg", quality=90)
+    photo.resize((150, 100)).save(folder / "up.jpg", quality=75)
+    photo.resize((90, 400)).save(folder / "tall.jpg", exif=sideways)
+    photo.convert("L").save(folder / "grey.png")
+    alpha.save(folder / "alpha.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def little():
+    """The processor of a small model, which makes 16 x 16 pixels."""
+    return image_processor(CvtConfig(), image_size=16)
+
+
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("name", ["cvt-13", "cvt-13-384"])
+def test_pixels_are_those_of_pytorch(pictures, name, data_format):
+    processor = image_processor(name)
+    images = LabelledImages(pictures, ["photo"] * len(pictures))
+    found = np.concatenate(
+        [pixels for pixels, _ in image_dataset(images, processor, 2, data_format=data_format)]
+    )
+    if data_format == "channels_last":
+        found = found.transpose(0, 3, 1, 2)
+    expected = processor([decode(path) for path in pictures], return_tensors="pt")["pixel_values"]
+    assert found.dtype == "float32"
+    assert np.abs((found - expected.numpy()) * DEVIATION).max() < 1 / 255
+
+
+def test_evaluation_keeps_the_order_and_the_last_batch(photos, little):
+    images = image_folder(photos)
+    dataset = image_dataset(photos, little, 10)
+    assert dataset.element_spec == (
+        tf.TensorSpec((None, 3, 16, 16), tf.float32),
+        tf.TensorSpec((None,), tf.int32),
+    )
+    labels = [label.numpy() for _, label in dataset]
+    assert [len(batch) for batch in labels] == [10, 10, 10, 6]
+    assert [images.classes[i] for i in np.concatenate(labels)] == images.labels
+
+
+def test_classes_give_the_labels_of_a_models_outputs(photos, little):
+    classes = ["red", "yellow", "green", "blue"]
+    ((_, labels),) = image_dataset(photos, little, 36, classes=classes)
+    assert [classes[i] for i in labels] == image_folder(photos).labels
+
+
+def views(photos, little, **options):
+    dataset = image_dataset(photos, little, 36, training=True, **options)
+    return [[value.numpy() for value in batch] for _ in range(2) for batch in dataset]
+
+
+def test_training_gives_new_views_in_a_new_order_each_time_and_all_by_the_seed(photos, little):
+    first, second = views(photos, little)
+    for batches in zip((first, second), views(photos, little), strict=True):
+        for values, again in zip(*batches, strict=True):
+            np.testing.assert_array_equal(values, again)
+    other = views(photos, little, seed=1)[0]
+    for one, two in ((first, second), (first, other)):
+        assert (one[0] != two[0]).any()
+        assert (one[1] != two[1]).any()
+        assert sorted(one[1]) == sorted(two[1])
+
+
+def test_a_view_is_a_crop_of_its_image_perhaps_mirrored(tmp_path, little):
+    (tmp_path / "a").mkdir()
+    ramp = np.tile(np.arange(64, dtype="uint8") * 4, (40, 1))  # brighter to the right
+    for i in range(64):
+        Image.fromarray(ramp).save(tmp_path / "a" / f"{i}.png")
+
+    def brightness(**options):
+        """Of every view's rows from left to right, 0 to 255: (64, 16)."""
+        ((pixels, _),) = image_dataset(tmp_path, little, 64, training=True, **options)
+        return (pixels.numpy()[:, 0].mean(1) * 0.229 + 0.485) * 255
+
+    rises = np.diff(brightness(flip=0.5)).mean(1)
+    assert 16 < (rises < 0).sum() < 48
+    unmirrored = brightness(flip=0, crop_scale=0.25)
+    widths = (unmirrored[:, -1] - unmirrored[:, 0]) / 252 * 16 / 15
+    assert (np.diff(unmirrored) > 0).all()
+    # A crop of a quarter to all of 64 x 40 pixels is 22 to 58 wide, 4/3 the height at most.
+    assert widths.min() < 0.45
+    assert 0.3 < widths.min() < widths.max() < 1
+    assert np.std(unmirrored[:, 0]) > 5
+
+
+def test_a_picture_too_narrow_for_any_crop_gives_a_square(tmp_path, little):
+    (tmp_path / "a").mkdir()
+    ramp = np.tile(np.arange(200, dtype="uint8"), (8, 1))
+    Image.fromarray(ramp).save(tmp_path / "a" / "wide.png")
+    ((pixels, _),) = image_dataset(tmp_path, little, training=True, crop_scale=0.9)
+    values = (pixels.numpy()[0, 0] * 0.229 + 0.485) * 255
+    assert np.ptp(values) < 8.5
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(tmp_path, little):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 is no picture")
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"a/broken\.jpg: cannot be decoded"):
+        list(image_dataset(tmp_path, little))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data_format": "NCHW"}, "data_format = 'NCHW': must be one of"),
+        ({"crop_scale": 2}, "crop_scale = 2: must be from 0 to 1"),
+        ({"flip": -0.5}, "flip = -0.5: must be from 0 to 1"),
+        ({"classes": ["blue", "red"]}, "none of the classes: green"),
+    ],
+)
+def test_illegal_arguments_are_refused(photos, little, options, message):
+    with pytest.raises(ValueError, match=message):
+        image_dataset(photos, little, **options)
+
+
+def test_a_folder_of_halves_is_no_folder_of_classes(tmp_path, little):
+    for half in ("train", "val"):
+        (tmp_path / half / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match="has halves, train, val: name one of them"):
+        image_dataset(tmp_path, little)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "least"), [(2, 40), pytest.param(30, 98, marks=pytest.mark.slow)]
+)
+def test_fit_learns_the_digits(monkeypatch, capsys, epochs, least):
+    monkeypatch.setattr(sys, "argv", ["keras_fit.py", "--epochs", str(epochs)])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    accuracy = re.search(r"([\d.]+) % of the 360 held-out images", capsys.readouterr().out)[1]
+    assert float(accuracy) > least
