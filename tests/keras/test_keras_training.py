@@ -102,7 +102,8 @@ def test_evaluate_and_predict_see_the_logits_and_a_call_the_whole_output():
     trained = model.train_on_batch(images, labels, return_dict=True)
     assert trained.keys() == {"loss", "accuracy"}
     logits = model.predict(images, verbose=0)
-    output = model(images, labels)
+    same([model.predict({"pixel_values": images}, verbose=0)], [logits])
+    output = model({"pixel_values": images}, labels)
     assert logits.dtype == "float32"
     same([logits, model.predict_on_batch(images)], [numbers([output.logits])[0]] * 2)
     right = (logits.argmax(1) == labels).mean()

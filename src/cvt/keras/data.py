@@ -114,7 +114,7 @@ def random_view(
     image: Image.Image, processor: Any, crop_scale: float, flip: float, draw: np.random.Generator
 ) -> Image.Image:
     """A random crop of an image in the processor's size, perhaps mirrored."""
-    side = processor.size.shortest_edge
+    side = processor.size.shortest_edge or processor.size.height
     for _ in range(TRIES):
         area = image.width * image.height * draw.uniform(crop_scale, 1)
         ratio = RATIO ** draw.uniform(-1, 1)

@@ -79,13 +79,14 @@ class BatchNorm(layers.BatchNormalization):
 
     def call(self, x: Any, training: bool = False) -> Any:
         """(B, H, W, C) to the same shape."""
+        if not (training and self.trainable):
+            return super().call(x, training=False)
         before = ops.copy(self.moving_variance)  # PyTorch changes it in place
-        y = super().call(x, training=training)
-        if training and self.trainable:
-            B, H, W, _ = ops.shape(x)
-            others = ops.cast(ops.maximum(B * H * W - 1, 1), before.dtype)
-            of_batch = self.moving_variance - self.momentum * before
-            self.moving_variance.assign_add(of_batch / others)
+        y = super().call(x, training=True)
+        B, H, W, _ = ops.shape(x)
+        others = ops.cast(ops.maximum(B * H * W - 1, 1), before.dtype)
+        of_batch = self.moving_variance - self.momentum * before
+        self.moving_variance.assign_add(of_batch / others)
         return y
 
 

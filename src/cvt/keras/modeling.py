@@ -214,7 +214,8 @@ class TFCvtModel(TFCvtPreTrainedModel):
         """Features of a batch of images.
 
         Args:
-            pixel_values: normalised images, (B, C, H, W), or (B, H, W, C) as `data_format` says.
+            pixel_values: normalised images, (B, C, H, W), or (B, H, W, C) as `data_format` says; or
+                a dict that has them under this name.
             output_hidden_states: return the output of every stage.
             output_attentions: return the attention weights of every block.
             return_dict: return a `TFCvtModelOutput` rather than a tuple.
@@ -387,6 +388,8 @@ def to_channels_last(image: Any) -> Any:
 
 def channels_last(pixel_values: Any, config: CvtConfig, data_format: str) -> Any:
     """The pixels as (B, H, W, C), or a ValueError that says what was expected."""
+    if isinstance(pixel_values, dict):  # the name by which data sets of transformers have them
+        pixel_values = pixel_values["pixel_values"]
     shape, first = tuple(pixel_values.shape), data_format == "channels_first"
     channels = config.num_channels
     wanted = (
