@@ -153,6 +153,21 @@ def test_the_loss_of_a_config_is_that_of_keras(num_labels, problem, labels_of, l
     same(*results, 1e-5)
 
 
+@pytest.mark.parametrize("label", [-1, CLASSES])
+def test_a_label_of_no_class_makes_the_loss_nan(label):
+    model = make()
+    images, labels = data()
+    labels[0] = label
+    assert np.isnan(float(model(images, labels).loss))
+    model.compile(**EAGERLY)
+    assert np.isnan(model.evaluate(images, labels, verbose=0))
+
+
+def test_a_name_is_no_config():
+    with pytest.raises(TypeError, match=r"config = 'cvt-13': .* from_pretrained takes names"):
+        TFCvtForImageClassification("cvt-13")
+
+
 def test_images_of_weight_0_teach_nothing():
     images, labels = data()
     weights = np.arange(IMAGES) % 2

@@ -16,7 +16,10 @@ def losses_of(logits: Any, labels: Any, problem: str) -> Any:
     logits = ops.cast(logits, "float32")
     if problem == "single_label_classification":
         if len(labels.shape) < 2 or labels.shape[1] == 1 != logits.shape[1]:
-            labels = ops.one_hot(ops.cast(ops.reshape(labels, (-1,)), "int32"), logits.shape[1])
+            indices = ops.cast(ops.reshape(labels, (-1,)), "int32")
+            known = ops.logical_and(indices >= 0, indices < logits.shape[1])
+            labels = ops.one_hot(ops.where(known, indices, 0), logits.shape[1])
+            labels = ops.where(known[:, None], labels, float("nan"))  # a graph cannot raise
         return -ops.sum(ops.cast(labels, "float32") * ops.log_softmax(logits), axis=1)
     labels = ops.cast(ops.reshape(labels, ops.shape(logits)), "float32")
     if problem == "regression":
@@ -29,7 +32,8 @@ def classification_loss(logits: Any, labels: Any, config: CvtConfig) -> Any:
 
     Args:
         logits: (B, K).
-        labels: as `cvt.losses.classification_loss` takes them.
+        labels: as `cvt.losses.classification_loss` takes them; an index of no class makes the loss
+            NaN.
         config: its `problem_type` and `num_labels` are read.
 
     Raises:

@@ -125,6 +125,7 @@ class TFCvtPreTrainedModel(keras.Model):
         kwargs: Keras' own: `name`, and `dtype`, as `mixed_bfloat16`.
 
     Raises:
+        TypeError: the config is something else.
         ValueError: the data format is none of these, or a field of the config is illegal.
     """
 
@@ -138,6 +139,10 @@ class TFCvtPreTrainedModel(keras.Model):
         if data_format not in DATA_FORMATS:
             raise ValueError(
                 f"data_format = {data_format!r}: must be one of {', '.join(DATA_FORMATS)}"
+            )
+        if not isinstance(config, CvtConfig | dict):
+            raise TypeError(
+                f"config = {config!r}: must be a CvtConfig or its dict; from_pretrained takes names"
             )
         self.config = config if isinstance(config, CvtConfig) else CvtConfig.from_dict(config)
         self.config.validate()
