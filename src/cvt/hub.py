@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,9 @@ from safetensors import SafetensorError
 from cvt.zoo import PUBLISHED, Published
 
 logger = logging.getLogger(__name__)
+
+CLASSIFIER = {"classifier.weight", "classifier.bias"}
+HEAD = CLASSIFIER | {"layernorm.weight", "layernorm.bias"}
 
 
 def published(name: str | os.PathLike | None) -> Published | None:
@@ -101,25 +104,50 @@ def load_strictly(
             model, loaded = load(source, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(f"the weights of {name} cannot be read: {error}") from error
-    new_head: set[str] = set()
-    if "num_labels" in kwargs or "id2label" in kwargs:
-        new_head = {"classifier.weight", "classifier.bias"}
-    missing, unexpected = loaded["missing_keys"], loaded["unexpected_keys"]
-    if new_head and new_head <= missing:  # a folder of CvtModel has no head at all
-        new_head |= {"layernorm.weight", "layernorm.bias"}
     mismatched = {name: sizes for name, *sizes in loaded["mismatched_keys"]}
-    wrong = {weight: mismatched[weight] for weight in sorted(mismatched.keys() - new_head)}
-    if faults := list_faults(sorted(missing - new_head), sorted(unexpected), wrong):
-        raise ValueError(
-            f"the weights of {name} do not fit {type(model).__name__} (num_labels would ask for a "
-            f"new classifier):{faults}"
-        )
-    if new_head & (missing | mismatched.keys()):
-        logger.warning(
-            f"New classifier of {model.config.num_labels} classes: {name} has none for them. It is "
-            "random until trained."
-        )
+    new_head = "num_labels" in kwargs or "id2label" in kwargs
+    new_weights(
+        model, name, loaded["missing_keys"], loaded["unexpected_keys"], mismatched, new_head
+    )
     return model
+
+
+def new_weights(
+    model: Any,
+    source: str | os.PathLike,
+    missing: Set[str],
+    unexpected: Iterable[str],
+    mismatched: Mapping[str, Sequence],
+    new_head: bool,
+) -> Set[str]:
+    """The weights of a classifier that stay as they are, random, which is logged.
+
+    Args:
+        model: with its config; weights have transformers' names.
+        source: how messages call where the weights come from.
+        missing: names of weights that it lacks.
+        unexpected: names of those that the model lacks.
+        mismatched: the shapes found and expected, by name.
+        new_head: whether a new classifier is asked for.
+
+    Raises:
+        ValueError: other weights do not fit; lists all of them.
+    """
+    new: Set[str] = set()
+    if new_head:  # what a model without a head was saved as has no LayerNorm for it, either
+        new = (HEAD if missing >= CLASSIFIER else CLASSIFIER) & (missing | mismatched.keys())
+    wrong = {weight: mismatched[weight] for weight in sorted(mismatched.keys() - new)}
+    if faults := list_faults(sorted(missing - new), sorted(unexpected), wrong):
+        raise ValueError(
+            f"the weights of {source} do not fit {type(model).__name__} (num_labels would ask for "
+            f"a new classifier):{faults}"
+        )
+    if new:
+        logger.warning(
+            f"New classifier of {model.config.num_labels} classes: {source} has none for them. It "
+            "is random until trained."
+        )
+    return new
 
 
 def list_faults(

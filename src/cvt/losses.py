@@ -4,8 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
-
-PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+from cvt.problems import problem_of
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: CvtConfig) -> Tensor:
@@ -22,18 +21,10 @@ def classification_loss(logits: Tensor, labels: Tensor, config: CvtConfig) -> Te
     Raises:
         ValueError: the labels' shape does not fit.
     """
-    integers = not labels.is_floating_point()
-    likely = "single_label_classification" if integers else "multi_label_classification"
-    problem = config.problem_type or ("regression" if config.num_labels == 1 else likely)
-    indices = problem == "single_label_classification" and integers
-    shape = (logits.shape[0], 1) if indices else tuple(logits.shape)
-    if problem not in PROBLEMS:
-        raise ValueError(f"problem_type = {problem!r}: must be one of {', '.join(PROBLEMS)}")
-    if labels.shape != shape and not (shape[1] == 1 and labels.shape == shape[:1]):
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, which does not fit {problem} with logits of "
-            f"shape {tuple(logits.shape)}"
-        )
+    problem, indices = problem_of(
+        *(config.problem_type, config.num_labels, not labels.is_floating_point()),
+        *(tuple(labels.shape), tuple(logits.shape)),
+    )
     if indices:
         return F.cross_entropy(logits, labels.flatten().long())
     targets = labels.reshape(logits.shape).to(logits.dtype)

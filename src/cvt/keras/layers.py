@@ -16,7 +16,26 @@ from cvt.configuration import CvtConfig, check_queries
 
 register = keras.saving.register_keras_serializable(package="cvt")
 
+
+def as_config(config: CvtConfig | dict[str, Any]) -> CvtConfig:
+    """A config, or the one of a dict.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(config, CvtConfig | dict):
+        raise TypeError(
+            f"config = {config!r}: must be a CvtConfig or its dict; from_pretrained takes names"
+        )
+    return config if isinstance(config, CvtConfig) else CvtConfig.from_dict(config)
+
+
 # ------------------------------------------------------------------------------ initialisation
+
+
+def convolution_initializer() -> initializers.Initializer:
+    """PyTorch's own for the kernel of a convolution."""
+    return initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
 
 
 def normal(config: CvtConfig) -> initializers.Initializer:
@@ -168,7 +187,7 @@ class CvtLayer(layers.Layer):
 
     def __init__(self, config: CvtConfig | dict[str, Any], stage: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.config = config if isinstance(config, CvtConfig) else CvtConfig.from_dict(config)
+        self.config = as_config(config)
         self.number = stage
         self.stage = self.config.stages[stage]
 
@@ -194,7 +213,7 @@ class ConvEmbedding(CvtLayer):
             self.stage.embed_dim,
             self.stage.patch_sizes,
             self.stage.patch_stride,
-            kernel_initializer=initializers.VarianceScaling(1 / 3, "fan_in", "uniform"),
+            kernel_initializer=convolution_initializer(),
             bias_initializer=uniform(self.stage.in_channels * self.stage.patch_sizes**2),
             name="projection",
             dtype=self.dtype_policy,
@@ -212,22 +231,30 @@ class ConvEmbedding(CvtLayer):
 # -------------------------------------------- convolutional projection for attention, section 3.2
 
 
-@register
-class DepthwiseConv(layers.Layer):
-    """Depthwise convolution without bias, (B, H, W, C) to (B, H', W', C).
-
-    Its kernel is (k, k, 1, C), a grouped convolution's, as every other of the network.
-    """
+class Window(layers.Layer):
+    """What goes over an image in windows of `kernel` x `kernel`."""
 
     def __init__(self, kernel: int, stride: int, padding: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.size, self.stride, self.padding = kernel, stride, padding
 
+    def get_config(self) -> dict[str, Any]:
+        sizes = {"kernel": self.size, "stride": self.stride, "padding": self.padding}
+        return super().get_config() | sizes
+
+
+@register
+class DepthwiseConv(Window):
+    """Depthwise convolution without bias, (B, H, W, C) to (B, H', W', C).
+
+    Its kernel is (k, k, 1, C), a grouped convolution's, as every other of the network.
+    """
+
     def build(self, shape: tuple) -> None:
         self.kernel = self.add_weight(
             name="kernel",
             shape=(self.size, self.size, 1, shape[-1]),
-            initializer=initializers.VarianceScaling(1 / 3, "fan_in", "uniform"),
+            initializer=convolution_initializer(),
         )
 
     def call(self, image: Any) -> Any:
@@ -244,21 +271,13 @@ class DepthwiseConv(layers.Layer):
             for j in range(self.size)
         )
 
-    def get_config(self) -> dict[str, Any]:
-        sizes = {"kernel": self.size, "stride": self.stride, "padding": self.padding}
-        return super().get_config() | sizes
-
 
 @register
-class AveragePooling(layers.Layer):
+class AveragePooling(Window):
     """PyTorch's AvgPool2d with `ceil_mode`: a last window that begins inside is kept.
 
     Zeros of the padding count, what reaches beyond it does not.
     """
-
-    def __init__(self, kernel: int, stride: int, padding: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.size, self.stride, self.padding = kernel, stride, padding
 
     def call(self, image: Any) -> Any:
         """(B, H, W, C) to (B, H', W', C)."""
@@ -274,10 +293,6 @@ class AveragePooling(layers.Layer):
 
         counted = pad(ops.ones_like(image[:1, :, :, :1]), self.padding, value=1.0)
         return pooled(pad(image, self.padding)) / pooled(counted)
-
-    def get_config(self) -> dict[str, Any]:
-        sizes = {"kernel": self.size, "stride": self.stride, "padding": self.padding}
-        return super().get_config() | sizes
 
 
 @register

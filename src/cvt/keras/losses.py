@@ -7,8 +7,7 @@ from keras import ops
 
 from cvt.configuration import CvtConfig
 from cvt.keras.layers import register
-
-PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+from cvt.problems import problem_of
 
 
 def losses_of(logits: Any, labels: Any, problem: str) -> Any:
@@ -41,25 +40,11 @@ def classification_loss(logits: Any, labels: Any, config: CvtConfig) -> Any:
     """
     labels = ops.convert_to_tensor(labels)
     integers = "int" in keras.backend.standardize_dtype(labels.dtype)
-    likely = "single_label_classification" if integers else "multi_label_classification"
-    problem = config.problem_type or ("regression" if config.num_labels == 1 else likely)
-    indices = problem == "single_label_classification" and integers
-    check(problem, tuple(labels.shape), tuple(logits.shape), indices)
+    problem, _ = problem_of(
+        *(config.problem_type, config.num_labels, integers),
+        *(tuple(labels.shape), tuple(logits.shape)),
+    )
     return ops.mean(losses_of(logits, labels, problem))
-
-
-def check(problem: str, labels: tuple, logits: tuple, indices: bool) -> None:
-    """Raises a ValueError where labels of a shape do not fit logits; None fits any number."""
-    if problem not in PROBLEMS:
-        raise ValueError(f"problem_type = {problem!r}: must be one of {', '.join(PROBLEMS)}")
-    columns = 1 if indices else logits[1]
-    fits = (len(labels) == 2 and labels[1] in (columns, None)) or (len(labels) == columns == 1)
-    known = None not in (labels[:1] + logits[:1])
-    if not fits or (known and labels[0] != logits[0]):
-        raise ValueError(
-            f"labels have shape {labels}, which does not fit {problem} with logits of shape "
-            f"{logits}"
-        )
 
 
 @register
@@ -80,10 +65,10 @@ class ClassificationLoss(keras.losses.Loss):
     def call(self, labels: Any, logits: Any) -> Any:
         """Labels and logits (B, K) to the loss of every image, (B,)."""
         indices = len(labels.shape) < 2 or labels.shape[1] == 1
-        likely = "single_label_classification" if indices else "multi_label_classification"
-        problem = self.problem_type or ("regression" if self.num_labels == 1 else likely)
-        indices = problem == "single_label_classification" and indices
-        check(problem, tuple(labels.shape), tuple(logits.shape), indices)
+        problem, _ = problem_of(
+            *(self.problem_type, self.num_labels, indices),
+            *(tuple(labels.shape), tuple(logits.shape)),
+        )
         return losses_of(logits, labels, problem)
 
     def get_config(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from keras import layers, ops
 
 from cvt.configuration import CvtConfig
 from cvt.keras import weights
-from cvt.keras.layers import Stage, normal, register, uniform
+from cvt.keras.layers import Stage, as_config, normal, register, uniform
 from cvt.keras.losses import ClassificationLoss, classification_loss
 
 DATA_FORMATS = ("channels_first", "channels_last")
@@ -88,7 +88,7 @@ class Encoder(layers.Layer):
 
     def __init__(self, config: CvtConfig | dict[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.config = config if isinstance(config, CvtConfig) else CvtConfig.from_dict(config)
+        self.config = as_config(config)
         self.stages = [
             Stage(self.config, i, name=f"stages-{i}", dtype=self.dtype_policy)
             for i in range(len(self.config.depth))
@@ -140,11 +140,7 @@ class TFCvtPreTrainedModel(keras.Model):
             raise ValueError(
                 f"data_format = {data_format!r}: must be one of {', '.join(DATA_FORMATS)}"
             )
-        if not isinstance(config, CvtConfig | dict):
-            raise TypeError(
-                f"config = {config!r}: must be a CvtConfig or its dict; from_pretrained takes names"
-            )
-        self.config = config if isinstance(config, CvtConfig) else CvtConfig.from_dict(config)
+        self.config = as_config(config)
         self.config.validate()
         self.data_format = data_format
 

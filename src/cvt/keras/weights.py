@@ -5,7 +5,6 @@ PyTorch is imported for its own files alone (.pth, .bin), not for .safetensors a
 
 import copy
 import json
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +25,6 @@ from cvt.files import staged
 if TYPE_CHECKING:
     from cvt.keras.modeling import TFCvtPreTrainedModel
 
-logger = logging.getLogger(__name__)
-
 Weights = dict[str, np.ndarray]  # under transformers' names, in PyTorch's order of axes
 
 # What weights are read from: the first of these files that a folder has.
@@ -40,8 +37,6 @@ SAFETENSORS = {
     "BF16": ml_dtypes.bfloat16,
     "I64": np.int64,
 }
-CLASSIFIER = {"classifier.weight", "classifier.bias"}
-HEAD = CLASSIFIER | {"layernorm.weight", "layernorm.bias"}
 COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm; nothing reads it
 
 
@@ -95,22 +90,9 @@ def assign(
         if name not in missing and found[name].shape != shape
     }
     unexpected = {name for name in found.keys() - variables.keys() if not name.endswith(COUNTER)}
-    if not HEAD & variables.keys():
-        unexpected -= HEAD
-    new = set()
-    if new_head:  # what a model without a head was saved as has no LayerNorm for it, either
-        new = (HEAD if missing >= CLASSIFIER else CLASSIFIER) & (missing | mismatched.keys())
-    wrong = {name: mismatched[name] for name in sorted(mismatched.keys() - new)}
-    if faults := hub.list_faults(sorted(missing - new), sorted(unexpected), wrong):
-        raise ValueError(
-            f"the weights of {source} do not fit {type(model).__name__} (num_labels would ask for "
-            f"a new classifier):{faults}"
-        )
-    if new:
-        logger.warning(
-            f"New classifier of {model.config.num_labels} classes: {source} has none for them. It "
-            "is random until trained."
-        )
+    if not hub.HEAD & variables.keys():
+        unexpected -= hub.HEAD
+    new = hub.new_weights(model, source, missing, unexpected, mismatched, new_head)
     for name, variable in variables.items():
         if name not in new:
             variable.assign(to_keras(found[name]))
@@ -122,7 +104,7 @@ def save(model: "TFCvtPreTrainedModel", folder: str | Path) -> None:
     Files of these names are replaced, others in the folder are left alone.
     """
     variables = named_variables(model)
-    headless = not HEAD & variables.keys()
+    headless = not hub.HEAD & variables.keys()
     weights: Weights = {}
     for name, variable in variables.items():
         name = name.removeprefix("cvt.") if headless else name

@@ -1,0 +1,38 @@
+"""What the labels of a classifier mean, told by the configuration or by the labels."""
+
+PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def problem_of(
+    problem_type: str | None,
+    num_labels: int | None,
+    integers: bool,
+    labels: tuple[int | None, ...],
+    logits: tuple[int | None, ...],
+) -> tuple[str, bool]:
+    """One of `PROBLEMS`, and whether the labels are class indices.
+
+    Args:
+        problem_type: the configuration's; None to take the problem that the labels make likely.
+        num_labels: the configuration's.
+        integers: whether the labels are integers.
+        labels: their shape; None, here and there, fits any number.
+        logits: the shape of the logits, (B, K).
+
+    Raises:
+        ValueError: there is no such problem, or the shape of the labels does not fit.
+    """
+    likely = "single_label_classification" if integers else "multi_label_classification"
+    problem = problem_type or ("regression" if num_labels == 1 else likely)
+    if problem not in PROBLEMS:
+        raise ValueError(f"problem_type = {problem!r}: must be one of {', '.join(PROBLEMS)}")
+    indices = problem == "single_label_classification" and integers
+    columns = 1 if indices else logits[1]
+    fits = (len(labels) == 2 and labels[1] in (columns, None)) or (len(labels) == columns == 1)
+    known = None not in (labels[:1] + logits[:1])
+    if not fits or (known and labels[0] != logits[0]):
+        raise ValueError(
+            f"labels have shape {labels}, which does not fit {problem} with logits of shape "
+            f"{logits}"
+        )
+    return problem, indices
