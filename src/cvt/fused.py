@@ -9,7 +9,7 @@ Shapes are as in `modeling.py`: B batch, C channels, H W grid, N tokens, h heads
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
+from cvt import kernels
 from cvt.configuration import check_queries
 from cvt.modeling import (
     Block,
@@ -142,6 +143,24 @@ class Conv(Operator):
         return F.conv2d(image, self.weight, self.bias, stride, padding, dilation, groups)
 
 
+class Projections(Operator):
+    """The folded convolutions of query, key and value in one pass, see `kernels.convolve`."""
+
+    def __init__(self, parts: Sequence[kernels.Part]) -> None:
+        folds = [fold(part.convolution, part.norm) for part in parts]
+        weight = torch.stack([weight.flatten(1).t() for weight, _ in folds])  # (3, K², C)
+        bias = torch.stack([bias for _, bias in folds])  # (3, C)
+        super().__init__(weight, bias, torch.float32)
+        self.stride = parts[1].convolution.stride[0]
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Of tokens (B, N, C), what the Linears read: (B, N, C) and twice (B, N', C)."""
+        *made, _ = kernels.convolve(
+            tokens, self.weight, self.bias, *grid, self.stride, moments=False
+        )
+        return tuple(made)
+
+
 class LayerNorm(Operator):
     """LayerNorm over channels."""
 
@@ -170,10 +189,16 @@ def folded(projection: Projection, dtype: torch.dtype) -> nn.Module:
     if isinstance(module, nn.AvgPool2d):
         return pooling(module)
     convolution, norm = known(module[0], nn.Conv2d), known(module[1], _BatchNorm)
+    return Conv(convolution, *fold(convolution, norm), dtype)
+
+
+def fold(convolution: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias, in double precision, of a convolution with its BatchNorm in it."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     gain = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-    weight = convolution.weight.double() * gain[:, None, None, None]
     bias = norm.bias.double() - norm.running_mean.double() * gain
-    return Conv(convolution, weight, bias, dtype)
+    return convolution.weight.double() * gain[:, None, None, None], bias
 
 
 def scaled(linear: nn.Linear, dtype: torch.dtype, by: float = 1.0, activation: str = "") -> Linear:
@@ -197,6 +222,8 @@ class FusedBlock(nn.Module):
         self.convolve_query = folded(attention.convolution_projection_query, dtype)
         self.convolve_key = folded(attention.convolution_projection_key, dtype)
         self.convolve_value = folded(attention.convolution_projection_value, dtype)
+        parts = kernels.parts_of(attention.projections)
+        self.convolve = Projections(parts) if parts else None
         self.query = scaled(attention.projection_query, dtype, by=attention.scale)
         self.key = scaled(attention.projection_key, dtype)
         self.value = scaled(attention.projection_value, dtype)
@@ -217,7 +244,8 @@ class FusedBlock(nn.Module):
         convolution = self.convolve_query
         queries = math.prod(convolution.grid(grid) if isinstance(convolution, Conv) else grid)
         check_queries(queries + N - H * W, N, grid)
-        class_token, tokens = self.norm1(x).split((N - H * W, H * W), dim=1)
+        normed = self.norm1(x)
+        class_token, tokens = normed.split((N - H * W, H * W), dim=1)
         image = to_image(tokens, grid)  # (B, C, H, W)
 
         def heads(tokens: Tensor) -> Tensor:
@@ -229,12 +257,19 @@ class FusedBlock(nn.Module):
                 projected = torch.cat((class_token, projected), dim=1)
             return heads(linear(projected))
 
-        if class_token_only:
-            x, query = x[:, :1], heads(self.query(class_token))
+        if self.convolve and not class_token_only and kernels.runs_on(normed):
+            linears = (self.query, self.key, self.value)
+            projected = self.convolve(normed, grid)
+            query, key, value = (
+                heads(linear(of)) for linear, of in zip(linears, projected, strict=True)
+            )
         else:
-            query = project(self.convolve_query, self.query)
-        key = project(self.convolve_key, self.key)
-        value = project(self.convolve_value, self.value)
+            if class_token_only:
+                x, query = x[:, :1], heads(self.query(class_token))
+            else:
+                query = project(self.convolve_query, self.query)
+            key = project(self.convolve_key, self.key)
+            value = project(self.convolve_value, self.value)
         weights = None
         if attentions:
             weights = (query @ key.transpose(2, 3)).softmax(dim=-1)  # (B, h, N, N')

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from cvt import kernels
 from cvt.fused import FusedCvt
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def torch_graph(
     of_batch = {0: Dim.DYNAMIC} if "batch" in dynamic else {}
     of_size = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if "size" in dynamic else {}
     shapes = {"pixel_values": of_batch | of_size}
-    with quiet():
+    with quiet(), kernels.projections_as("off"):  # other software has PyTorch's own operators only
         return torch.export.export(Logits(model).eval(), (example,), dynamic_shapes=shapes)
 
 

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cvt import hub, kernels
 from cvt.configuration import CvtConfig, StageConfig, check_queries
+from cvt.kernels import BatchNorm
 from cvt.losses import classification_loss
 
 # ------------------------------------------------------------------------------ elementary layers
@@ -47,21 +48,6 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d that counts a batch once, though gradient checkpointing runs forward twice."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if self.training and recomputing:
-            statistics = self.running_mean.clone(), self.running_var.clone()  # to be thrown away
-            return F.batch_norm(x, *statistics, self.weight, self.bias, training=True, eps=self.eps)
-        y = super().forward(x)
-        return kernels.with_dense_gradient(y) if self.training else y
 
 
 class QuickGELU(nn.Module):
@@ -189,20 +175,11 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, grid: tuple[int, int], output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
-        N, (H, W) = x.shape[1], grid
-        x = kernels.autocast(x)  # once, not in every projection
-        class_token, tokens = x.split((N - H * W, H * W), dim=1)  # (B, 0 or 1, C)
-        image = to_image(tokens, grid)  # (B, C, H, W)
-
-        def project(projection: Projection, linear: nn.Linear) -> Tensor:
-            projected = projection(image)  # (B, H'·W', C)
-            if N > H * W:
-                projected = torch.cat((class_token, projected), dim=1)
-            return linear(projected).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-
-        query = project(self.convolution_projection_query, self.projection_query)  # (B, h, N, d)
-        key = project(self.convolution_projection_key, self.projection_key)  # (B, h, N', d)
-        value = project(self.convolution_projection_value, self.projection_value)  # (B, h, N', d)
+        N = x.shape[1]
+        query, key, value = (
+            tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, h, N, d), N' for keys
+            for tokens in self.project(kernels.autocast(x), grid)
+        )
         check_queries(query.shape[2], N, grid)
         implementation = "eager" if output_attentions else self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
@@ -213,6 +190,30 @@ class SelfAttention(nn.Module):
             self, query, key, value, None, scaling=self.scale, dropout=dropout
         )  # (B, N, h, d)
         return context.flatten(2), weights
+
+    @property
+    def projections(self) -> list[tuple[Any, Any]]:
+        """Of query, key and value: the convolutional projection and the Linear behind it."""
+        return [
+            (self.convolution_projection_query, self.projection_query),
+            (self.convolution_projection_key, self.projection_key),
+            (self.convolution_projection_value, self.projection_value),
+        ]
+
+    def project(self, x: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+        """Queries (B, N, C), keys and values (B, N', C)."""
+        if made := kernels.project(x, grid, self.projections):
+            return made
+        N, (H, W) = x.shape[1], grid
+        class_token, tokens = x.split((N - H * W, H * W), dim=1)  # (B, 0 or 1, C)
+        image = to_image(tokens, grid)  # (B, C, H, W)
+        made = []
+        for convolutional, linear in self.projections:
+            projected = convolutional(image)  # (B, H'·W', C)
+            if N > H * W:
+                projected = torch.cat((class_token, projected), dim=1)
+            made.append(linear(projected))
+        return made
 
 
 class Attention(nn.Module):
@@ -274,7 +275,7 @@ class Stage(nn.Module):
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         x, (H, W) = self.embedding(image)  # (B, H·W, C)
         if self.cls_token is not None:
-            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+            x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
         x = self.dropout(x)
         attentions: tuple[Tensor, ...] = ()
         for block in self.layers:

@@ -61,6 +61,48 @@ def with_dense_gradient(image: Tensor) -> Tensor:
     return image
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d that counts a batch once, though gradient checkpointing runs forward twice."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether this is the second time that the batch is seen."""
+        return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same, normalised."""
+        if self.training and self.recomputing:
+            statistics = self.running_mean.clone(), self.running_var.clone()  # to be thrown away
+            return F.batch_norm(x, *statistics, self.weight, self.bias, training=True, eps=self.eps)
+        y = super().forward(x)
+        return with_dense_gradient(y) if self.training else y
+
+    def gain(self, variance: Tensor) -> Tensor:
+        """What the norm multiplies deviations from the mean by, (C,), for variances (C,)."""
+        return self.weight * torch.rsqrt(variance + self.eps)
+
+    @torch.no_grad()
+    def track(self, deviation: Tensor, variance: Tensor, count: int) -> None:
+        """Count a batch of known moments in the running statistics.
+
+        Args:
+            deviation: of its mean from the running mean, (C,).
+            variance: without Bessel's correction, (C,).
+            count: of values in each channel.
+        """
+        if count == 1:
+            raise ValueError("BatchNorm needs more than one value per channel in training")
+        if not self.recomputing:
+            self.num_batches_tracked.add_(1)
+            self.running_mean.add_(self.momentum * deviation)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+
+
 class DepthwiseConv(nn.Conv2d):
     """Depthwise Conv2d without bias; in bfloat16 on a CPU, strides are taken after it in training.
 

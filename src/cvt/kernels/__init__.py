@@ -1,0 +1,39 @@
+"""Operators of the model that PyTorch has not, or has slower."""
+
+from cvt.kernels.operators import (
+    BatchNorm,
+    DepthwiseConv,
+    QuickGELU,
+    autocast,
+    chunked_attention,
+    chunks_pay,
+    with_dense_gradient,
+)
+from cvt.kernels.projection import (
+    Part,
+    convolve,
+    parts_of,
+    project,
+    projections,
+    projections_as,
+    runs_on,
+    set_projections,
+)
+
+__all__ = [
+    "BatchNorm",
+    "DepthwiseConv",
+    "Part",
+    "QuickGELU",
+    "autocast",
+    "chunked_attention",
+    "chunks_pay",
+    "convolve",
+    "parts_of",
+    "project",
+    "projections",
+    "projections_as",
+    "runs_on",
+    "set_projections",
+    "with_dense_gradient",
+]

@@ -1,0 +1,85 @@
+"""The convolutions of `projection.py` in PyTorch's own operators."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def keys_shape(tokens: Sequence[int], size: tuple[int, int], stride: int) -> tuple[int, int, int]:
+    """The shape of k and v, (B, N', C), for that of the tokens, (B, N, C), on a grid of (H, W)."""
+    B, N, C = tokens
+    H, W = grids(size, stride)[1]
+    return B, N - size[0] * size[1] + H * W, C
+
+
+def grids(size: tuple[int, int], stride: int) -> list[tuple[int, int]]:
+    """The grids (H, W) of q, k and v."""
+    of_keys = (-(-size[0] // stride), -(-size[1] // stride))
+    return [size, of_keys, of_keys]
+
+
+def to_image(tokens: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, N, C) to (B, C, H, W), without class tokens."""
+    return tokens[:, tokens.shape[1] - size[0] * size[1] :].unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def weights_of(taps: Tensor) -> list[Tensor]:
+    """Taps (3, K², C) as the weights (C, 1, K, K) of three depthwise convolutions."""
+    side = int(taps.shape[1] ** 0.5)
+    return [of.t().unflatten(1, (1, side, side)) for of in taps]
+
+
+def forward(
+    tokens: Tensor,
+    taps: Tensor,
+    bias: Tensor,
+    size: tuple[int, int],
+    stride: int,
+    moments: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `projection.convolve` gives, but for class tokens."""
+    image, side = to_image(tokens, size).to(taps.dtype), int(taps.shape[1] ** 0.5)
+    keys = keys_shape(tokens.shape, size, stride)
+    q, k, v = torch.empty_like(tokens), tokens.new_empty(keys), tokens.new_empty(keys)
+    found = taps.new_empty(2 if moments else 0, 3, taps.shape[2])
+    for i, (output, grid) in enumerate(zip((q, k, v), grids(size, stride), strict=True)):
+        weight, step = weights_of(taps)[i], stride if i else 1
+        made = F.conv2d(image, weight, bias[i], step, side // 2, groups=taps.shape[2])
+        if moments:
+            found[1, i], found[0, i] = torch.var_mean(made, (0, 2, 3), correction=0)
+        to_image(output, grid).copy_(made)
+    return q, k, v, found
+
+
+def backward(
+    upstream: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    lines: Tensor,
+    tokens: Tensor,
+    taps: Tensor,
+    size: tuple[int, int],
+    stride: int,
+    moments: bool,
+) -> tuple[Tensor, Tensor]:
+    """What `projection.convolve_backward` gives, but for class tokens."""
+    image = to_image(tokens, size).to(taps.dtype)
+    side, C = int(taps.shape[1] ** 0.5), taps.shape[2]
+    dimage, dtaps, dbias = torch.zeros_like(image), [], []
+    for i, grid in enumerate(grids(size, stride)):
+        gradient = to_image(upstream[i], grid).to(taps.dtype)
+        if moments:
+            offset, slope = lines[i][..., None, None]  # (C, 1, 1) each
+            gradient = gradient + offset + slope * to_image(outputs[i], grid)
+        weight, step = weights_of(taps)[i], stride if i else 1
+        of_image, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            *(gradient, image, weight, [C], [step, step], [side // 2, side // 2], [1, 1]),
+            *(False, [0, 0], C, [True, True, True]),
+        )
+        dimage += of_image
+        dtaps.append(of_weight.flatten(1).t())
+        dbias.append(of_bias[None])
+    dtokens = torch.empty_like(tokens)
+    to_image(dtokens, size).copy_(dimage)
+    return dtokens, torch.cat(dtaps + dbias)
