@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from small_models import CLASSES, METHODS, PLACES, images, make, mixed, tiny
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from cvt import CvtBackbone, CvtForImageClassification, CvtModel
 
@@ -606,6 +607,19 @@ def test_drop_path_and_dropout_compile_and_draw_anew_each_step():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     losses = {compiled(images(), labels=targets()).loss.item() for _ in range(3)}
     assert len(losses) == 3
+
+
+def test_training_and_evaluation_take_turns_on_one_graph_each():
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    model = make(mixed(problem_type="single_label_classification"))
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            compiled.train()(images(), labels=soft_labels()).loss.backward()
+            with torch.no_grad():
+                compiled.eval()(images())
+    assert backend.frame_count == 2
 
 
 @pytest.mark.slow  # needs a C++ compiler and Python's headers

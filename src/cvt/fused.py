@@ -30,6 +30,7 @@ from cvt.modeling import (
     QuickGELU,
     Stage,
     checked_pixels,
+    split_tokens,
     to_image,
     to_tokens,
 )
@@ -245,31 +246,27 @@ class FusedBlock(nn.Module):
         queries = math.prod(convolution.grid(grid) if isinstance(convolution, Conv) else grid)
         check_queries(queries + N - H * W, N, grid)
         normed = self.norm1(x)
-        class_token, tokens = normed.split((N - H * W, H * W), dim=1)
+        class_token, tokens = split_tokens(normed, grid)  # (B, 1, C) or None, (B, H·W, C)
         image = to_image(tokens, grid)  # (B, C, H, W)
 
-        def heads(tokens: Tensor) -> Tensor:
-            return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, N, d)
-
-        def project(convolve: nn.Module, linear: Linear) -> Tensor:
+        def convolved(convolve: nn.Module) -> Tensor:
             projected = to_tokens(convolve(image))  # (B, H'·W', C)
-            if N > H * W:
+            if class_token is not None:
                 projected = torch.cat((class_token, projected), dim=1)
-            return heads(linear(projected))
+            return projected
 
-        if self.convolve and not class_token_only and kernels.runs_on(normed):
-            linears = (self.query, self.key, self.value)
-            projected = self.convolve(normed, grid)
-            query, key, value = (
-                heads(linear(of)) for linear, of in zip(linears, projected, strict=True)
-            )
+        if class_token_only:
+            x, of_query = x[:, :1], normed[:, :1]
+            of_key, of_value = convolved(self.convolve_key), convolved(self.convolve_value)
+        elif self.convolve and kernels.runs_on(normed):
+            of_query, of_key, of_value = self.convolve(normed, grid)
         else:
-            if class_token_only:
-                x, query = x[:, :1], heads(self.query(class_token))
-            else:
-                query = project(self.convolve_query, self.query)
-            key = project(self.convolve_key, self.key)
-            value = project(self.convolve_value, self.value)
+            of_query = convolved(self.convolve_query)
+            of_key, of_value = convolved(self.convolve_key), convolved(self.convolve_value)
+        query, key, value = (
+            projected.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, N, d)
+            for projected in (self.query(of_query), self.key(of_key), self.value(of_value))
+        )
         weights = None
         if attentions:
             weights = (query @ key.transpose(2, 3)).softmax(dim=-1)  # (B, h, N, N')
@@ -398,7 +395,7 @@ class FusedCvt(nn.Module):
             attentions += tuple(weights)
             if class_token_only:
                 break
-            class_token, tokens = x.split((x.shape[1] - grid[0] * grid[1], grid[0] * grid[1]), 1)
+            class_token, tokens = split_tokens(x, grid)
             image = to_image(tokens, grid)  # (B, C, H, W)
             hidden_states += (image,)
 
@@ -415,8 +412,7 @@ class FusedCvt(nn.Module):
             maps: Any = tuple(hidden_states[i] for i in self.feature_maps)
             output = BackboneOutput(feature_maps=maps, **kept)
         else:
-            token = class_token if stage.cls_token is not None else None
-            output = CvtModelOutput(last_hidden_state=image, cls_token_value=token, **kept)
+            output = CvtModelOutput(last_hidden_state=image, cls_token_value=class_token, **kept)
         return_dict = config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 

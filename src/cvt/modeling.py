@@ -43,6 +43,12 @@ def to_image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
 
 
+def split_tokens(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
+    """The class token (B, 1, C), None where there is none, and the tokens (B, H·W, C) of `x`."""
+    H, W = grid
+    return (None, x) if x.shape[1] == H * W else x.split((1, H * W), dim=1)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm computed in float32 and given back in the input's type, under autocast too."""
 
@@ -204,13 +210,12 @@ class SelfAttention(nn.Module):
         """Queries (B, N, C), keys and values (B, N', C)."""
         if made := kernels.project(x, grid, self.projections):
             return made
-        N, (H, W) = x.shape[1], grid
-        class_token, tokens = x.split((N - H * W, H * W), dim=1)  # (B, 0 or 1, C)
+        class_token, tokens = split_tokens(x, grid)  # (B, 1, C) or None, (B, H·W, C)
         image = to_image(tokens, grid)  # (B, C, H, W)
         made = []
         for convolutional, linear in self.projections:
             projected = convolutional(image)  # (B, H'·W', C)
-            if N > H * W:
+            if class_token is not None:
                 projected = torch.cat((class_token, projected), dim=1)
             made.append(linear(projected))
         return made
@@ -282,9 +287,8 @@ class Stage(nn.Module):
             x, weights = block(x, (H, W), output_attentions)
             if output_attentions:
                 attentions += (weights,)
-        class_token, tokens = x.split((x.shape[1] - H * W, H * W), dim=1)
-        image = to_image(tokens, (H, W))  # (B, C, H, W)
-        return image, class_token if self.cls_token is not None else None, attentions
+        class_token, tokens = split_tokens(x, (H, W))
+        return to_image(tokens, (H, W)), class_token, attentions
 
 
 @dataclass
