@@ -1,4 +1,4 @@
-"""Who takes part in the benchmark of inference: random weights of one shape, pixels to logits."""
+"""Who takes part: models of one shape with random weights, and what runs them on a CPU."""
 
 import argparse
 import functools
@@ -47,21 +47,17 @@ CPU = (
     Contestant("cvt", "openvino", "bf16"),
 )
 YARDSTICKS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2")  # timm's
-CUDA = tuple(
-    Contestant(name, runtime, "bf16")
-    for name in ("transformers", "cvt", *YARDSTICKS)
-    for runtime in ("torch", "fused", "compiled")
-    if runtime != "fused" or name == "cvt"
-)
 
 
-def shape(options: argparse.Namespace) -> CvtConfig:
-    """The configuration that all have: of the variant, or a tiny one for a quick run."""
-    return CvtConfig(**TINY) if options.quick else CvtConfig.from_variant(options.variant)
+def shape(variant: str) -> CvtConfig:
+    """A variant of the paper, or `tiny`; its drop path is zero, so that none skips work."""
+    config = CvtConfig(**TINY) if variant == "tiny" else CvtConfig.from_variant(variant)
+    config.drop_path_rate = [0.0] * len(config.depth)
+    return config
 
 
 class Logits(nn.Module):
-    """Pixels in, logits out, of a model that answers with more."""
+    """Pixels in, logits out, of a model that may answer with more."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -69,48 +65,47 @@ class Logits(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, K)."""
-        return self.model(pixel_values).logits
+        answer = self.model(pixel_values)
+        return answer if isinstance(answer, Tensor) else answer.logits
 
 
-def build(name: str, options: argparse.Namespace) -> nn.Module:
-    """A model of a contestant that gives logits, in eval mode."""
+def build(name: str, config: CvtConfig) -> nn.Module:
+    """Our model or transformers', of one shape, or another one of timm's; in eval mode."""
     torch.manual_seed(0)
     if name == "cvt":
-        return CvtForImageClassification(shape(options)).eval()
+        return CvtForImageClassification(config).eval()
     if name == "transformers":
-        return Logits(transformers_cvt(shape(options))).eval()
+        return transformers_cvt(config).eval()
     import timm
 
-    return timm.create_model(name).eval()
+    return timm.create_model(name, drop_path_rate=0.0).eval()
 
 
 def opened(contestant: Contestant, options: argparse.Namespace) -> Callable[[Tensor], Tensor]:
     """A contestant, ready to go from pixels (B, 3, H, W) to logits (B, K) on the CPU."""
     torch.set_num_threads(options.threads)
     name, runtime, precision = contestant
+    model = build(name, shape(options.variant))
     if name == "cvt":
-        model = build(name, options)
-        return open_runtime(model, runtime, precision, options.device, options.threads)
-    model = build(name, options)
+        return open_runtime(model, runtime, precision, "cpu", options.threads)
+    model = Logits(model)
     if runtime == "onnxruntime":
         return in_onnxruntime(exported(model, options), options)
     if runtime.startswith("openvino"):
         fixed = runtime.endswith("fixed shape")
         return in_openvino(exported(model, options), precision, fixed, options)
-    return in_torch(model, precision, runtime == "compiled", options)
+    return in_torch(model, precision, runtime == "compiled")
 
 
-def in_torch(
-    model: nn.Module, precision: str, compiled: bool, options: argparse.Namespace
-) -> Callable[[Tensor], Tensor]:
+def in_torch(model: nn.Module, precision: str, compiled: bool) -> Callable[[Tensor], Tensor]:
     """A model in PyTorch, eager or compiled."""
     dtype = DTYPES[precision]
-    model = model.to(options.device, dtype)
+    model = model.to(dtype)
     forward = torch.compile(model) if compiled else model
 
     @torch.inference_mode()
     def run(pixels: Tensor) -> Tensor:
-        return forward(pixels.to(options.device, dtype)).float().cpu()  # waits for the GPU
+        return forward(pixels.to(dtype)).float()
 
     return run
 
@@ -178,7 +173,7 @@ def operations(contestant: Contestant, options: argparse.Namespace) -> int:
     fused form skips what the last block does for nothing; nothing else skips any.
     """
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = build(contestant.model, options)
+        model = build(contestant.model, shape(options.variant))
         if contestant.model == "cvt" and contestant.runtime != "torch":
             model = fuse(model)
         model(torch.empty(1, 3, options.image_size, options.image_size))

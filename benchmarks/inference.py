@@ -1,4 +1,4 @@
-"""How fast and how large is CvT's inference, beside the other ways to run it?
+"""How fast and how large is CvT's inference on a CPU, beside the other ways to run it?
 
     python benchmarks/inference.py
     python benchmarks/inference.py --only model,rate --batch-sizes 1
@@ -6,9 +6,8 @@
 
 All have the same shape and random weights, and each the activation that it gives the variant.
 Questions:
-- model: from pixels to logits. On a CPU transformers' CvT eager in fp32 is the reference, beside
-  its exports to ONNX Runtime and OpenVINO (for any batch, and compiled for the very shape) and our
-  runtimes; on a GPU it is transformers' CvT eager in bf16, beside timm's models of that size.
+- model: from pixels to logits. Transformers' CvT eager in fp32 is the reference, beside its exports
+  to ONNX Runtime and OpenVINO (for any batch, and compiled for the very shape) and our runtimes.
   The int8 export is calibrated on the pictures of the folder; its accuracy is not asked here.
 - rate: the machine's best rate of fp32 matrix products, as PyTorch's own and as oneDNN's with
   packed weights. With `model`, the fastest of them takes its turns too, and the matrix share is
@@ -24,11 +23,10 @@ Those that are compared take turns in one process, so that a busy machine slows 
 the median of the turns' own ratios, and its spread their quartiles. Only memory is measured one
 after the other.
 
-Prints a table and writes it to `results/inference-<device>-torch<version>-<date>.csv`.
+Prints a table and writes it to `results/inference-<processor>-torch<version>-<date>.csv`.
 """
 
 import argparse
-import random
 import subprocess
 import sys
 import tempfile
@@ -39,8 +37,19 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from contestants import CPU, CUDA, OURS, REFERENCE, Contestant, build, opened, operations, shape
-from measuring import RESULTS, in_fresh_process, peak_memory, result_file, write_rows
+from contestants import CPU, OURS, REFERENCE, Contestant, build, opened, operations, shape
+from measuring import (
+    RESULTS,
+    Row,
+    in_fresh_process,
+    peak_memory,
+    per_image,
+    result_file,
+    show,
+    some_of,
+    write_pictures,
+    write_rows,
+)
 
 from cvt import image_processor
 from cvt.benchmark import Turns, device_name, in_turns, middle, speed_ratios, timed, versions
@@ -55,7 +64,6 @@ COLUMNS = (
     *("images_per_second", "seconds", "ratio", "ratio_quartiles", "gflops", "matrix_share"),
     "peak_memory_mib",
 )
-Row = dict[str, object]
 
 
 def row(question: str, contestant: Contestant, **figures: object) -> Row:
@@ -74,11 +82,6 @@ def speed(turns: Turns) -> Row:
     """The figures of turns that say how long an image takes."""
     seconds = middle(turns)
     return {"ms_per_image": round(1000 * seconds, 2), "images_per_second": round(1 / seconds, 2)}
-
-
-def per_image(images: int, turns: Turns) -> Turns:
-    """Turns of calls with so many images each, for one image."""
-    return [[seconds / images for seconds in turn] for turn in turns]
 
 
 # ------------------------------------------------------------------------------ rate and model
@@ -117,24 +120,19 @@ def rate_rows(options: argparse.Namespace) -> tuple[list[Row], Product]:
 
 def model_rows(options: argparse.Namespace, work: Path, product: Product | None) -> list[Row]:
     """From pixels to logits, for each batch size; shares are of the rate of `product`."""
-    contestants = CUDA if options.contestants == "cuda" else CPU
-    if not options.compiled:
-        contestants = tuple(c for c in contestants if c.runtime != "compiled")
+    contestants = [c for c in CPU if options.compiled or c.runtime != "compiled"]
     models = {contestant: opened(contestant, options) for contestant in contestants}
-    if options.contestants == "cpu":
-        export = write_export(options, work)
-        models[INT8] = open_runtime(export, threads=options.threads)
+    models[INT8] = open_runtime(write_export(options, work), threads=options.threads)
     rows = []
     for batch_size in options.batch_sizes:
         pixels = torch.randn(batch_size, 3, options.image_size, options.image_size)
-        pixels = pixels.to(options.device)
         runs = {contestant: partial(model, pixels) for contestant, model in models.items()}
         if product:
             runs[product.contestant] = product.run
         times = in_turns(runs, options.seconds, options.turns)
         for contestant in models:
             turns = times[contestant]
-            figures = speed(per_image(batch_size, turns)) | ratio(turns, times[contestants[0]])
+            figures = speed(per_image(batch_size, turns)) | ratio(turns, times[REFERENCE])
             if product and contestant.precision == "fp32":
                 executed = batch_size * operations(contestant, options)
                 _, faster, _ = speed_ratios(times[product.contestant], turns)
@@ -156,7 +154,7 @@ def write_export(options: argparse.Namespace, work: Path) -> Path:
             folder,
             to="openvino",
             precision="int8",
-            calibration=write_pictures(options, work),
+            calibration=pictures(options, work),
             calibration_images=64,
             min_agreement=0.0,  # what random weights tell apart may well change
         )
@@ -167,8 +165,9 @@ def write_model(options: argparse.Namespace, work: Path) -> Path:
     """Our model's folder, with its preprocessing."""
     folder = work / "model"
     if not folder.exists():
-        build("cvt", options).save_pretrained(folder)
-        image_processor(shape(options), image_size=options.image_size).save_pretrained(folder)
+        config = shape(options.variant)
+        build("cvt", config).save_pretrained(folder)
+        image_processor(config, image_size=options.image_size).save_pretrained(folder)
     return folder
 
 
@@ -182,7 +181,7 @@ def one_image(contestant: Contestant, size: int, options: argparse.Namespace) ->
     if contestant != REFERENCE:  # a call takes the reference half a minute, and it prepares nothing
         run(pixels)
     seconds = timed(partial(run, pixels))
-    return {"ms_per_image": round(1000 * seconds, 1), "peak_memory_mib": round(peak_memory("cpu"))}
+    return {"ms_per_image": round(1000 * seconds, 1), "peak_memory_mib": round(peak_memory())}
 
 
 def memory_rows(options: argparse.Namespace) -> list[Row]:
@@ -205,38 +204,23 @@ def memory_rows(options: argparse.Namespace) -> list[Row]:
 # ------------------------------------------------------------------------------ folder
 
 
-def write_pictures(options: argparse.Namespace, work: Path) -> Path:
-    """A folder of JPEGs of 1024 x 768: parts of scikit-learn's two photographs, at random."""
+def pictures(options: argparse.Namespace, work: Path) -> Path:
+    """The folder of pictures."""
     folder = work / "pictures"
-    if folder.exists():
-        return folder
-    folder.mkdir()
-    from PIL import Image, ImageOps
-    from sklearn.datasets import load_sample_images
-
-    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 x 427
-    draw = random.Random(0)
-    for i in range(options.images):
-        photograph = photographs[i % 2]
-        width = draw.randrange(320, 560)
-        height = width * 3 // 4
-        left, top = draw.randrange(640 - width + 1), draw.randrange(427 - height + 1)
-        part = photograph.crop((left, top, left + width, top + height))
-        part = part.resize((1024, 768), Image.Resampling.BICUBIC)
-        part = ImageOps.mirror(part) if draw.random() < 0.5 else part
-        part.save(folder / f"{i:05d}.jpg", quality=90)
+    if not folder.exists():
+        write_pictures(folder, options.images, 1024, 768, quality=90)
     return folder
 
 
 def folder_rows(options: argparse.Namespace, work: Path) -> list[Row]:
     """The folder of pictures from end to end; the reference is the fastest pipeline."""
-    pictures = write_pictures(options, work)
-    paths = [str(path) for path in sorted(pictures.iterdir())]
+    folder = pictures(options, work)
+    paths = [str(path) for path in sorted(folder.iterdir())]
     torch.set_num_threads(options.threads)
     pipeline = transformers.pipeline(
         "image-classification",
-        model=build("transformers", options).model,
-        image_processor=image_processor(shape(options), image_size=options.image_size),
+        model=build("transformers", shape(options.variant)),
+        image_processor=image_processor(shape(options.variant), image_size=options.image_size),
     )
     # A quarter of them for the pipeline, which then takes about as long.
     paths = paths[: -(-len(paths) // 4)]
@@ -253,7 +237,7 @@ def folder_rows(options: argparse.Namespace, work: Path) -> list[Row]:
         contestant = Contestant(
             "cvt.Classifier", classifier.runtime.name, classifier.runtime.precision
         )
-        runs[contestant, classifier.batch_size] = partial(consume, classifier, pictures)
+        runs[contestant, classifier.batch_size] = partial(consume, classifier, folder)
     images = {key: len(paths) if key[0] == PIPELINE else options.images for key in runs}
     times = {
         key: per_image(images[key], turns)
@@ -327,13 +311,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
     parser.add_argument(
         "--only",
-        type=lambda text: text.split(","),
-        help=f"of {', '.join(QUESTIONS)}; on a GPU only model is asked by default",
+        type=some_of(QUESTIONS),
+        default=list(QUESTIONS),
+        help=f"of {', '.join(QUESTIONS)}",
     )
     parser.add_argument("--variant", default="cvt-13", help="cvt-13, cvt-21 or cvt-w24")
     parser.add_argument("--quick", action="store_true", help="a tiny model, few and small images")
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-sizes", type=numbers, help="1,32 on a CPU, 1,256 on a GPU")
+    parser.add_argument("--batch-sizes", type=numbers, default=[1, 32])
     parser.add_argument("--seconds", type=float, default=5.0, help="of each model and batch size")
     parser.add_argument("--turns", type=int, default=8, help="of each contestant, at least")
     parser.add_argument(
@@ -346,46 +331,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--folder-batch-sizes", type=numbers, default=[1, 8, 32])
     parser.add_argument("--matrix-sizes", type=numbers, default=[512, 1024, 2048, 4096])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument(
-        "--contestants", choices=("cpu", "cuda"), help="who takes part: by default by the device"
-    )
-    parser.add_argument(
-        "--compiled",
-        action=argparse.BooleanOptionalAction,
-        help="with torch.compile too; by default on a GPU",
-    )
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile too")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.turns, options.seconds = 2, 0.0
+        options.variant, options.turns, options.seconds = "tiny", 2, 0.0
         options.large_sizes, options.images, options.folder_batch_sizes = [128, 64], 4, [1, 2]
-        options.batch_sizes, options.matrix_sizes = options.batch_sizes or [1, 2], [64]
-    options.contestants = options.contestants or options.device
-    on_gpu = options.contestants == "cuda"
-    options.only = options.only or (["model"] if on_gpu else list(QUESTIONS))
-    options.batch_sizes = options.batch_sizes or [1, 256 if on_gpu else 32]
-    options.compiled = on_gpu if options.compiled is None else options.compiled
-    if unknown := set(options.only) - set(QUESTIONS):
-        parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(QUESTIONS)}")
+        options.batch_sizes, options.matrix_sizes = [1, 2], [64]
     return options
-
-
-def show(rows: list[Row]) -> None:
-    """Print the columns that are not empty."""
-    table = [[name, *(str(row[name]) for row in rows)] for name in COLUMNS]
-    widths = [max(map(len, column)) for column in table if any(column[1:])]
-    for line in zip(*(column for column in table if any(column[1:])), strict=True):
-        print(*(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)), sep="  ")
 
 
 def run(options: argparse.Namespace) -> None:
     """Measures, prints, writes."""
     name = "inference-quick" if options.quick else "inference"
-    path = result_file(options.results, name, options.device, options.overwrite)
+    path = result_file(options.results, name, "cpu", options.overwrite)
     transformers.utils.logging.disable_progress_bar()
     rows = []
     with tempfile.TemporaryDirectory() as work:
@@ -393,12 +353,13 @@ def run(options: argparse.Namespace) -> None:
             show(of_question)
             rows += of_question
     about = {
-        "variant": "tiny" if options.quick else options.variant,
-        "device": device_name(options.device),
+        "variant": options.variant,
+        "device": device_name("cpu"),
         "threads": options.threads,
         **versions(),
     }
-    write_rows(path, [of_contestant | about for of_contestant in rows], options.overwrite)
+    mode = "w" if options.overwrite else "x"
+    write_rows(path, [of_contestant | about for of_contestant in rows], mode)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ Prints a table and writes it to `results/keras-<device>-tf<version>-<date>.csv`.
 """
 
 import argparse
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -37,12 +36,11 @@ from typing import Any, NamedTuple
 
 import torch
 from contestants import shape
-from inference import per_image, ratio, speed
-from measuring import RESULTS, result_file, write_rows
+from inference import ratio, speed
+from measuring import RESULTS, Row, per_image, result_file, show, write_rows
 
+import cvt
 from cvt.benchmark import device_name, in_turns, middle
-
-Row = dict[str, object]
 
 
 class Contestant(NamedTuple):
@@ -132,15 +130,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.turns, options.seconds, options.image_size = 2, 0.0, 32
+        options.variant, options.image_size = "tiny", 32
+        options.turns, options.seconds = 2, 0.0
         options.batch_sizes, options.training_batch_size = [1, 2], 2
     return options
 
 
 def run(options: argparse.Namespace) -> None:
     """Measures, prints, writes."""
-    config = shape(options)
-    config.drop_path_rate = [0.0] * len(config.depth)
+    config = shape(options.variant)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         config.save_pretrained(folder)
@@ -153,18 +151,16 @@ def run(options: argparse.Namespace) -> None:
         name, library = "keras-quick" if options.quick else "keras", f"tf{versions['tensorflow']}"
         path = result_file(options.results, name, "cpu", options.overwrite, library)
         rows = list(measure(workers, options))
-    columns = [[column, *(str(row[column]) for row in rows)] for column in rows[0]]
-    for line in zip(*columns, strict=True):
-        print(*(f"{v:{max(map(len, c))}}" for v, c in zip(line, columns, strict=True)), sep="  ")
+    show(rows)
     about = {
-        "variant": "tiny" if options.quick else options.variant,
+        "variant": options.variant,
         "device": device_name("cpu"),
         "threads": options.threads,
         **versions,
         **{f"peer_{library}": v for library, v in workers["transformers"].versions.items()},
-        "cvt": importlib.metadata.version("cvt-vision"),
+        "cvt": cvt.__version__,
     }
-    write_rows(path, [row | about for row in rows], options.overwrite)
+    write_rows(path, [row | about for row in rows], "w" if options.overwrite else "x")
 
 
 if __name__ == "__main__":

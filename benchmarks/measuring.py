@@ -1,11 +1,13 @@
-"""What the benchmarks share: a peer of the same shape, memory, and results as csv files."""
+"""What the benchmarks share: a peer of the same shape, pictures, memory, tables and csv files."""
 
+import argparse
 import csv
 import datetime
 import multiprocessing
+import random
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import transformers
 from transformers.models.cvt import modeling_cvt as port
 
 from cvt import CvtConfig
-from cvt.benchmark import device_name
+from cvt.benchmark import Turns, device_name
 
 RESULTS = Path(__file__).parent / "results"
+Row = dict[str, object]
 
 
 def transformers_cvt(config: CvtConfig) -> torch.nn.Module:
@@ -26,17 +29,61 @@ def transformers_cvt(config: CvtConfig) -> torch.nn.Module:
     return port.CvtForImageClassification(transformers.CvtConfig(**shape))
 
 
+def write_pictures(folder: Path, count: int, width: int, height: int, quality: int) -> list[Path]:
+    """JPEGs of one size in a new folder: parts of scikit-learn's two photographs, at random."""
+    from PIL import Image, ImageOps
+    from sklearn.datasets import load_sample_images
+
+    folder.mkdir()
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 x 427
+    draw = random.Random(0)
+    paths = [folder / f"{i:05d}.jpg" for i in range(count)]
+    for i, path in enumerate(paths):
+        part_width = draw.randrange(320, 560)
+        part_height = part_width * height // width
+        left, top = draw.randrange(640 - part_width + 1), draw.randrange(427 - part_height + 1)
+        box = (left, top, left + part_width, top + part_height)
+        part = photographs[i % 2].resize((width, height), Image.Resampling.BICUBIC, box)
+        part = ImageOps.mirror(part) if draw.random() < 0.5 else part
+        part.save(path, quality=quality)
+    return paths
+
+
+def some_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
+    """For argparse: a list with commas of what there is to choose from."""
+
+    def parse(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(choices):
+            names = f"{', '.join(sorted(unknown))} is none of {', '.join(choices)}"
+            raise argparse.ArgumentTypeError(names)
+        return text.split(",")
+
+    return parse
+
+
 def in_fresh_process(function: Callable, *arguments: Any) -> Any:
     """What a function returns in a process that does nothing else, and has not before."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
 
-def peak_memory(device: str) -> float:
-    """The most that this process has taken so far (Linux), or of the GPU's memory, in MiB."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+def peak_memory() -> float:
+    """The most that this process has taken so far, in MiB (Linux)."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+
+
+def per_image(images: int, turns: Turns) -> Turns:
+    """Turns of calls with so many images each, for one image."""
+    return [[seconds / images for seconds in turn] for turn in turns]
+
+
+def show(rows: Sequence[Mapping[str, object]]) -> None:
+    """Print rows of the same columns, but for the columns that are empty."""
+    table = [[name, *(str(row[name]) for row in rows)] for name in rows[0]]
+    table = [column for column in table if any(column[1:])]
+    widths = [max(map(len, column)) for column in table]
+    for line in zip(*table, strict=True):
+        print(*(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)), sep="  ")
 
 
 def result_file(
@@ -55,11 +102,12 @@ def result_file(
     return path
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, object]], overwrite: bool) -> None:
-    """Write rows of the same columns."""
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]], mode: str) -> None:
+    """Write rows of the same columns; the mode is that of the file: x, w, or a to go on with it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w" if overwrite else "x", newline="") as file:
+    with path.open(mode, newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
+        if mode != "a":
+            writer.writeheader()
         writer.writerows(rows)
     print(path)

@@ -1,4 +1,4 @@
-"""How fast and how large is a training step of CvT, beside transformers' CvT?
+"""How fast and how large is a training step of CvT on a CPU, beside transformers' CvT?
 
     python benchmarks/training.py --batch-size 16 --image-size 224 --variant cvt-13 --precision bf16
 
@@ -10,13 +10,12 @@ compiled with `--compile`.
 
 Speed: the two take turns, step by step in one process, so that a busy machine slows both; the
 ratio is the median of the turns' own ratios, and its spread their quartiles. Memory: each runs
-alone in a process of its own, of which it is the peak (Linux), or the peak on the GPU.
+alone in a process of its own, of which it is the peak (Linux).
 
-Prints a table and writes it to `results/training-<device>-torch<version>-<date>.csv`.
+Prints a table and writes it to `results/training-<processor>-torch<version>-<date>.csv`.
 """
 
 import argparse
-import importlib.metadata
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,66 +23,61 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from measuring import (
-    RESULTS,
-    in_fresh_process,
-    peak_memory,
-    result_file,
-    transformers_cvt,
-    write_rows,
-)
+from contestants import DTYPES, Logits, build, shape
+from measuring import RESULTS, in_fresh_process, peak_memory, result_file, write_rows
+from torch import Tensor, nn
 
-from cvt import CvtConfig, CvtForImageClassification
+import cvt
 from cvt.benchmark import device_name, in_turns, middle, speed_ratios
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CONTESTANTS = ("cvt", "transformers")
 
 
-def build(contestant: str, config: CvtConfig) -> torch.nn.Module:
-    """A fresh model of a contestant, of the shape of `config`."""
-    torch.manual_seed(0)
-    return (CvtForImageClassification if contestant == "cvt" else transformers_cvt)(config)
+def training_step(
+    model: nn.Module, forward: nn.Module, images: Tensor, dtype: torch.dtype
+) -> Callable[[], None]:
+    """A function that takes one step on images (B, 3, H, W); a GPU is not waited for.
 
-
-def training_step(contestant: str, options: argparse.Namespace) -> Callable[[], None]:
-    """A function that takes one step."""
-    torch.set_num_threads(options.threads)
-    config = CvtConfig.from_variant(options.variant)
-    config.drop_path_rate = [0.0] * len(config.depth)
-    model = build(contestant, config).train().to(options.device)
+    Args:
+        model: is trained.
+        forward: gives logits (B, K), by the model as it is or compiled.
+        images: the batch of every step.
+        dtype: of autocast, which is off for float32.
+    """
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    shape = (options.batch_size, config.num_channels, options.image_size, options.image_size)
-    images = torch.randn(shape, device=options.device)
-    labels = torch.arange(options.batch_size, device=options.device) % config.num_labels
-    precision = PRECISIONS[options.precision]
-    scaler = torch.amp.GradScaler(options.device, enabled=precision is torch.float16)
-    forward = torch.compile(model) if options.compile else model
+    labels = torch.arange(len(images), device=images.device) % 10
 
     def step() -> None:
-        with torch.autocast(options.device, precision, enabled=precision is not torch.float32):
-            loss = F.cross_entropy(forward(pixel_values=images).logits, labels)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not torch.float32):
+            loss = F.cross_entropy(forward(images), labels)
+        loss.backward()
+        optimizer.step()
         optimizer.zero_grad()
-        if options.device == "cuda":
-            torch.cuda.synchronize()
 
     return step
 
 
+def prepared(contestant: str, options: argparse.Namespace) -> Callable[[], None]:
+    """A contestant's step."""
+    torch.set_num_threads(options.threads)
+    model = Logits(build(contestant, shape(options.variant)))
+    forward = torch.compile(model) if options.compile else model
+    images = torch.randn(options.batch_size, 3, options.image_size, options.image_size)
+    return training_step(model, forward, images, DTYPES[options.precision])
+
+
 def peak_of_training(contestant: str, options: argparse.Namespace) -> float:
-    """Peak of this process, or of its GPU memory, when it trains that contestant alone, in MiB."""
-    step = training_step(contestant, options)
+    """Peak of this process when it trains that contestant alone, in MiB."""
+    step = prepared(contestant, options)
     for _ in range(5):
         step()
-    return peak_memory(options.device)
+    return peak_memory()
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     """One row for each contestant."""
-    steps = {contestant: training_step(contestant, options) for contestant in CONTESTANTS}
+    steps = {contestant: prepared(contestant, options) for contestant in CONTESTANTS}
     times = in_turns(steps, least=options.steps, turn=0)
     quartiles = speed_ratios(times["transformers"], times["cvt"])
     rows = []
@@ -105,11 +99,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
                 "precision": options.precision,
                 "compiled": options.compile,
                 "steps": options.steps,
-                "device": device_name(options.device),
+                "device": device_name("cpu"),
                 "threads": options.threads,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
-                "cvt": importlib.metadata.version("cvt-vision"),
+                "cvt": cvt.__version__,
             }
         )
     return rows
@@ -123,13 +117,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--variant", default="cvt-13", help="cvt-13, cvt-21 or cvt-w24")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
+    parser.add_argument("--precision", choices=DTYPES, default="bf16")
     parser.add_argument("--compile", action="store_true", help="both models with torch.compile")
     parser.add_argument("--steps", type=int, default=20, help="of each model, after the warm-up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
     return parser.parse_args(arguments)
@@ -137,11 +128,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Measures, prints, writes."""
-    path = result_file(options.results, "training", options.device, options.overwrite)
+    path = result_file(options.results, "training", "cpu", options.overwrite)
     rows = measure(options)
     for column in list(rows[0])[:6]:
         print(f"{column:20}", *(f"{row[column]!s:>18}" for row in rows))
-    write_rows(path, rows, options.overwrite)
+    write_rows(path, rows, "w" if options.overwrite else "x")
 
 
 if __name__ == "__main__":

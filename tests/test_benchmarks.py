@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import math
 from functools import partial
 from pathlib import Path
 
@@ -9,12 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cvt import CvtConfig
+from cvt import kernels
 from cvt.classifier import Classifier
 from cvt.profile import profile
 
-# Two images of 32 pixels: only the weights make work.
-SMALL = ["--image-size=32", "--batch-size=2", "--steps=2", "--threads=1", "--device=cpu"]
+SMALL = ["--variant=tiny", "--image-size=32", "--batch-size=2", "--steps=2", "--threads=1"]
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_the_training_benchmark_writes_what_it_prints_but_not_over_a_result(
 
 
 def test_both_contestants_of_the_training_benchmark_have_the_same_weights(training):
-    config = training.CvtConfig.from_variant("cvt-13", drop_path_rate=[0.0] * 3)
+    config = training.shape("cvt-13")
     with torch.device("meta"):
         models = [training.build(contestant, config) for contestant in training.CONTESTANTS]
     ours, theirs = ({k: v.shape for k, v in model.state_dict().items()} for model in models)
@@ -76,14 +76,20 @@ def test_both_contestants_of_the_training_benchmark_have_the_same_weights(traini
 # ------------------------------------------------------------------------------ inference
 
 
-def asked(inference, folder, *arguments):
-    """The rows of the result of a quick run, and its options."""
-    few = ("--quick", "--image-size=64", "--threads=1", "--device=cpu", "--overwrite")
-    options = inference.parse([*few, f"--results={folder}", *arguments])
-    inference.run(options)
-    (path,) = folder.glob("inference-*.csv")
+def results(program, folder, *arguments):
+    """The rows that a quick run of a program writes."""
+    program.run(program.parse(["--quick", f"--results={folder}", *arguments]))
+    return written(folder)
+
+
+def written(folder):
+    (path,) = folder.glob("*-quick-*.csv")
     with path.open() as file:
         return list(csv.DictReader(file))
+
+
+def asked(inference, folder, *arguments):
+    return results(inference, folder, "--image-size=64", "--threads=1", *arguments)
 
 
 def names(rows):
@@ -95,7 +101,7 @@ def test_models_are_timed_beside_transformers_and_beside_the_machines_rate(
 ):
     few = (inference.REFERENCE, inference.OURS, inference.OURS._replace(precision="bf16"))
     monkeypatch.setattr(inference, "CPU", few)
-    rows = asked(inference, tmp_path, "--only=rate,model", "--batch-sizes=1,2")
+    rows = asked(inference, tmp_path, "--only=rate,model")
     rates, models = rows[:2], rows[2:]
     assert sorted(names(rates)) == ["matrices of 64 oneDNN fp32", "matrices of 64 torch fp32"]
     assert float(rates[0]["gflops"]) >= float(rates[1]["gflops"]) > 0
@@ -111,23 +117,10 @@ def test_models_are_timed_beside_transformers_and_beside_the_machines_rate(
     assert models[1]["ms_per_image"] in capsys.readouterr().out
 
 
-def test_the_table_for_a_gpu_can_be_tried_on_a_cpu(inference, tmp_path, monkeypatch):
-    gpu = inference.CUDA
-    kept = [c for c in gpu if c.model in ("transformers", "cvt") and c.runtime != "compiled"]
-    monkeypatch.setattr(inference, "CUDA", (*kept, gpu[-2]._replace(model="test_convnext")))
-    rows = asked(inference, tmp_path, "--contestants=cuda", "--batch-sizes=2", "--no-compiled")
-    assert len(gpu) == 11
-    assert {row["question"] for row in rows} == {"model"}
-    assert names(rows) == [
-        *("transformers torch bf16", "cvt torch bf16", "cvt fused bf16"),
-        "test_convnext torch bf16",
-    ]
-
-
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino of fixed shape"])
 def test_exports_of_transformers_give_its_logits(load, inference, runtime):
     contestants = load("contestants")
-    options = inference.parse(["--quick", "--image-size=64", "--threads=1", "--device=cpu"])
+    options = inference.parse(["--quick", "--image-size=64", "--threads=1"])
     reference = contestants.opened(inference.REFERENCE, options)
     export = contestants.opened(inference.REFERENCE._replace(runtime=runtime), options)
     for batch_size in (1, 3):
@@ -136,8 +129,8 @@ def test_exports_of_transformers_give_its_logits(load, inference, runtime):
 
 
 def test_only_the_fused_form_skips_operations(load, inference):
-    options = inference.parse(["--device=cpu"])
-    all_of_it = 2 * profile(CvtConfig.from_variant("cvt-13"), 224).macs
+    options = inference.parse(["--quick", "--image-size=64"])
+    all_of_it = 2 * profile(inference.shape("tiny"), 64).macs
     theirs, ours, fused = (
         load("contestants").operations(contestant, options)
         for contestant in (
@@ -169,14 +162,228 @@ def test_memory_and_folder_and_import_are_measured(inference, tmp_path, monkeypa
 
 
 def test_pictures_are_different_photographs_of_one_size(inference, tmp_path):
-    folder = inference.write_pictures(inference.parse(["--quick", "--device=cpu"]), tmp_path)
-    pictures = [Image.open(path) for path in sorted(folder.iterdir())]
-    assert [picture.size for picture in pictures] == 4 * [(1024, 768)]
+    paths = inference.write_pictures(tmp_path / "new", 4, 500, 375, quality=90)
+    assert sorted((tmp_path / "new").iterdir()) == paths
+    pictures = [Image.open(path) for path in paths]
+    assert [picture.size for picture in pictures] == 4 * [(500, 375)]
     assert len({picture.tobytes() for picture in pictures}) == 4
 
 
-@pytest.mark.parametrize("arguments", [["--only=speed"], ["--device=tpu"], ["--batch-sizes=x"]])
+@pytest.mark.parametrize("arguments", [["--only=speed"], ["--batch-sizes=x"]])
 def test_what_the_inference_benchmark_cannot_measure_is_wrong_usage(inference, arguments):
     with pytest.raises(SystemExit) as stop:
         inference.parse(arguments)
     assert stop.value.code == 2
+
+
+# ------------------------------------------------------------------------------ gpu
+
+
+@pytest.fixture
+def gpu(load, monkeypatch):
+    module = load("gpu")
+    monkeypatch.setattr(module, "TURN", 0)
+    # Compiling takes minutes and is tested elsewhere.
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic, mode: model)
+    return module
+
+
+def table(gpu, folder, *arguments):
+    return results(gpu, folder, "--device=cpu", "--precisions=bf16", *arguments)
+
+
+def label(row):
+    return " ".join(filter(None, (row["model"], row["form"], row["run"])))
+
+
+LIMITS = ["product of matrices", "copy"]
+CONTESTANTS = [
+    *("transformers eager", "transformers compiled", "cvt eager", "cvt compiled"),
+    *("cvt kernels eager", "cvt kernels compiled"),
+]
+FUSED = [
+    *("cvt fused eager", "cvt fused compiled", "cvt fused CUDA graph"),
+    *("cvt fused kernels eager", "cvt fused kernels compiled", "cvt fused kernels CUDA graph"),
+]
+YARDSTICKS = ["test_convnext compiled", "test_convnext eager"]
+
+
+@pytest.mark.parametrize(("question", "forms"), [("inference", FUSED), ("training", [])])
+def test_all_contestants_are_measured_beside_transformers_and_the_limits(
+    gpu, tmp_path, capsys, question, forms
+):
+    rows = table(gpu, tmp_path, f"--only={question}")
+    assert [label(row) for row in rows] == [*LIMITS, *CONTESTANTS, *forms, *YARDSTICKS]
+    printed = capsys.readouterr().out
+    matrices, copy, *contestants = rows
+    assert (matrices["matrix_share"], copy["copy_share"]) == ("1", "1")
+    for row in contestants:
+        assert (row["question"], row["variant"], row["precision"]) == (question, "tiny", "bf16")
+        assert row["note"] == ""
+        assert row["images_per_second"] in printed
+        for column in ("ms_per_step", "ratio_to_eager", "ratio_to_compiled"):
+            assert float(row[column]) > 0
+        for own, limit, share in (
+            ("tflops", matrices, "matrix_share"),
+            ("gb_per_second", copy, "copy_share"),
+        ):
+            expected = float(row[own]) / float(limit[own])
+            assert float(row[share]) == pytest.approx(expected, rel=2e-3)
+    assert contestants[0]["ratio_to_eager"] == contestants[1]["ratio_to_compiled"] == "1"
+
+
+@pytest.mark.parametrize("calls", [0, 5])
+def test_a_contestant_that_fails_at_once_or_in_its_turns_has_a_row_that_says_why(
+    gpu, tmp_path, monkeypatch, calls
+):
+    left = iter(range(calls))
+
+    def fail_in_the_end(model, pixels):
+        if next(left, None) is None:
+            raise RuntimeError("out of memory\nfor the graph")
+
+    def compiled(model, dynamic, mode):
+        if mode == "reduce-overhead":
+            model.register_forward_pre_hook(fail_in_the_end)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    few = [*gpu.LIMITS, *gpu.REFERENCES, gpu.FUSED[2]]
+    monkeypatch.setattr(gpu, "contestants", lambda case: few)
+    *rows, failed = table(gpu, tmp_path, "--only=inference")
+    assert label(failed) == "cvt fused CUDA graph"
+    assert (failed["note"], failed["ms_per_step"]) == ("RuntimeError: out of memory", "")
+    for row in rows:
+        assert (row["note"], bool(row["ms_per_step"])) == ("", True)
+
+
+def test_after_the_budget_nothing_is_begun_and_every_row_says_so(gpu, tmp_path):
+    rows = table(gpu, tmp_path, "--budget=0")
+    assert [row["question"] for row in rows] == ["inference"] * 16 + ["training"] * 10
+    for row in rows:
+        assert row["note"] == "TimeoutError: the budget of 0 seconds is spent"
+        assert row["ms_per_step"] == ""
+
+
+def test_what_was_measured_before_a_kill_is_kept(gpu, tmp_path, monkeypatch):
+    def killed_in_training(case, options):
+        if case.question == "training":
+            raise KeyboardInterrupt
+        return [dict.fromkeys(gpu.COLUMNS, "told")]
+
+    monkeypatch.setattr(gpu, "speed_rows", killed_in_training)
+    with pytest.raises(KeyboardInterrupt):
+        table(gpu, tmp_path)
+    assert [row["model"] for row in written(tmp_path)] == ["told"]
+
+
+def test_tables_come_in_the_order_of_their_importance(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "speed_rows", lambda case, options: case)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = gpu.parse(["--variants=cvt-13,cvt-w24-384", "--precisions=bf16,fp32"])
+    assert [" ".join(map(str, case)) for case in gpu.measure(options)] == [
+        *("inference cvt-13 224 256 bf16", "training cvt-13 224 256 bf16"),
+        *("inference cvt-w24 384 32 bf16", "training cvt-w24 384 32 bf16"),
+        *("inference cvt-13 224 256 fp32", "training cvt-13 224 256 fp32"),
+        *("inference cvt-w24 384 32 fp32", "training cvt-w24 384 32 fp32"),
+    ]
+    assert [c.model for c in gpu.contestants(gpu.Case("training", "cvt-13", 224, 256, "bf16"))][
+        -3:
+    ] == ["swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2"]
+
+
+@pytest.mark.parametrize(
+    ("question", "form", "precision", "mode", "autocast"),
+    [
+        ("inference", "", "bf16", "off", True),
+        ("inference", "kernels", "bf16", "auto", True),
+        ("inference", "fused", "bf16", "off", False),
+        ("inference", "fused kernels", "bf16", "auto", False),
+        ("training", "", "fp32", "off", False),
+        ("training", "kernels", "bf16", "auto", True),
+    ],
+)
+def test_a_step_has_the_kernels_and_the_precision_of_its_contestant(
+    gpu, monkeypatch, question, form, precision, mode, autocast
+):
+    seen = []
+
+    def compiled(model, dynamic, mode):
+        model.register_forward_pre_hook(note)
+        return model
+
+    def note(model, pixels):
+        seen.append((kernels.projections(), torch.is_autocast_enabled("cpu"), model.training))
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    case = gpu.Case(question, *gpu.QUICK, precision)
+    contestant = gpu.Contestant("cvt", form, "compiled")
+    step = gpu.stepping(gpu.made("cvt", case, "cpu"), contestant, case, "cpu")
+    with kernels.projections_as("torch"):
+        step()
+    assert seen == [(mode, autocast, question == "training")]
+
+
+def test_operations_and_bytes_are_those_of_products_there_and_back(gpu):
+    a, b = torch.ones(2, 3, requires_grad=True), torch.ones(3, 5, requires_grad=True)
+    with gpu.Counter() as counter:
+        c = (a.relu() @ b).relu()
+    assert (counter.operations, counter.bytes) == (2 * 30, 4 * (6 + 15 + 10))
+    with counter:
+        c.sum().backward()
+    assert (counter.operations, counter.bytes) == (3 * 2 * 30, 3 * 4 * (6 + 15 + 10))
+
+
+def test_the_operations_of_a_step_are_all_that_it_executes(gpu):
+    def operations(model, question, form="", device="cpu"):
+        return gpu.counted(model, form, gpu.Case(question, *gpu.QUICK, "bf16"), device)[0]
+
+    config = gpu.shape("tiny")
+    answer = 2 * 2 * profile(config, 64).macs
+    assert operations("cvt", "inference") == operations("transformers", "inference") == answer
+    assert 0.9 * answer < operations("cvt", "inference", "fused", "cuda") < 0.95 * answer
+    # Nobody wants the gradient of the images.
+    embedding = 2 * 2 * (16 * 16 * config.embed_dim[0]) * (3 * 7 * 7)
+    assert operations("transformers", "training") == 3 * answer - embedding
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--device=cpu"], ["--quick", "--only=speed"], ["--quick", "--variants=cvt-1"]]
+)
+def test_what_the_gpu_benchmark_cannot_measure_is_wrong_usage(gpu, arguments):
+    with pytest.raises(SystemExit) as stop:
+        gpu.parse(arguments)
+    assert stop.value.code == 2
+
+
+# ------------------------------------------------------------------------------ feeding
+
+
+WAYS = ["decode", "crop", "recipe", "augment_on_device", "decode_on_device"]
+
+
+def test_as_many_workers_are_told_as_deliver_what_the_step_takes(load, tmp_path, capsys):
+    rows = results(load("feeding"), tmp_path, "--device=cpu", "--rate=1000")
+    assert [row["way"] for row in rows] == WAYS
+    printed = capsys.readouterr().out
+    for row in rows:
+        worker, step = (float(row[f"{name}_images_per_second"]) for name in ("worker", "step"))
+        device = float(row["device_images_per_second"] or math.inf)
+        assert math.isinf(device) != row["way"].endswith("_on_device")
+        assert step == pytest.approx(1 / (1 / 1000 + 1 / device), rel=2e-2)
+        assert int(row["workers"]) == pytest.approx(step / worker, abs=1.01)
+        assert row["worker_images_per_second"] in printed
+
+
+def test_the_step_is_measured_and_what_the_device_cannot_do_is_said(load, tmp_path, monkeypatch):
+    feeding = load("feeding")
+
+    def refuse(*_):
+        raise ValueError("no such device")
+
+    monkeypatch.setattr(feeding, "Finishing", refuse)
+    monkeypatch.setattr(feeding, "from_a_worker", lambda *_: iter([None] * 10))
+    rows = results(feeding, tmp_path, "--device=cpu")
+    assert [row["note"] for row in rows] == ["", "", "", "no such device", "no such device"]
+    for row in rows[:3]:
+        assert float(row["step_images_per_second"]) > 0

@@ -74,39 +74,41 @@ class Measurement:
 # ------------------------------------------------------------------------------ measuring
 
 
-def in_turns(
-    runs: Mapping[Name, Callable[[], object]],
-    seconds: float = 0.0,
-    least: int = TURNS,
-    turn: float = TURN,
-) -> dict[Name, Turns]:
-    """The time of every call of several functions that take turns, warm-up left out.
-
-    Args:
-        runs: the functions; one that works on a GPU waits for it.
-        seconds: to go on for, for each of them.
-        least: turns of each, whatever `seconds` says.
-        turn: seconds that a turn lasts, if a call takes less; with 0, a turn is one call.
-    """
-    calls = {}
-    for name, run in runs.items():
-        run()  # compiles, packs weights, allocates
-        calls[name] = max(1, int(turn / max(timed(run), 1e-6)))
-    times: dict[Name, Turns] = {name: [] for name in runs}
-    end = time.perf_counter() + seconds * len(runs)
-    done = 0
-    while done < least or time.perf_counter() < end:
-        for name, run in runs.items():
-            times[name].append([timed(run) for _ in range(calls[name])])
-        done += 1
-    return times
-
-
 def timed(run: Callable[[], object]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def in_turns(
+    runs: Mapping[Name, Callable[[], object]],
+    seconds: float = 0.0,
+    least: int = TURNS,
+    turn: float = TURN,
+    clock: Callable[[Callable[[], object]], float] = timed,
+) -> dict[Name, Turns]:
+    """The time of every call of several functions that take turns, warm-up left out.
+
+    Args:
+        runs: the functions; one that works on a GPU waits for it, unless the clock does.
+        seconds: to go on for, for each of them.
+        least: turns of each, whatever `seconds` says.
+        turn: seconds that a turn lasts, if a call takes less; with 0, a turn is one call.
+        clock: calls a function and tells how many seconds it took.
+    """
+    calls = {}
+    for name, run in runs.items():
+        run()  # compiles, packs weights, allocates
+        calls[name] = max(1, int(turn / max(clock(run), 1e-6)))
+    times: dict[Name, Turns] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds * len(runs)
+    done = 0
+    while done < least or time.perf_counter() < end:
+        for name, run in runs.items():
+            times[name].append([clock(run) for _ in range(calls[name])])
+        done += 1
+    return times
 
 
 def middle(turns: Turns) -> float:
@@ -258,9 +260,9 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
-    """Of the libraries that took part."""
-    return {name: getattr(sys.modules.get(name), "__version__", "") for name in LIBRARIES}
+def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Of those libraries that took part."""
+    return {name: getattr(sys.modules.get(name), "__version__", "") for name in libraries}
 
 
 def write_benchmark(

@@ -1,0 +1,169 @@
+"""How many workers keep a training step fed with JPEGs?
+
+    python benchmarks/feeding.py                 # the step is measured on the spot
+    python benchmarks/feeding.py --rate 4000     # images per second of the step
+    python benchmarks/feeding.py --quick         # few pictures and a tiny model: does it run?
+
+Pictures of 500 x 375 pixels, as most of ImageNet's, but of some 70 kB where those have 110, go
+through `cvt.train.batches` as in a run of recipes/cvt-13-224x224.yaml. One worker process
+- decode: decodes them, and throws away what it has;
+- crop: decodes, crops, mirrors and normalises;
+- recipe: does the whole augmentation;
+- augment_on_device, decode_on_device: leaves a part to the device, by the settings of that name.
+
+What the device does is measured alone and taken off the rate of the step, which is that of cvt-13
+at 224 in bf16, compiled, with batches of 256 images that are there already. The workers are as many
+as then deliver no less than the step takes, if each has a core of its own.
+
+Prints a table and writes it to `results/feeding-<device>-torch<version>-<date>.csv`.
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from contestants import shape
+from gpu import CLOCKS, QUICK, VARIANTS, Case, Contestant, made, stepping
+from measuring import RESULTS, Row, result_file, show, write_pictures, write_rows
+from torch import Tensor
+
+from cvt import image_processor
+from cvt.benchmark import device_name, in_turns, middle, timed, versions
+from cvt.datasets import LabelledImages
+from cvt.train.augmentation import augmentation
+from cvt.train.batches import Batch, Plan, batches
+from cvt.train.finishing import Finishing
+from cvt.train.recipe import Recipe, load_recipe
+from cvt.train.unfinished import Drawing
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "cvt-13-224x224.yaml"
+WAYS: dict[str, dict[str, object]] = {
+    "decode": {},
+    "crop": {"auto_augment": None, "random_erase": 0.0},
+    "recipe": {},
+    "augment_on_device": {"augment_on_device": True},
+    "decode_on_device": {"decode_on_device": True},
+}
+COLUMNS = (
+    *("way", "worker_images_per_second", "device_images_per_second"),
+    *("step_images_per_second", "workers", "note"),
+)
+
+
+def nothing(image: object) -> Tensor:
+    """The view that is made of an image when it is to be decoded only."""
+    return torch.empty(0)
+
+
+def from_a_worker(recipe: Recipe, paths: list[Path], way: str) -> Iterator[Batch]:
+    """The batches of a run, which goes on without end."""
+    augment = nothing if way == "decode" else augmentation(recipe, processor_of(recipe))
+    if recipe.augment_on_device:
+        augment = Drawing(augment, recipe)
+    images = LabelledImages(paths, ["picture"] * len(paths))
+    plan = Plan(len(paths), recipe.batch_size, accumulate=1, rank=0, world=1, epochs=10**6)
+    return batches(images, augment, recipe, plan, start=0)
+
+
+def processor_of(recipe: Recipe) -> Any:
+    """The image processor of a recipe."""
+    return image_processor(shape(recipe.model), image_size=recipe.image_size)
+
+
+def rate(
+    run: Callable[[], object], images: int, options: argparse.Namespace, clock: Callable = timed
+) -> float:
+    """Images per second of what deals with so many."""
+    times = in_turns({run: run}, options.seconds, options.turns, turn=0, clock=clock)
+    return images / middle(times[run])
+
+
+def way_rates(way: str, paths: list[Path], options: argparse.Namespace) -> tuple[float, float]:
+    """Images per second of one worker, and of the device, infinite where it has nothing to do."""
+    recipe = load_recipe(RECIPE, WAYS[way] | {"workers": 1, "batch_size": options.batch_size})
+    finishing = None
+    if recipe.augment_on_device:  # first, since it may say that the device cannot
+        finishing = Finishing(recipe, processor_of(recipe), torch.device(options.device))
+    delivered = from_a_worker(recipe, paths, way)
+    batch = next(delivered)  # starts the worker
+    worker = rate(partial(next, delivered), recipe.batch_size, options)
+    if finishing is None:
+        return worker, math.inf
+    finish = partial(finishing, batch)
+    return worker, rate(finish, recipe.batch_size, options, CLOCKS[options.device])
+
+
+def rate_of_step(options: argparse.Namespace) -> float:
+    """Images per second of a training step whose batch is there already."""
+    case = Case("training", *(QUICK if options.quick else VARIANTS["cvt-13"]), "bf16")
+    contestant = Contestant("cvt", "", "eager" if options.quick else "compiled")
+    step = stepping(made("cvt", case, options.device), contestant, case, options.device)
+    return rate(step, case.batch_size, options, CLOCKS[options.device])
+
+
+def measure(paths: list[Path], options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each way."""
+    step = options.rate or rate_of_step(options)
+    for way in WAYS:
+        row = dict.fromkeys(COLUMNS, "") | {"way": way}
+        try:
+            worker, device = way_rates(way, paths, options)
+        except ValueError as error:  # the device cannot
+            yield row | {"note": str(error)}
+            continue
+        left = 1 / (1 / step + 1 / device)
+        yield row | {
+            "worker_images_per_second": round(worker, 1),
+            "device_images_per_second": "" if device == math.inf else round(device, 1),
+            "step_images_per_second": round(left, 1),
+            "workers": math.ceil(left / worker),
+        }
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    summary, _, details = __doc__.partition("\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
+    parser.add_argument("--rate", type=float, help="images per second of the step")
+    parser.add_argument("--quick", action="store_true", help="few pictures and a tiny model")
+    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=64, help="of the worker")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--turns", type=int, default=5, help="batches of each, at least")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.pictures, options.batch_size, options.seconds, options.turns = 8, 4, 0.0, 2
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures, prints, writes."""
+    name = "feeding-quick" if options.quick else "feeding"
+    path = result_file(options.results, name, options.device, options.overwrite)
+    with tempfile.TemporaryDirectory() as work:
+        paths = write_pictures(Path(work, "pictures"), options.pictures, 500, 375, quality=96)
+        rows = list(measure(paths, options))
+    show(rows)
+    about = {
+        "batch_size": options.batch_size,
+        "device": device_name(options.device),
+        "processor": device_name("cpu"),
+        **versions(("torch", "torchvision", "PIL", "timm", "cvt")),
+    }
+    write_rows(path, [row | about for row in rows], "w" if options.overwrite else "x")
+
+
+if __name__ == "__main__":
+    run(parse(sys.argv[1:]))

@@ -1,0 +1,424 @@
+"""How fast does CvT train and answer on a GPU, and how much of that GPU does it use?
+
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --only training --variants cvt-13,cvt-w24-384 --precisions bf16
+    python benchmarks/gpu.py --budget 480     # begin nothing new after so many seconds
+    python benchmarks/gpu.py --quick          # a tiny model, on a CPU too: does all of it run?
+
+Questions:
+- inference: from images to logits.
+- training: a step of forward, cross-entropy, backward and a fused AdamW.
+Both on one random batch that stays where it is, by random weights without drop path. All of it
+takes hours, most of them to compile, so what matters most comes first, and every table is added to
+the csv as soon as it is there.
+
+Contestants: transformers' CvT and ours, of the same shape, eager and compiled by torch.compile for
+that very size. Forms of ours are the model as it is and the fused one (`cvt.fuse`), which also runs
+as a CUDA graph (mode="reduce-overhead"), both without and with the kernels of the projections
+(`cvt.kernels.set_projections("auto")`). Beside cvt-13 at 224, timm's models of its size. All are
+channels-last but transformers' CvT, which cannot be. bf16 is autocast, but for the fused form,
+whose weights are bf16; tf32 and fp32 say how products and convolutions of fp32 are computed.
+
+Speed: all of a table take turns in one process. A turn is a burst of steps, queued without waiting
+for them, between two CUDA events. Figures are medians of the turns, and ratios medians of the
+turns' own ratios to transformers' eager and compiled.
+
+Memory: the most that a contestant has allocated at a time in its steps, batch, weights and
+optimizer included, but not what compiling takes, nor what was there before it.
+
+Operations: those of matrix products, convolutions and attention, forward and backward, as
+`torch.utils.flop_counter` counts them, in an eager step on fake tensors; of what is compiled or has
+kernels, in its form without. What attention computes again on the way back is counted. The matrix
+share is their rate beside that of a product of matrices in the same precision.
+
+Bytes: the least that these operations could move, which is the inputs and outputs of each, as if
+all else (norms, activations, sums, copies, the optimizer) were fused into them. A step moves more.
+The copy share is the rate of these bytes beside that of a copy on the device. Product and copy take
+their turns with the contestants.
+
+A contestant that fails has a row that says why. Prints tables and writes
+`results/gpu-<device>-torch<version>-<date>.csv`. So far it has run on a CPU only.
+"""
+
+import argparse
+import functools
+import gc
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from contestants import YARDSTICKS, Logits, build, shape
+from measuring import RESULTS, Row, per_image, result_file, show, some_of, write_rows
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from training import training_step
+
+from cvt import fuse, kernels
+from cvt.benchmark import Turns, device_name, in_turns, middle, speed_ratios, timed, versions
+
+# Most important first. Transformers' step on 64 images of cvt-w24 would take 129 GiB in fp32.
+VARIANTS = {
+    "cvt-13": ("cvt-13", 224, 256),
+    "cvt-w24-384": ("cvt-w24", 384, 32),
+    "cvt-13-384": ("cvt-13", 384, 64),
+    "cvt-21": ("cvt-21", 224, 256),
+}
+QUICK = ("tiny", 64, 2)
+QUESTIONS = ("inference", "training")
+PRECISIONS = ("bf16", "tf32", "fp32")
+TURN = 0.2  # seconds of a burst
+
+
+class Case(NamedTuple):
+    """What is asked of all contestants of one table."""
+
+    question: str
+    variant: str
+    image_size: int
+    batch_size: int
+    precision: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+class Contestant(NamedTuple):
+    """A model, the form of ours, and how it runs."""
+
+    model: str
+    form: str
+    run: str
+
+
+RUNS = ("eager", "compiled")
+EAGER, COMPILED = REFERENCES = tuple(Contestant("transformers", "", run) for run in RUNS)
+MODELS = tuple(Contestant("cvt", form, run) for form in ("", "kernels") for run in RUNS)
+FUSED = tuple(
+    Contestant("cvt", form, run)
+    for form in ("fused", "fused kernels")
+    for run in (*RUNS, "CUDA graph")
+)
+LIMITS = MATRICES, COPY = Contestant("product of matrices", "", ""), Contestant("copy", "", "")
+COLUMNS = (
+    *Case._fields,
+    *Contestant._fields,
+    *("images_per_second", "ms_per_step", "ratio_to_eager", "ratio_to_compiled"),
+    *("peak_memory_mib", "tflops", "matrix_share", "gb_per_second", "copy_share", "note"),
+)
+
+
+def contestants(case: Case) -> list[Contestant]:
+    """What the shares are of, then who takes part in a case, most important first."""
+    fused = FUSED if case.question == "inference" else ()
+    beside = {VARIANTS["cvt-13"]: YARDSTICKS, QUICK: ("test_convnext",)}
+    others = beside.get((case.variant, case.image_size, case.batch_size), ())
+    yardsticks = [Contestant(name, "", run) for run in ("compiled", "eager") for name in others]
+    return [*LIMITS, *REFERENCES, *MODELS, *fused, *yardsticks]
+
+
+# ------------------------------------------------------------------------------ contestants
+
+
+def made(name: str, case: Case, device: str) -> nn.Module:
+    """A model of the size of a case."""
+    with torch.device(device):
+        model = build(name, shape(case.variant))
+    return model if name == "transformers" else model.to(memory_format=torch.channels_last)
+
+
+def stepping(
+    model: nn.Module, contestant: Contestant, case: Case, device: str
+) -> Callable[[], object]:
+    """A function that takes a step of a contestant's model; a GPU is not waited for."""
+    name, form, run = contestant
+    images = torch.randn(case.batch_size, 3, case.image_size, case.image_size, device=device)
+    if name != "transformers":
+        images = images.contiguous(memory_format=torch.channels_last)
+    if "fused" in form:
+        model = fuse(model, case.dtype)
+    mode = "reduce-overhead" if run == "CUDA graph" else None
+    forward = Logits(model if run == "eager" else torch.compile(model, dynamic=False, mode=mode))
+    autocast = case.dtype is not torch.float32 and "fused" not in form
+
+    @torch.no_grad()
+    def answer() -> None:
+        with torch.autocast(device, case.dtype, enabled=autocast):
+            forward(images)
+
+    training = case.question == "training"
+    step = training_step(model, forward, images, case.dtype) if training else answer
+
+    def switched() -> None:
+        with kernels.projections_as("auto" if "kernels" in form else "off"):
+            step()
+
+    return switched
+
+
+class Counter(TorchDispatchMode):
+    """Adds up the operations of products, convolutions and attention, and the bytes at their ends.
+
+    Attributes:
+        operations: floating point, as `torch.utils.flop_counter` counts them.
+        bytes: of the tensors that these operators read and write.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func.overloadpacket):
+            tensors = (x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor))
+            self.bytes += sum(tensor.nbytes for tensor in tensors)
+            if func.overloadpacket is torch.ops.aten.convolution_backward:
+                # Torch forgets that the gradient of a depthwise weight has groups.
+                gradient, _, weight, *_ = args
+                of_each = 2 * weight.numel() * gradient.numel() // weight.shape[0]
+                self.operations += of_each * sum(x is not None for x in result[:2])
+            else:
+                self.operations += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+@functools.cache
+def counted(name: str, form: str, case: Case, device: str) -> tuple[int, int]:
+    """The operations and the bytes of a model's step."""
+    model = made(name, case, "meta")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device=device)
+        step = stepping(model, Contestant(name, form, "eager"), case, device)
+        with Counter() as counter:
+            step()
+    return counter.operations, counter.bytes
+
+
+# ------------------------------------------------------------------------------ measuring
+
+
+def between_events(run: Callable[[], object]) -> float:
+    """Seconds that the GPU takes for what a function gives it to do."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+CLOCKS = {"cpu": timed, "cuda": between_events}
+
+
+class Prepared(NamedTuple):
+    """What is ready to take steps: how many are a burst, and what is in a step."""
+
+    step: Callable[[], object]
+    burst: int
+    images: int = 0
+    operations: int = 0
+    bytes: int = 0
+    memory: int = 0
+    note: str = ""
+
+
+def burst(step: Callable[[], object], device: str) -> int:
+    """How many steps make a burst."""
+    return max(1, int(TURN / max(CLOCKS[device](step), 1e-6)))
+
+
+def prepare_limit(limit: Contestant, case: Case, device: str) -> Prepared:
+    """A product of matrices of 8192 x 8192, or a copy of a GiB."""
+    n = 64 if case.variant == "tiny" else 8192
+    if limit == MATRICES:
+        a, b = torch.randn(2, n, n, device=device).to(case.dtype)
+        step, executed = partial(torch.mm, a, b), {"operations": 2 * n**3}
+    else:
+        numbers = torch.randn(4 * n * n, device=device)
+        step = partial(torch.empty_like(numbers).copy_, numbers)
+        executed = {"bytes": 2 * numbers.nbytes}
+    step()
+    return Prepared(step, burst(step, device), **executed)
+
+
+def prepare(contestant: Contestant, case: Case, device: str) -> Prepared:
+    """Make a contestant, compile it, and see how much memory its steps take."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    step = stepping(made(contestant.model, case, device), contestant, case, device)
+    step()  # compiles
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step()  # records, if it is a CUDA graph
+    ready = Prepared(step, burst(step, device), case.batch_size)
+    ready = ready._replace(memory=torch.cuda.max_memory_allocated() - before)
+    form = contestant.form.replace("kernels", "").strip()
+    # On a CPU the fused form packs its weights, which fake tensors do not know.
+    on = "cuda" if form == "fused" else device
+    try:
+        operations, moved = counted(contestant.model, form, case, on)
+    except Exception as error:
+        return ready._replace(note=f"not counted: {reason(error)}")
+    return ready._replace(operations=operations, bytes=moved)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def prepare_all(
+    case: Case, options: argparse.Namespace
+) -> tuple[dict[Contestant, Prepared], dict[Contestant, str]]:
+    """Those that are ready, and the reasons why others are not."""
+    prepared, reasons = {}, {}
+    for contestant in contestants(case):
+        one = prepare_limit if contestant in LIMITS else prepare
+        try:
+            if time.monotonic() > options.deadline:
+                raise TimeoutError(f"the budget of {options.budget:g} seconds is spent")
+            prepared[contestant] = one(contestant, case, options.device)
+        except Exception as error:
+            reasons[contestant] = reason(error)
+    return prepared, reasons
+
+
+def seconds_of_steps(
+    prepared: dict[Contestant, Prepared],
+    reasons: dict[Contestant, str],
+    options: argparse.Namespace,
+) -> dict[Contestant, Turns]:
+    """Seconds of a step, turn by turn, of those that never failed; adds to the reasons."""
+
+    def take_turn(contestant: Contestant) -> None:
+        step, steps, *_ = prepared[contestant]
+        try:
+            for _ in range(0 if contestant in reasons else steps):
+                step()
+        except Exception as error:  # now that all are there, each has less memory
+            reasons[contestant] = reason(error)
+
+    runs = {contestant: partial(take_turn, contestant) for contestant in prepared}
+    clock = CLOCKS[options.device]
+    times = in_turns(runs, options.seconds, options.turns, turn=0, clock=clock)
+    return {c: per_image(prepared[c].burst, times[c]) for c in times if c not in reasons}
+
+
+def speed_rows(case: Case, options: argparse.Namespace) -> list[Row]:
+    """A row for each contestant of a case, and for what the shares are of."""
+    torch.compiler.reset()  # else this case's models would count as recompilations of another's
+    tf32 = case.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    prepared, reasons = prepare_all(case, options)
+    times = seconds_of_steps(prepared, reasons, options)
+    rows = []
+    for contestant in contestants(case):
+        row = dict.fromkeys(COLUMNS, "") | case._asdict() | contestant._asdict()
+        if contestant in times:
+            row |= figures(contestant, prepared, times)
+        row["note"] = reasons.get(contestant) or prepared[contestant].note
+        rows.append(row)
+    return rows
+
+
+def figures(
+    contestant: Contestant,
+    prepared: dict[Contestant, Prepared],
+    times: dict[Contestant, Turns],
+) -> Row:
+    """What a row tells of a contestant that was measured."""
+    own, seconds = prepared[contestant], middle(times[contestant])
+    found = {"ms_per_step": 1000 * seconds}
+    if own.images:
+        found["images_per_second"] = own.images / seconds
+        for column, reference in (("ratio_to_eager", EAGER), ("ratio_to_compiled", COMPILED)):
+            if reference in times:
+                found[column] = speed_ratios(times[reference], times[contestant])[1]
+    if own.memory:
+        found["peak_memory_mib"] = own.memory / 2**20
+    if own.operations:
+        found["tflops"] = own.operations / seconds / 1e12
+    if own.operations and MATRICES in times:
+        share = own.operations / prepared[MATRICES].operations
+        found["matrix_share"] = share * middle(times[MATRICES]) / seconds
+    if own.bytes:
+        found["gb_per_second"] = own.bytes / seconds / 1e9
+    if own.bytes and COPY in times:
+        found["copy_share"] = own.bytes / prepared[COPY].bytes * middle(times[COPY]) / seconds
+    return {column: f"{value:.4g}" for column, value in found.items()}
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def measure(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """The tables, one after the other."""
+    sizes = [QUICK] if options.quick else [VARIANTS[name] for name in options.variants]
+    for precision, size, question in product(options.precisions, sizes, options.only):
+        yield speed_rows(Case(question, *size, precision), options)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    summary, _, details = __doc__.partition("\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
+    for name, choices in (
+        ("--only", QUESTIONS),
+        ("--variants", VARIANTS),
+        ("--precisions", PRECISIONS),
+    ):
+        parser.add_argument(
+            name, type=some_of(choices), default=list(choices), help=f"of {', '.join(choices)}"
+        )
+    parser.add_argument("--quick", action="store_true", help="a tiny model on 2 small images")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each contestant's turns")
+    parser.add_argument("--turns", type=int, default=8, help="of each contestant, at least")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="seconds, after which nothing is begun"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
+    options = parser.parse_args(arguments)
+    if options.device == "cpu" and not options.quick:
+        parser.error("there is no GPU; --quick tries the program on a CPU")
+    if options.quick:
+        options.turns, options.seconds = 2, 0.0
+    options.deadline = time.monotonic() + options.budget
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures, prints, writes."""
+    name = "gpu-quick" if options.quick else "gpu"
+    path = result_file(options.results, name, options.device, options.overwrite)
+    mode = "w" if options.overwrite else "x"
+    for rows in measure(options):
+        print(*(f"{name} {rows[0][name]}" for name in Case._fields), sep=", ")
+        show([{name: row[name] for name in COLUMNS if name not in Case._fields} for row in rows])
+        libraries = ("torch", "triton", "transformers", "timm", "cvt")
+        about = {"device": device_name(options.device), **versions(libraries)}
+        write_rows(path, [row | about for row in rows], mode)
+        mode = "a"
+
+
+if __name__ == "__main__":
+    run(parse(sys.argv[1:]))
