@@ -50,6 +50,7 @@ COMMANDS = {
         "--warmup-epochs", "--warmup-lr", "--min-lr", "--cooldown-epochs", "--lr-updates",
         "--ema-decay",
         "--precision", "--channels-last", "--compile", "--gradient-checkpointing", "--fsdp",
+        "--augment-on-device", "--decode-on-device",
         "--seed", "--eval-every", "--save-steps", "--keep",
     ],
     "evaluate": [

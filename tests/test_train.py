@@ -21,9 +21,9 @@ from cvt.checkpoints import load_classifier, load_processor, transformers_to_aut
 from cvt.configuration import VARIANTS
 from cvt.datasets import open_training
 from cvt.evaluate import evaluate
-from cvt.train import Recipe, load_recipe, resume, train
+from cvt.train import Recipe, load_recipe, loop, resume, train
 from cvt.train.checkpointing import newest_checkpoint
-from cvt.train.loop import Stopped, precision
+from cvt.train.loop import Stopped, faster, precision
 from cvt.train.models import classifier_for, regularised
 from cvt.train.progress import Silence
 
@@ -101,7 +101,7 @@ def test_training_learns_and_leaves_a_run_folder(photos, recipe, tmp_path):
     assert best["test_top1"] > 0.9
     assert {path.name for path in run.iterdir()} == {
         ".lock", "best", "last", "checkpoints", "args.yaml", "environment.json", "results.csv",
-        "learning_curve.png", "confusion_matrix.png", "mistakes.png", "tensorboard",
+        "speed.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "tensorboard",
     }  # fmt: skip
     with open(run / "results.csv") as file:
         rows = list(csv.DictReader(file))
@@ -154,6 +154,29 @@ def test_what_a_run_says_names_the_batch_and_the_learning_rate(recipe, tmp_path)
     assert "learning rate 0.00125 = 0.01 x 16 / 128" in said
 
 
+def test_speed_is_told_for_every_epoch_and_what_would_help_once(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MUCH", 0.0)
+    watcher = Watcher()
+    with pytest.raises(Stopped):
+        train(recipe(), tmp_path / "run", progress=Watcher(stop_after=4))
+    resume(tmp_path / "run", progress=watcher)
+    with open(tmp_path / "run/speed.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert all(float(row["images_per_second"]) > 0 for row in rows)
+    assert all(0 < float(row["waiting"]) < 1 for row in rows)
+    (advice,) = [line for line in watcher.said if "waiting for images" in line]
+    assert "of the time in epoch 2 " in advice
+    assert advice.endswith(f"what helps: more workers (now 0, on {os.cpu_count()} cores)")
+
+
+def test_what_helps_a_gpu_that_waits_is_what_the_recipe_has_not():
+    gpu = torch.device("cuda")
+    assert faster(Recipe(), gpu)[1:] == ["augment_on_device", "decode_on_device"]
+    assert faster(Recipe(augment_on_device=True), gpu)[1:] == ["decode_on_device"]
+    assert faster(Recipe(decode_on_device=True), gpu)[1:] == []
+
+
 def test_steps_end_the_run_instead_of_epochs(recipe, tmp_path):
     best = train(recipe(steps=5, epochs=99), tmp_path / "run")
     state = final_state(tmp_path / "run")
@@ -180,9 +203,11 @@ def test_averaged_weights_are_evaluated_beside_the_others_and_handed_out(photos,
 # ------------------------------------------------------------------------------ resuming
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_stopped_anywhere_resumes_to_the_bit(recipe, tmp_path, workers):
-    settings = recipe(epochs=4, workers=workers, save_steps=2, **EVERYTHING_RANDOM)
+@pytest.mark.parametrize(
+    "changes", [{}, {"workers": 2}, {"workers": 2, "decode_on_device": True}], ids=str
+)
+def test_a_run_stopped_anywhere_resumes_to_the_bit(recipe, tmp_path, changes):
+    settings = recipe(epochs=4, save_steps=2, **EVERYTHING_RANDOM, **changes)
     train(settings, tmp_path / "whole")
     stopped = tmp_path / "stopped"
     # Three steps an epoch: within the first, at the end of the second, within the third.
@@ -333,11 +358,11 @@ def damaged(photos, tmp_path):
     return tmp_path / "damaged", broken
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_is_left_out_counted_and_named(damaged, recipe, tmp_path, workers):
+@pytest.mark.parametrize("changes", [{}, {"workers": 2}, {"decode_on_device": True}], ids=str)
+def test_an_unreadable_image_is_left_out_counted_and_named(damaged, recipe, tmp_path, changes):
     data, broken = damaged
     watcher = Watcher()
-    settings = recipe(data=str(data), workers=workers, mixup=0.5)
+    settings = recipe(data=str(data), mixup=0.5, **changes)
     train(settings, tmp_path / "run", progress=watcher)
     for path in broken:
         assert sum(f"left out: {path}" in line for line in watcher.said) == 1
@@ -381,12 +406,23 @@ def test_every_way_of_training_trains(recipe, tmp_path, changes):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, {"precision": "fp16"}, {"compile": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"precision": "fp16"}, {"compile": True}, {"decode_on_device": True}], ids=str
+)
 def test_a_gpu_learns_too_and_a_stopped_run_goes_on(recipe, tmp_path, changes):
     settings = recipe(epochs=8, workers=2, **changes)
     with pytest.raises(Stopped):
         train(settings, tmp_path / "run", Watcher(stop_after=4))
     assert resume(tmp_path / "run")["test_top1"] > 0.9
+
+
+def test_it_does_not_matter_where_views_are_finished(recipe, tmp_path):
+    everything = {**EVERYTHING_RANDOM, "random_erase": 0.0}  # its noise is the device's own
+    losses = [
+        train(recipe(epochs=2, **everything, **changes), tmp_path / str(i))["train_loss"]
+        for i, changes in enumerate(({}, {"augment_on_device": True}))
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
 def test_gradient_checkpointing_and_memory_layout_change_no_loss(recipe, tmp_path):

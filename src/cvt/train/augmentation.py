@@ -41,12 +41,17 @@ def augmentation(recipe: Recipe, processor: Any) -> Callable[[Any], Tensor]:
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"auto_augment = {recipe.auto_augment}: {error!r}") from error
-    for policy in transform.transforms:
-        for layers in [getattr(policy, "ops", []), *getattr(policy, "policy", [])]:
-            for operation in layers:
-                if operation.aug_fn is auto_augment.posterize:
-                    operation.aug_fn = posterize
+    for step in transform.transforms:
+        for operation in operations(step):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = posterize
     return transform
+
+
+def operations(step: Any) -> list[Any]:
+    """The operations that one of timm's policies chooses from; of other transforms, none."""
+    layers = [getattr(step, "ops", []), *getattr(step, "policy", [])]
+    return [operation for layer in layers for operation in layer]
 
 
 def posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:

@@ -21,6 +21,7 @@ from cvt.datasets import LabelledImages, StreamedImages
 from cvt.images import ImageError, Source, decode
 from cvt.predict import leave_group
 from cvt.train.recipe import Recipe
+from cvt.train.unfinished import Unfinished, View, together, undecoded
 
 
 def seed_all(*numbers: int) -> None:
@@ -43,11 +44,16 @@ class Draw(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Views (B, 3, H, W), their classes (B,), and the images that could not be read."""
+    """Views (B, 3, H, W), their classes (B,), and the images that could not be read.
+
+    Where the device is to finish the views, they are in uint8, and those that it has to decode are
+    not among them.
+    """
 
     pixels: Tensor
     targets: Tensor
     failures: dict[str, str]
+    unfinished: Unfinished | None = None
 
 
 @dataclass(frozen=True)
@@ -133,37 +139,43 @@ def draws(
 
 
 class Views(Dataset):
-    """Decodes and augments; what cannot be decoded is given back as its error."""
+    """Reads and augments; what cannot be read is given back as its error."""
 
-    def __init__(self, augment: Callable[[Any], Tensor]) -> None:
-        self.augment = augment
+    def __init__(self, augment: Callable[[Any], Tensor | View], read: Callable = decode) -> None:
+        self.augment, self.read = augment, read
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor | ImageError, Draw]:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor | View | ImageError, Draw]:
         seed_all(*draw.seed)
         try:
-            return self.augment(decode(draw.image)), draw
+            return self.augment(self.read(draw.image)), draw
         except ImageError as error:
             return error, draw
 
 
-def collate(views: list[tuple[Tensor | ImageError, Draw]]) -> Batch:
+def collate(views: list[tuple[Any, Draw]]) -> Batch:
     """Puts a batch together; images that could not be read are left out of it, and told."""
-    read = [(view, draw.target) for view, draw in views if isinstance(view, Tensor)]
+    read = [view for view, _ in views if not isinstance(view, ImageError)]
+    targets = torch.tensor([d.target for view, d in views if not isinstance(view, ImageError)])
     failures = {str(d.image): str(view) for view, d in views if isinstance(view, ImageError)}
-    pixels = torch.stack([view for view, _ in read]) if read else torch.empty(0)
-    return Batch(pixels, torch.tensor([target for _, target in read]), failures)
+    if read and isinstance(read[0], View):
+        pixels, unfinished = together(read)
+        return Batch(pixels, targets, failures, unfinished)
+    return Batch(torch.stack(read) if read else torch.empty(0), targets, failures)
 
 
 def batches(
     images: LabelledImages | StreamedImages,
-    augment: Callable[[Any], Tensor],
+    augment: Callable[[Any], Tensor | View],
     recipe: Recipe,
     plan: Plan,
     start: int,
 ) -> Iterator[Batch]:
-    """This process's batches from step `start` to the end of the run."""
+    """This process's batches from step `start` to the end of the run.
+
+    Each worker makes whole batches, two ahead, on one thread, which is torch's way with workers.
+    """
     loader: DataLoader = DataLoader(
-        Views(augment),
+        Views(augment, undecoded if recipe.decode_on_device else decode),
         batch_sampler=draws(images, recipe, plan, start),
         collate_fn=collate,
         num_workers=recipe.workers,

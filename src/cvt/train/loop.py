@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -38,13 +39,16 @@ from cvt.train import records
 from cvt.train.augmentation import augmentation, mixing
 from cvt.train.batches import Batch, Plan, batches, seed_all
 from cvt.train.checkpointing import checkpoints, newest_checkpoint, save_checkpoint
+from cvt.train.finishing import Finishing
 from cvt.train.models import classifier_for, frozen, merged, rebuilt, regularised, trainable
 from cvt.train.optimization import Schedule, optimizer_for
 from cvt.train.progress import Progress, Row, Silence
 from cvt.train.recipe import Recipe, load_recipe, refuse_fixed
+from cvt.train.unfinished import Drawing
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MUCH = 0.2  # of an epoch's time
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, under sharding too
 
 
@@ -188,6 +192,7 @@ class Run:
         self.losses: list[float] = state.get("losses", [])  # of the epoch that is going on
         self.corrupt: dict[str, str] = state.get("corrupt", {})
         self.signal = 0
+        self.advised = False
 
     # -------------------------------------------------------------------------- setting up
 
@@ -219,7 +224,11 @@ class Run:
         self.config = model.config
         size, crop_pct = recipe.image_size, recipe.crop_pct
         self.processor: Any = image_processor(model.config, image_size=size, crop_pct=crop_pct)
-        augment = augmentation(recipe, self.processor)
+        augment: Any = augmentation(recipe, self.processor)
+        self.finishing = None
+        if recipe.augment_on_device:
+            augment = Drawing(augment, recipe)
+            self.finishing = Finishing(recipe, self.processor, self.device)
         self.mix = mixing(recipe, len(model.config.class_names))
         if recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -238,7 +247,8 @@ class Run:
         self.optimizer = optimizer_for(self.plain, recipe, peak)
         self.schedule = Schedule(self.optimizer, recipe, self.plan)
         self.wrapped = self.plain if self.sharded else accelerator.prepare_model(self.plain)
-        self.model = torch.compile(self.wrapped) if recipe.compile else self.wrapped
+        # A graph for each number of images: an unreadable one would make all sizes share a slower.
+        self.model = torch.compile(self.wrapped, dynamic=False) if recipe.compile else self.wrapped
         fp16 = recipe.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         if state:
@@ -319,6 +329,7 @@ class Run:
         # On a GPU a step's news is read when the next step is under way, so that it never waits.
         unread: deque[News] = deque()
         behind = 1 if self.device.type == "cuda" else 0
+        self.waited = 0.0  # for batches, in seconds
         first, clock = self.step, time.perf_counter()
         while self.step < end:
             unread.append(self.train_step())
@@ -334,6 +345,27 @@ class Run:
                 self.stop(together=True)
             if recipe.save_steps and self.step % recipe.save_steps == 0 and self.step < end:
                 self.save()
+        self.tell_speed(epoch + 1, rate, self.waited / (time.perf_counter() - clock))
+
+    def tell_speed(self, epoch: int, images_per_second: float, waiting: float) -> None:
+        """Write down how fast an epoch was; say once what helps if it waited much for images."""
+        speed = {"images_per_second": images_per_second, "waiting": waiting}
+        if self.main:
+            records.write_speed(self.output, {"epoch": epoch, **speed})
+            self.events.add(self.step, {f"epoch/{name}": value for name, value in speed.items()})
+        if waiting > MUCH and not self.advised:
+            self.advised = True
+            self.progress.say(
+                f"{100 * waiting:.0f} % of the time in epoch {epoch} went by waiting for images; "
+                f"what helps: {', '.join(faster(self.recipe, self.device))}"
+            )
+
+    def next_batch(self) -> Batch:
+        """The next batch from the workers; the time until it is there is noted."""
+        began = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - began
+        return batch
 
     def train_step(self) -> News:
         """One step of the optimizer, on this process's batches of it."""
@@ -342,12 +374,14 @@ class Run:
         losses: list[Tensor] = []
         failures: dict[str, str] = {}
         for turn in range(plan.accumulate):
-            batch = next(self.batches)
+            batch = self.next_batch()
+            seed_all(recipe.seed, plan.number(step, turn))
+            if self.finishing:
+                batch = self.finishing(batch)
             failures |= batch.failures
             if not len(batch.targets):
                 error = next(iter(batch.failures.values()))
                 raise ValueError(f"batch_size: no image of a batch can be read, as {error}")
-            seed_all(recipe.seed, plan.number(step, turn))
             pixels, targets = self.mixed(batch)
             with self.synchronised(turn == plan.accumulate - 1):
                 with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
@@ -365,8 +399,11 @@ class Run:
         self.step += 1
         if self.ema:
             self.ema.update(self.plain, step=self.step)
-        told = torch.tensor([self.signal > 0, len(failures)], device=self.device)
-        news = self.accelerator.reduce(torch.cat([torch.stack(losses).mean()[None], told]), "mean")
+        # Made where they are needed: a copy to a GPU would wait until all its work is done.
+        told = [
+            torch.full((), float(n), device=self.device) for n in (self.signal > 0, len(failures))
+        ]
+        news = self.accelerator.reduce(torch.stack([torch.stack(losses).mean(), *told]), "mean")
         return News(step, self.optimizer.param_groups[-1]["lr"], news, failures)
 
     def mixed(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -586,6 +623,15 @@ def precision(name: str, device: torch.device) -> str:
         return name
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if has_bf16 else "fp32"
+
+
+def faster(recipe: Recipe, device: torch.device) -> list[str]:
+    """What a run that waits for images can do about it."""
+    chosen = [f"more workers (now {recipe.workers}, on {os.cpu_count()} cores)"]
+    if device.type == "cuda":
+        settings = ("augment_on_device", "decode_on_device")
+        chosen += [name for name in settings if not getattr(recipe, name)]
+    return chosen
 
 
 def best(history: list[Row]) -> Row:

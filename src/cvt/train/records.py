@@ -6,6 +6,7 @@
 | `environment.json` | versions, device, processes, command, git: an entry a start |
 | `results.csv` | a row an epoch |
 | `learning_curve.png` | the same as a picture |
+| `speed.csv` | images per second, and the share of the time that went by waiting for them |
 | `confusion_matrix.png`, `mistakes.png` | of the best epoch |
 | `tensorboard/` | events for TensorBoard |
 | `corrupt.txt` | the training images that could not be read |
@@ -94,6 +95,17 @@ def write_results(output: Path, history: Sequence[Row]) -> None:
         writer.writerows(history)
     with staged(output / "learning_curve.png", overwrite=True) as path:
         plot_curves(history, path)
+
+
+def write_speed(output: Path, row: Row) -> None:
+    """Add the speed of an epoch, or of what a resumed run did of it; of each start in turn.
+
+    It is no part of `results.csv`, which a resumed run ends with as one that was never stopped.
+    """
+    path = output / "speed.csv"
+    earlier = path.read_text("utf-8") if path.exists() else ",".join(row) + "\n"
+    with staged(path, overwrite=True) as file:
+        file.write_text(earlier + ",".join(str(value) for value in row.values()) + "\n", "utf-8")
 
 
 def write_corrupt(output: Path, corrupt: dict[str, str]) -> None:
