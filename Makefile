@@ -8,11 +8,12 @@ demo: .venv/train.stamp  ## train, evaluate and predict on scikit-learn's digits
 	$(BIN)/python examples/digits/demo.py --output runs/demo
 
 test: .venv/dev.stamp  ## every test that needs no GPU and no network; Keras' on every backend
-	$(BIN)/pytest --ignore tests/keras --ignore tests/tensorflow
-	$(MAKE) --jobs 2 --output-sync test-tensorflow $(addprefix test-keras-,jax tensorflow torch)
+	$(BIN)/pytest --ignore tests/keras --ignore tests/tensorflow --ignore tests/triton
+	$(MAKE) --jobs 2 --output-sync \
+	  test-tensorflow test-triton $(addprefix test-keras-,jax tensorflow torch)
 
-test-tensorflow: .venv/dev.stamp
-	$(BIN)/pytest tests/tensorflow
+test-tensorflow test-triton: test-%: .venv/dev.stamp
+	$(BIN)/pytest tests/$*
 
 test-keras-%: .venv/dev.stamp
 	KERAS_BACKEND=$* $(BIN)/pytest tests/keras

@@ -43,13 +43,15 @@ def of_kernels(attention: SelfAttention, x: Tensor, grid: tuple[int, int]) -> tu
     taps = torch.stack([part.convolution.weight.detach().flatten(1).t() for part in parts])
     bias = torch.zeros(3, x.shape[2], device=x.device)
     geometry = (*grid, parts[1].convolution.stride[0], True)
-    *outputs, _ = kernels.convolve(x, taps, bias, *geometry)
+    *outputs, class_token, _ = kernels.convolve(x, taps, bias, *geometry)
     upstream = [torch.randn_like(output) for output in outputs]
     lines = torch.randn(3, 2, x.shape[2], device=x.device)
     backward = torch.ops.cvt.convolve_backward
     runs = {
         ("forward", ""): partial(kernels.convolve, x, taps, bias, *geometry),
-        ("backward", ""): partial(backward, upstream, outputs, lines, x, taps, *geometry),
+        ("backward", ""): partial(
+            backward, upstream, class_token, outputs, lines, x, taps, *geometry
+        ),
     }
     # Backward, the first kernel reads and writes gradients of the outputs, the second reads them.
     made = sum(output.nbytes for output in outputs)

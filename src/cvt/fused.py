@@ -156,7 +156,7 @@ class Projections(Operator):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
         """Of tokens (B, N, C), what the Linears read: (B, N, C) and twice (B, N', C)."""
-        *made, _ = kernels.convolve(
+        *made, _, _ = kernels.convolve(
             tokens, self.weight, self.bias, *grid, self.stride, moments=False
         )
         return tuple(made)

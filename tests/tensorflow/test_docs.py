@@ -21,7 +21,13 @@ from cvt.train.recipe import FIELDS, load_recipe
 ROOT = Path(__file__).parents[2]
 TRANSLATED = {
     page: page.replace(".md", ".zh-CN.md")
-    for page in ("README.md", "docs/training.md", "docs/inference.md", "docs/keras.md")
+    for page in (
+        "README.md",
+        "docs/training.md",
+        "docs/inference.md",
+        "docs/keras.md",
+        "docs/gpu.md",
+    )
 }
 PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 CVT = typer.main.get_command(app)

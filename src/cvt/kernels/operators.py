@@ -82,10 +82,6 @@ class BatchNorm(nn.BatchNorm2d):
         y = super().forward(x)
         return with_dense_gradient(y) if self.training else y
 
-    def gain(self, variance: Tensor) -> Tensor:
-        """What the norm multiplies deviations from the mean by, (C,), for variances (C,)."""
-        return self.weight * torch.rsqrt(variance + self.eps)
-
     @torch.no_grad()
     def track(self, deviation: Tensor, variance: Tensor, count: int) -> None:
         """Count a batch of known moments in the running statistics.
@@ -99,8 +95,9 @@ class BatchNorm(nn.BatchNorm2d):
             raise ValueError("BatchNorm needs more than one value per channel in training")
         if not self.recomputing:
             self.num_batches_tracked.add_(1)
-            self.running_mean.add_(self.momentum * deviation)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            self.running_mean.add_(deviation, alpha=self.momentum)
+            self.running_var.mul_(1 - self.momentum)
+            self.running_var.add_(variance, alpha=self.momentum * count / (count - 1))
 
 
 class DepthwiseConv(nn.Conv2d):

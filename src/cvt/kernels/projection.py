@@ -57,7 +57,10 @@ def set_projections(mode: str) -> None:
 def checked(mode: str) -> str:
     """The mode, if there is such a one."""
     if mode not in MODES:
-        raise ValueError(f"projections = {mode!r}: must be one of {', '.join(MODES)}")
+        raise ValueError(
+            f"projections = {mode!r}, of set_projections or the environment variable "
+            f"CVT_PROJECTIONS: must be one of {', '.join(MODES)}"
+        )
     return mode
 
 
@@ -80,10 +83,11 @@ def projections_as(mode: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------ the operator
 
 
-def triton_kernels(device: torch.device) -> Any:
+def triton_kernels(tokens: Tensor) -> Any:
     """Triton's implementation where it is to run, on a GPU or in the interpreter; else None."""
-    can = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    if projections() != "auto" or not can:
+    can = tokens.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    has_type = tokens.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if projections() != "auto" or not (can and has_type):
         return None
     try:
         from cvt.kernels import triton_projection
@@ -101,7 +105,7 @@ def convolve(
     width: int,
     stride: int,
     moments: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Three depthwise convolutions of the tokens, padded by (K - 1) / 2.
 
     Computed and summed in the type of the taps, rounded to that of the tokens.
@@ -117,26 +121,30 @@ def convolve(
             and otherwise the one in front of `tokens`.
 
     Returns:
-        q (B, N, C), k and v (B, N', C) each; mean and variance (without Bessel's correction) of
-        every channel over batch and grid, before rounding, (2, 3, C) or (0, 3, C).
+        q (B, N, C), k and v (B, N', C) each; a copy of the class token, (B, 1, C) or (B, 0, C), so
+        that its gradient need not be as large as the tokens'; mean and variance (without Bessel's
+        correction) of every channel over batch and grid, before rounding, (2, 3, C) or (0, 3, C).
     """
-    kernels = triton_kernels(tokens.device) or torch_projection
+    kernels = triton_kernels(tokens) or torch_projection
     q, k, v, found = kernels.forward(tokens, taps, bias, (height, width), stride, moments)
-    if tokens.shape[1] > height * width:
-        for output in (q, k, v):
-            output[:, 0] = 0 if moments else tokens[:, 0]
-    return q, k, v, found
+    class_token = tokens[:, : tokens.shape[1] - height * width].clone()
+    for output in (q, k, v):
+        output[:, : class_token.shape[1]] = 0 if moments else class_token
+    return q, k, v, class_token, found
 
 
 @convolve.register_fake
 def _(tokens, taps, bias, height, width, stride, moments):  # type: ignore[no-untyped-def]
+    B, N, C = tokens.shape
     k, v = (tokens.new_empty(keys_shape(tokens.shape, (height, width), stride)) for _ in range(2))
-    return torch.empty_like(tokens), k, v, taps.new_empty(2 if moments else 0, 3, taps.shape[2])
+    class_token = tokens.new_empty(B, N - height * width, C)
+    return torch.empty_like(tokens), k, v, class_token, taps.new_empty(2 if moments else 0, 3, C)
 
 
 @torch.library.custom_op("cvt::convolve_backward", mutates_args=())
 def convolve_backward(
     upstream: Sequence[Tensor],
+    of_class: Tensor,
     outputs: Sequence[Tensor],
     lines: Tensor,
     tokens: Tensor,
@@ -150,6 +158,7 @@ def convolve_backward(
 
     Args:
         upstream: those of q, k and v.
+        of_class: that of the copy of the class token.
         outputs: q, k and v.
         lines: offset and slope (3, 2, C): with `moments`, offset + slope · q is added to the
             gradient of q, likewise for k and v.
@@ -163,35 +172,40 @@ def convolve_backward(
     Returns:
         Gradients of tokens (B, N, C), and of taps and then biases (3 K² + 3, C).
     """
-    kernels = triton_kernels(tokens.device) or torch_projection
+    kernels = triton_kernels(tokens) or torch_projection
     size, upstream = (height, width), [gradient.contiguous() for gradient in upstream]
     dtokens, dtaps = kernels.backward(upstream, outputs, lines, tokens, taps, size, stride, moments)
     if tokens.shape[1] > height * width:
-        dtokens[:, 0] = 0 if moments else sum(gradient[:, 0] for gradient in upstream)
+        rows = [] if moments else [gradient[:, :1] for gradient in upstream]
+        dtokens[:, :1] = sum(rows, start=of_class)
     return dtokens, dtaps
 
 
 @convolve_backward.register_fake
-def _(upstream, outputs, lines, tokens, taps, *geometry):  # type: ignore[no-untyped-def]
+def _(upstream, of_class, outputs, lines, tokens, taps, *geometry):  # type: ignore[no-untyped-def]
     return torch.empty_like(tokens), taps.new_empty(3 * taps.shape[1] + 3, taps.shape[2])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     tokens, taps, _, *ctx.options = inputs
-    ctx.save_for_backward(tokens, taps, *output)
+    q, k, v, _, found = output
+    ctx.save_for_backward(tokens, taps, q, k, v, found)
 
 
-def _backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, dmoments: Tensor) -> tuple:
+def _backward(ctx: Any, *upstream: Tensor) -> tuple:
     tokens, taps, *outputs, found = ctx.saved_tensors
+    *of_outputs, of_class, dmoments = upstream
     height, width, _, moments = ctx.options
     lines = taps.new_zeros(3, 2, taps.shape[2])
     if moments:  # mean = Σ y / n and variance = Σ (y - mean)² / n
         class_tokens = tokens.shape[1] - height * width
         counts = [len(y) * (y.shape[1] - class_tokens) for y in outputs]
-        slope = 2 * dmoments[1] / taps.new_tensor(counts)[:, None]
-        offset = dmoments[0] / taps.new_tensor(counts)[:, None] - slope * found[0]
-        lines = torch.stack((offset, slope), dim=1)
-    dtokens, both = convolve_backward([dq, dk, dv], outputs, lines, tokens, taps, *ctx.options)
+        of_mean, of_variance = dmoments / counts[1]
+        lines = torch.stack((of_mean - 2 * of_variance * found[0], 2 * of_variance), dim=1)
+        lines[0] *= counts[1] / counts[0]
+    dtokens, both = convolve_backward(
+        of_outputs, of_class, outputs, lines, tokens, taps, *ctx.options
+    )
     dtaps, dbias = both.split((len(both) - 3, 3))
     return dtokens, dtaps.view_as(taps), dbias, None, None, None, None
 
@@ -253,15 +267,26 @@ def parts_of(projections: Sequence[tuple[Any, nn.Module]]) -> list[Part]:
     """
     parts = []
     for projection, linear in projections:
-        modules = [*projection.children(), linear]
-        modules[:1] = modules[0].children()
-        if [type(module) for module in modules] != [DepthwiseConv, BatchNorm, nn.Linear]:
+        modules = [*projection.modules(), linear]
+        kinds = [nn.Sequential, DepthwiseConv, BatchNorm, nn.Linear]
+        if [type(module) for module in modules[1:]] != kinds or not all(map(is_bare, modules)):
             return []
-        if any(module._forward_hooks or "forward" in vars(module) for module in modules):
-            return []
-        parts.append(Part(*modules))
-    same = len({part.norm.training for part in parts}) == 1
-    return parts if same and fits([part.convolution for part in parts]) else []
+        parts.append(Part(*modules[2:]))
+    norms = [part.norm for part in parts]
+    same = (
+        len({(part.norm.training, part.norm.eps, part.linear.bias is None) for part in parts}) == 1
+    )
+    usual = all(norm.track_running_stats and norm.momentum is not None for norm in norms)
+    return parts if same and usual and fits([part.convolution for part in parts]) else []
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether to call a module is to call the forward of its class, and nothing else."""
+    hooks = (
+        *(module._forward_pre_hooks, module._forward_hooks),
+        *(module._backward_pre_hooks, module._backward_hooks),
+    )
+    return not any(hooks) and "forward" not in vars(module)
 
 
 def fits(convolutions: Sequence[nn.Conv2d]) -> bool:
@@ -278,10 +303,9 @@ def fits(convolutions: Sequence[nn.Conv2d]) -> bool:
 
 def runs_on(tokens: Tensor) -> bool:
     """Whether `set_projections` chose `convolve` for such tokens."""
-    if projections() != "auto":
-        return projections() == "torch"
-    has_type = tokens.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return has_type and triton_kernels(tokens.device) is not None
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+        return False  # torch.func would take the tangent of an operator for zero
+    return projections() == "torch" or triton_kernels(tokens) is not None
 
 
 def project(
@@ -298,44 +322,36 @@ def project(
     if not parts:
         return []
     tokens = tokens.contiguous()
-    stride, training = parts[1].convolution.stride[0], parts[0].norm.training
-    taps = torch.stack([part.convolution.weight.flatten(1).t() for part in parts])
+    convolutions, norms, linears = zip(*parts, strict=True)
+    taps = torch.stack([convolution.weight.flatten(1).t() for convolution in convolutions])
     taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
-    means = torch.stack([part.norm.running_mean for part in parts]).to(taps.dtype)
-    if not training:
-        gains = torch.stack([part.norm.gain(part.norm.running_var) for part in parts])
-        biases = torch.stack([part.norm.bias for part in parts]) - means * gains
-        *made, _ = convolve(tokens, taps * gains[:, None], biases, *grid, stride, False)
-        return [part.linear(x) for part, x in zip(parts, made, strict=True)]
+    scale, shift, means = (
+        torch.stack([getattr(norm, name) for norm in norms]).to(taps.dtype)
+        for name in ("weight", "bias", "running_mean")
+    )  # (3, C) each
+    eps = taps.new_full((3, 1), norms[0].eps)
+    geometry = (*grid, convolutions[1].stride[0])
+    if not norms[0].training:
+        gain = scale * torch.rsqrt(torch.stack([norm.running_var for norm in norms]) + eps)
+        bias = shift - means * gain
+        *made, _, _ = convolve(tokens, taps * gain[:, None], bias, *geometry, False)
+        return [linear(x) for linear, x in zip(linears, made, strict=True)]
     # Centred on the running means, the outputs lose the least where they are rounded.
-    *made, (mean, variance) = convolve(tokens, taps, -means, *grid, stride, True)
-    class_token = tokens[:, : tokens.shape[1] - grid[0] * grid[1]]
-    results = []
-    for i, part in enumerate(parts):
-        count = len(tokens) * (made[i].shape[1] - class_token.shape[1])
-        part.norm.track(mean[i], variance[i], count)
-        results.append(folded_linear(made[i], class_token, part, mean[i], variance[i]))
-    return results
-
-
-def folded_linear(
-    x: Tensor, class_token: Tensor, part: Part, mean: Tensor, variance: Tensor
-) -> Tensor:
-    """The part's norm and Linear of convolved tokens (B, N, C); its Linear alone of class tokens.
-
-    Args:
-        x: zero in the place of the class token.
-        class_token: (B, 1, C), or (B, 0, C).
-        part: whose norm and Linear are meant.
-        mean: of every channel of `x`, (C,).
-        variance: likewise.
-    """
-    linear = part.linear
-    weight = (linear.weight * part.norm.gain(variance)).to(x.dtype)
-    bias = (linear.weight * part.norm.bias - weight * mean).sum(1)
-    own = torch.zeros_like(bias) if linear.bias is None else linear.bias
-    bias = (bias + own).to(x.dtype)
+    *made, class_token, (mean, variance) = convolve(tokens, taps, -means, *geometry, True)
+    for norm, x, deviation, spread in zip(norms, made, mean, variance, strict=True):
+        norm.track(deviation, spread, len(x) * (x.shape[1] - class_token.shape[1]))
+    weight = torch.stack([linear.weight for linear in linears])  # (3, C', C)
+    gain = scale * torch.rsqrt(variance + eps)
+    folded = (weight * gain[:, None]).to(tokens.dtype)
+    bias = (weight * shift[:, None] - folded * mean[:, None]).sum(2)  # (3, C')
+    own = torch.zeros_like(bias)
+    if linears[0].bias is not None:
+        own = torch.stack([linear.bias for linear in linears])
+    ways = (folded, (bias + own).to(tokens.dtype))
     if not class_token.shape[1]:
-        return F.linear(x, weight, bias)
-    alone = linear.weight.to(x.dtype), own.to(x.dtype)
-    return _LinearWithClassToken.apply(x, class_token, weight, bias, *alone)
+        return [F.linear(*of_part) for of_part in zip(made, *ways, strict=True)]
+    alone = (weight.to(tokens.dtype), own.to(tokens.dtype))
+    return [
+        _LinearWithClassToken.apply(x, class_token, *of_part)
+        for x, *of_part in zip(made, *ways, *alone, strict=True)
+    ]

@@ -46,7 +46,8 @@ def forward(
     found = taps.new_empty(2 if moments else 0, 3, taps.shape[2])
     for i, (output, grid) in enumerate(zip((q, k, v), grids(size, stride), strict=True)):
         weight, step = weights_of(taps)[i], stride if i else 1
-        made = F.conv2d(image, weight, bias[i], step, side // 2, groups=taps.shape[2])
+        with torch.autocast(tokens.device.type, enabled=False):
+            made = F.conv2d(image, weight, bias[i], step, side // 2, groups=taps.shape[2])
         if moments:
             found[1, i], found[0, i] = torch.var_mean(made, (0, 2, 3), correction=0)
         to_image(output, grid).copy_(made)

@@ -15,7 +15,7 @@ side of the convolutions, S their stride, which is 1 for queries. Tokens are (B,
 class tokens, none or one, in front.
 """
 
-# mypy: allow-untyped-defs, disable-error-code="assignment"
+# mypy: allow-untyped-defs, disable-error-code="assignment, misc"
 
 from collections.abc import Sequence
 from typing import Any
@@ -97,23 +97,28 @@ def add_tap(
 
 
 @triton.jit
-def note(sums, output, inside):
-    """Sums of values and of their squares, in each lane, with one more."""
-    total, squares = sums
-    output = tl.where(inside[:, None], output, 0.0)
-    return total + output, squares + output * output
+def note(sums, output, inside, is_first):
+    """Sums, in each lane, of deviations from its first value and of their squares, with one more.
+
+    Of the values themselves, the sums lose a variance that is small beside the squared mean.
+    """
+    first, total, squares = sums
+    first = tl.where(is_first, output, first)
+    deviation = tl.where(inside[:, None], output - first, 0.0)
+    return first, total + deviation, squares + deviation * deviation
 
 
 @triton.jit
 def write_moments(table, of: tl.constexpr, n, sums, C: tl.constexpr, CHANNELS: tl.constexpr):
     """Number, mean and sum of squared deviations of all lanes, to the table (programs, 3, 3, C)."""
-    total, squares = sums
+    first, total, squares = sums
     n = n[:, None]
     count = tl.sum(n, axis=0)
-    mean = total / tl.maximum(n, 1.0)  # of a lane
+    deviation = total / tl.maximum(n, 1.0)  # of a lane's mean from its first value
+    mean = first + deviation
     means = tl.sum(n * mean, axis=0) / tl.maximum(count, 1.0)
     between = mean - means[None, :]
-    squares += n * between * between - total * mean
+    squares += n * between * between - total * deviation
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     row = table + (tl.program_id(0) * 3 + of) * 3 * C + c
     tl.store(row, tl.full([CHANNELS], 0.0, tl.float32) + count)
@@ -134,9 +139,9 @@ def forward_kernel(
     PATCH: tl.constexpr = S - 1 + K
     weights = rows_of(taps, 3 * K * K, C, CHANNELS)
     biases = rows_of(bias, 3, C, CHANNELS)
-    of_q = zeros(2, CELLS, CHANNELS)
-    of_k = zeros(2, CELLS, CHANNELS)
-    of_v = zeros(2, CELLS, CHANNELS)
+    of_q = zeros(3, CELLS, CHANNELS)
+    of_k = zeros(3, CELLS, CHANNELS)
+    of_v = zeros(3, CELLS, CHANNELS)
     n_q = tl.full([CELLS], 0.0, tl.float32)
     n_k = tl.full([CELLS], 0.0, tl.float32)
 
@@ -163,15 +168,15 @@ def forward_kernel(
         write(k + corner, real, sums[0])
         write(v + corner, real, sums[1])
         if HAS_MOMENTS:
-            of_k = note(of_k, sums[0], real)
-            of_v = note(of_v, sums[1], real)
+            of_k = note(of_k, sums[0], real, turn == 0)
+            of_v = note(of_v, sums[1], real, turn == 0)
             n_k += real.to(tl.float32)
         corner = offsets(image, row * S, column * S, H, W, C, CLASS, CHANNELS)
         for i in tl.static_range(S * S):
             inside = on_grid(row * S + i // S, column * S + i % S, real, H, W)
             write(q + (corner + (i // S * W + i % S) * C), inside, sums[2 + i])
             if HAS_MOMENTS:
-                of_q = note(of_q, sums[2 + i], inside)
+                of_q = note(of_q, sums[2 + i], inside, (turn == 0) & (i == 0))
                 n_q += inside.to(tl.float32)
 
     if HAS_MOMENTS:
@@ -324,6 +329,7 @@ class Launch:
     """
 
     def __init__(self, tokens: Tensor, taps: Tensor, size: tuple[int, int], stride: int) -> None:
+        assert all(tensor.is_contiguous() for tensor in (tokens, taps))
         N, C = tokens.shape[1:]
         h, w = (-(-side // stride) for side in size)
         channels = min(64, C & -C)  # a power of 2 that divides C
