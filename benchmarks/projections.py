@@ -34,6 +34,7 @@ from cvt.benchmark import device_name, in_turns, middle, speed_ratios, versions
 from cvt.modeling import SelfAttention
 
 Runs = dict[tuple[str, str], Callable[[], object]]
+COPIED = 2**28  # numbers, a GiB
 COLUMNS = ("stage", "what", "how", "ms", "gb_per_second", "copy_share", "ratio")
 
 
@@ -87,7 +88,7 @@ def stage_rows(number: int, options: argparse.Namespace) -> list[Row]:
     with torch.device(options.device):
         attention = SelfAttention(config, stage).train()
         tokens = torch.randn(options.batch_size, H * W + stage.cls_token, stage.embed_dim)
-        copied = torch.randn(2**24 if options.quick else 2**28)
+        copied = torch.randn(COPIED)
     x = tokens.to(torch.bfloat16)
     kernels.set_projections("auto")
     runs, moved = of_kernels(attention, x, (H, W))

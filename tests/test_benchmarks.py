@@ -387,3 +387,28 @@ def test_the_step_is_measured_and_what_the_device_cannot_do_is_said(load, tmp_pa
     assert [row["note"] for row in rows] == ["", "", "", "no such device", "no such device"]
     for row in rows[:3]:
         assert float(row["step_images_per_second"]) > 0
+
+
+def test_the_benchmark_of_the_projections_tells_bandwidth_and_gain(load, tmp_path, monkeypatch):
+    projections = load("projections")
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(projections, "COPIED", 2**10)
+    turns = partial(projections.in_turns, turn=0)
+    monkeypatch.setattr(projections, "in_turns", turns)
+    with kernels.projections_as("off"):
+        projections.run(projections.parse(["--quick", "--device=cpu", f"--results={tmp_path}"]))
+    with next(tmp_path.iterdir()).open() as file:
+        rows = list(csv.DictReader(file))
+    ways = ["off eager", "auto eager", "off compiled", "auto compiled"]
+    one_stage = ["forward ", "backward ", *(f"projections {way}" for way in ways), "copy "]
+    assert [f"{row['what']} {row['how']}" for row in rows] == 3 * one_stage
+    for row in rows:
+        assert float(row["ms"]) > 0
+        assert bool(row["copy_share"]) == (row["what"] != "projections")
+        assert bool(row["ratio"]) == (row["what"] == "projections")
+    assert {row["copy_share"] for row in rows[6::7]} == {row["ratio"] for row in rows[2::7]}
+    # Queries are as large as the tokens, keys and values a quarter: bytes are 2.5 and 8 units.
+    forward, backward = (float(rows[i]["gb_per_second"]) * float(rows[i]["ms"]) for i in (0, 1))
+    assert backward / forward == pytest.approx(8 / 2.5, rel=0.01)
+    with pytest.raises(SystemExit):
+        projections.parse(["--device=cpu"])

@@ -91,7 +91,7 @@ def triton_kernels(tokens: Tensor) -> Any:
         return None
     try:
         from cvt.kernels import triton_projection
-    except ImportError:  # there is no Triton
+    except ImportError:  # there is no Triton, or an old one
         return None
     return triton_projection
 
