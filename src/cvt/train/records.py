@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import yaml
 
+from cvt import kernels
 from cvt.evaluate import Evaluation
 from cvt.files import staged
 from cvt.report import plot_confusion, plot_curves, plot_mistakes
@@ -51,6 +52,7 @@ def write_settings(output: Path, recipe: Recipe, plan: Plan, device: torch.devic
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "projections": kernels.projections(),
         "processes": plan.world,
         "images_per_step": plan.images_per_step,
         "lr": recipe.peak_lr(plan.images_per_step),
