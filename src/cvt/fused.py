@@ -147,11 +147,11 @@ class Conv(Operator):
 class Projections(Operator):
     """The folded convolutions of query, key and value in one pass, see `kernels.convolve`."""
 
-    def __init__(self, parts: Sequence[kernels.Part]) -> None:
+    def __init__(self, parts: Sequence[kernels.Part], dtype: torch.dtype) -> None:
         folds = [fold(part.convolution, part.norm) for part in parts]
         weight = torch.stack([weight.flatten(1).t() for weight, _ in folds])  # (3, K², C)
         bias = torch.stack([bias for _, bias in folds])  # (3, C)
-        super().__init__(weight, bias, torch.float32)
+        super().__init__(weight, bias, torch.promote_types(dtype, torch.float32))
         self.stride = parts[1].convolution.stride[0]
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -224,7 +224,7 @@ class FusedBlock(nn.Module):
         self.convolve_key = folded(attention.convolution_projection_key, dtype)
         self.convolve_value = folded(attention.convolution_projection_value, dtype)
         parts = kernels.parts_of(attention.projections)
-        self.convolve = Projections(parts) if parts else None
+        self.convolve = Projections(parts, dtype) if parts else None
         self.query = scaled(attention.projection_query, dtype, by=attention.scale)
         self.key = scaled(attention.projection_key, dtype)
         self.value = scaled(attention.projection_value, dtype)
