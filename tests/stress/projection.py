@@ -10,20 +10,21 @@ where anything is read or written that should not be. For the latter, on a GPU, 
 and again with `--tool racecheck` and `--tool initcheck`. None of it was ever run on a GPU.
 """
 
+import os
 import random
 import sys
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / "triton")]
-
 import torch
 
-import conftest  # noqa: F401  sets up Triton's interpreter, before Triton is imported
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "triton")]
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 from test_triton_projection import DEVICE, Case, distances
 
 from cvt import kernels
+from cvt.kernels.projection import triton_kernels
 
 
 def random_case(rng):
@@ -47,6 +48,7 @@ if __name__ == "__main__":
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else time.time_ns() % 2**31
     end, count, worst = time.monotonic() + seconds, 0, 0.0
     with kernels.projections_as("auto"):
+        assert triton_kernels(torch.empty(1, device=DEVICE))
         while time.monotonic() < end:
             case = random_case(random.Random(seed + count))
             values = case.batch * case.grid[0] * case.grid[1]
