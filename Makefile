@@ -8,11 +8,11 @@ demo: .venv/train.stamp  ## train, evaluate and predict on scikit-learn's digits
 	$(BIN)/python examples/digits/demo.py --output runs/demo
 
 test: .venv/dev.stamp  ## every test that needs no GPU and no network; Keras' on every backend
-	$(BIN)/pytest --ignore tests/keras --ignore tests/tensorflow --ignore tests/triton
+	$(BIN)/pytest --ignore tests/keras --ignore tests/tensorflow --ignore tests/gpu_kernels
 	$(MAKE) --jobs 2 --output-sync \
-	  test-tensorflow test-triton $(addprefix test-keras-,jax tensorflow torch)
+	  test-tensorflow test-gpu_kernels $(addprefix test-keras-,jax tensorflow torch)
 
-test-tensorflow test-triton: test-%: .venv/dev.stamp
+test-tensorflow test-gpu_kernels: test-%: .venv/dev.stamp
 	$(BIN)/pytest tests/$*
 
 test-keras-%: .venv/dev.stamp

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "triton")]
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "gpu_kernels")]
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 from test_triton_projection import DEVICE, Case, distances
