@@ -329,8 +329,7 @@ def project(
         torch.stack([getattr(norm, name) for norm in norms]).to(taps.dtype)
         for name in ("weight", "bias", "running_mean")
     )  # (3, C) each
-    eps = taps.new_full((3, 1), norms[0].eps)
-    geometry = (*grid, convolutions[1].stride[0])
+    eps, geometry = norms[0].eps, (*grid, convolutions[1].stride[0])
     if not norms[0].training:
         gain = scale * torch.rsqrt(torch.stack([norm.running_var for norm in norms]) + eps)
         bias = shift - means * gain
@@ -340,6 +339,8 @@ def project(
     *made, class_token, (mean, variance) = convolve(tokens, taps, -means, *geometry, True)
     for norm, x, deviation, spread in zip(norms, made, mean, variance, strict=True):
         norm.track(deviation, spread, len(x) * (x.shape[1] - class_token.shape[1]))
+
+    # Linear(norm(x)) is another Linear of x, with the moments of the batch in its weight.
     weight = torch.stack([linear.weight for linear in linears])  # (3, C', C)
     gain = scale * torch.rsqrt(variance + eps)
     folded = (weight * gain[:, None]).to(tokens.dtype)
@@ -347,11 +348,11 @@ def project(
     own = torch.zeros_like(bias)
     if linears[0].bias is not None:
         own = torch.stack([linear.bias for linear in linears])
-    ways = (folded, (bias + own).to(tokens.dtype))
+    of_tokens = (folded, (bias + own).to(tokens.dtype))
     if not class_token.shape[1]:
-        return [F.linear(*of_part) for of_part in zip(made, *ways, strict=True)]
-    alone = (weight.to(tokens.dtype), own.to(tokens.dtype))
+        return [F.linear(*of_part) for of_part in zip(made, *of_tokens, strict=True)]
+    of_class = (weight.to(tokens.dtype), own.to(tokens.dtype))
     return [
         _LinearWithClassToken.apply(x, class_token, *of_part)
-        for x, *of_part in zip(made, *ways, *alone, strict=True)
+        for x, *of_part in zip(made, *of_tokens, *of_class, strict=True)
     ]
