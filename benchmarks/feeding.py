@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from contestants import shape
 from gpu import CLOCKS, QUICK, VARIANTS, Case, Contestant, made, stepping
-from measuring import RESULTS, Row, result_file, show, write_pictures, write_rows
+from measuring import Row, command_line, result_file, show, write_pictures, write_rows
 from torch import Tensor
 
 from cvt import image_processor
@@ -128,20 +128,13 @@ def measure(paths: list[Path], options: argparse.Namespace) -> Iterator[Row]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    summary, _, details = __doc__.partition("\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
+    parser = command_line(__doc__, on_gpu=True)
     parser.add_argument("--rate", type=float, help="images per second of the step")
     parser.add_argument("--quick", action="store_true", help="few pictures and a tiny model")
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=64, help="of the worker")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
     parser.add_argument("--turns", type=int, default=5, help="batches of each, at least")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
     options = parser.parse_args(arguments)
     if options.quick:
         options.pictures, options.batch_size, options.seconds, options.turns = 8, 4, 0.0, 2

@@ -49,12 +49,11 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from contestants import YARDSTICKS, Logits, build, shape
-from measuring import RESULTS, Row, per_image, result_file, show, some_of, write_rows
+from measuring import Row, command_line, per_image, result_file, show, some_of, write_rows
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -375,9 +374,7 @@ def measure(options: argparse.Namespace) -> Iterator[list[Row]]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    summary, _, details = __doc__.partition("\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
+    parser = command_line(__doc__, on_gpu=True)
     for name, choices in (
         ("--only", QUESTIONS),
         ("--variants", VARIANTS),
@@ -392,11 +389,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, default=math.inf, help="seconds, after which nothing is begun"
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.quick:
         parser.error("there is no GPU; --quick tries the program on a CPU")

@@ -39,8 +39,8 @@ import torch
 import transformers
 from contestants import CPU, OURS, REFERENCE, Contestant, build, opened, operations, shape
 from measuring import (
-    RESULTS,
     Row,
+    command_line,
     in_fresh_process,
     peak_memory,
     per_image,
@@ -306,9 +306,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
 
-    summary, _, details = __doc__.partition("\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
+    parser = command_line(__doc__)
     parser.add_argument(
         "--only",
         type=some_of(QUESTIONS),
@@ -332,8 +330,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--matrix-sizes", type=numbers, default=[512, 1024, 2048, 4096])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compiled", action="store_true", help="with torch.compile too")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
     options = parser.parse_args(arguments)
     if options.quick:
         options.variant, options.turns, options.seconds = "tiny", 2, 0.0

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from contestants import shape
 from inference import ratio, speed
-from measuring import RESULTS, Row, per_image, result_file, show, write_rows
+from measuring import Row, command_line, per_image, result_file, show, write_rows
 
 import cvt
 from cvt.benchmark import device_name, in_turns, middle
@@ -114,9 +114,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
 
-    summary, _, details = __doc__.partition("\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
+    parser = command_line(__doc__)
     parser.add_argument("--peer", metavar="PYTHON", required=True, help="of transformers 4")
     parser.add_argument("--variant", default="cvt-13", help="cvt-13, cvt-21 or cvt-w24")
     parser.add_argument("--quick", action="store_true", help="a tiny model, few and small images")
@@ -126,8 +124,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each model and batch size")
     parser.add_argument("--turns", type=int, default=12, help="of each contestant, at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
     options = parser.parse_args(arguments)
     if options.quick:
         options.variant, options.image_size = "tiny", 32

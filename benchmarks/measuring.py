@@ -49,6 +49,24 @@ def write_pictures(folder: Path, count: int, width: int, height: int, quality: i
     return paths
 
 
+def command_line(about: str, on_gpu: bool = False) -> argparse.ArgumentParser:
+    """The options of every benchmark, where it says what it is about.
+
+    Args:
+        about: its docstring, a question in the first line.
+        on_gpu: it runs on a GPU, too; there by default, where there is one.
+    """
+    summary, _, details = about.partition("\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
+    if on_gpu:
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--device", choices=("cpu", "cuda"), default=best)
+    return parser
+
+
 def some_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
     """For argparse: a list with commas of what there is to choose from."""
 

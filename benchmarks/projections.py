@@ -21,12 +21,11 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from contestants import shape
 from gpu import CLOCKS
-from measuring import RESULTS, Row, result_file, show, write_rows
+from measuring import Row, command_line, result_file, show, write_rows
 from torch import Tensor
 
 from cvt import kernels
@@ -41,7 +40,7 @@ COLUMNS = ("stage", "what", "how", "ms", "gb_per_second", "copy_share", "ratio")
 def of_kernels(attention: SelfAttention, x: Tensor, grid: tuple[int, int]) -> tuple[Runs, Row]:
     """The operator alone, forward and backward, and the bytes of both."""
     parts = kernels.parts_of(attention.projections)
-    taps = torch.stack([part.convolution.weight.detach().flatten(1).t() for part in parts])
+    taps = kernels.taps_of(part.convolution.weight.detach() for part in parts)
     bias = torch.zeros(3, x.shape[2], device=x.device)
     geometry = (*grid, parts[1].convolution.stride[0], True)
     *outputs, class_token, _ = kernels.convolve(x, taps, bias, *geometry)
@@ -123,20 +122,13 @@ def stage_rows(number: int, options: argparse.Namespace) -> list[Row]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    summary, _, details = __doc__.partition("\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
+    parser = command_line(__doc__, on_gpu=True)
     parser.add_argument("--variant", default="cvt-13", help="cvt-13, cvt-21 or cvt-w24")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each that takes turns")
     parser.add_argument("--turns", type=int, default=8, help="of each, at least")
     parser.add_argument("--quick", action="store_true", help="a tiny model on 2 small images")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.quick:
         parser.error("there is no GPU; --quick tries the program on a CPU")

@@ -18,13 +18,12 @@ Prints a table and writes it to `results/training-<processor>-torch<version>-<da
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
 from contestants import DTYPES, Logits, build, shape
-from measuring import RESULTS, in_fresh_process, peak_memory, result_file, write_rows
+from measuring import command_line, in_fresh_process, peak_memory, result_file, write_rows
 from torch import Tensor, nn
 
 import cvt
@@ -111,9 +110,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    summary, _, details = __doc__.partition("\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
+    parser = command_line(__doc__)
     parser.add_argument("--variant", default="cvt-13", help="cvt-13, cvt-21 or cvt-w24")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -121,8 +118,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="both models with torch.compile")
     parser.add_argument("--steps", type=int, default=20, help="of each model, after the warm-up")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
     return parser.parse_args(arguments)
 
 

@@ -149,7 +149,7 @@ class Projections(Operator):
 
     def __init__(self, parts: Sequence[kernels.Part], dtype: torch.dtype) -> None:
         folds = [fold(part.convolution, part.norm) for part in parts]
-        weight = torch.stack([weight.flatten(1).t() for weight, _ in folds])  # (3, K², C)
+        weight = kernels.taps_of(weight for weight, _ in folds)  # (3, K², C)
         bias = torch.stack([bias for _, bias in folds])  # (3, C)
         super().__init__(weight, bias, torch.promote_types(dtype, torch.float32))
         self.stride = parts[1].convolution.stride[0]

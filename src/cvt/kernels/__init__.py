@@ -19,6 +19,7 @@ from cvt.kernels.projection import (
     runs_on,
     set_projections,
 )
+from cvt.kernels.torch_projection import taps_of
 
 __all__ = [
     "BatchNorm",
@@ -35,5 +36,6 @@ __all__ = [
     "projections_as",
     "runs_on",
     "set_projections",
+    "taps_of",
     "with_dense_gradient",
 ]

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from cvt.kernels import torch_projection
 from cvt.kernels.operators import BatchNorm, DepthwiseConv
-from cvt.kernels.torch_projection import keys_shape
+from cvt.kernels.torch_projection import keys_shape, taps_of
 
 MODES = ("off", "auto", "torch")
 _mode = os.environ.get("CVT_PROJECTIONS", "off")
@@ -323,7 +323,7 @@ def project(
         return []
     tokens = tokens.contiguous()
     convolutions, norms, linears = zip(*parts, strict=True)
-    taps = torch.stack([convolution.weight.flatten(1).t() for convolution in convolutions])
+    taps = taps_of(convolution.weight for convolution in convolutions)
     taps = taps.to(torch.promote_types(taps.dtype, torch.float32))
     scale, shift, means = (
         torch.stack([getattr(norm, name) for norm in norms]).to(taps.dtype)

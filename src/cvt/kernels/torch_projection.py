@@ -1,6 +1,6 @@
 """The convolutions of `projection.py` in PyTorch's own operators."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,13 @@ def to_image(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     return tokens[:, tokens.shape[1] - size[0] * size[1] :].unflatten(1, size).permute(0, 3, 1, 2)
 
 
+def taps_of(weights: Iterable[Tensor]) -> Tensor:
+    """The weights (C, 1, K, K) of three depthwise convolutions as taps (3, K², C)."""
+    return torch.stack([weight.flatten(1).t() for weight in weights])
+
+
 def weights_of(taps: Tensor) -> list[Tensor]:
-    """Taps (3, K², C) as the weights (C, 1, K, K) of three depthwise convolutions."""
+    """The opposite."""
     side = int(taps.shape[1] ** 0.5)
     return [of.t().unflatten(1, (1, side, side)) for of in taps]
 
@@ -40,14 +45,14 @@ def forward(
     moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `projection.convolve` gives, but for class tokens."""
-    image, side = to_image(tokens, size).to(taps.dtype), int(taps.shape[1] ** 0.5)
+    image, weights = to_image(tokens, size).to(taps.dtype), weights_of(taps)
     keys = keys_shape(tokens.shape, size, stride)
     q, k, v = torch.empty_like(tokens), tokens.new_empty(keys), tokens.new_empty(keys)
     found = taps.new_empty(2 if moments else 0, 3, taps.shape[2])
     for i, (output, grid) in enumerate(zip((q, k, v), grids(size, stride), strict=True)):
-        weight, step = weights_of(taps)[i], stride if i else 1
+        step, padding = stride if i else 1, weights[i].shape[-1] // 2
         with torch.autocast(tokens.device.type, enabled=False):
-            made = F.conv2d(image, weight, bias[i], step, side // 2, groups=taps.shape[2])
+            made = F.conv2d(image, weights[i], bias[i], step, padding, groups=taps.shape[2])
         if moments:
             found[1, i], found[0, i] = torch.var_mean(made, (0, 2, 3), correction=0)
         to_image(output, grid).copy_(made)
@@ -65,22 +70,21 @@ def backward(
     moments: bool,
 ) -> tuple[Tensor, Tensor]:
     """What `projection.convolve_backward` gives, but for class tokens."""
-    image = to_image(tokens, size).to(taps.dtype)
-    side, C = int(taps.shape[1] ** 0.5), taps.shape[2]
-    dimage, dtaps, dbias = torch.zeros_like(image), [], []
+    image, weights, C = to_image(tokens, size).to(taps.dtype), weights_of(taps), taps.shape[2]
+    dimage, dweights, dbias = torch.zeros_like(image), [], []
     for i, grid in enumerate(grids(size, stride)):
         gradient = to_image(upstream[i], grid).to(taps.dtype)
         if moments:
             offset, slope = lines[i][..., None, None]  # (C, 1, 1) each
             gradient = gradient + offset + slope * to_image(outputs[i], grid)
-        weight, step = weights_of(taps)[i], stride if i else 1
+        step, padding = stride if i else 1, weights[i].shape[-1] // 2
         of_image, of_weight, of_bias = torch.ops.aten.convolution_backward(
-            *(gradient, image, weight, [C], [step, step], [side // 2, side // 2], [1, 1]),
+            *(gradient, image, weights[i], [C], [step, step], [padding, padding], [1, 1]),
             *(False, [0, 0], C, [True, True, True]),
         )
         dimage += of_image
-        dtaps.append(of_weight.flatten(1).t())
+        dweights.append(of_weight)
         dbias.append(of_bias[None])
     dtokens = torch.empty_like(tokens)
     to_image(dtokens, size).copy_(dimage)
-    return dtokens, torch.cat(dtaps + dbias)
+    return dtokens, torch.cat((taps_of(dweights).flatten(0, 1), *dbias))

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from cvt.kernels.torch_projection import keys_shape
+from cvt.kernels.torch_projection import grids, keys_shape
 
 if TorchVersion(triton.__version__) < "3.6":
     raise ImportError(f"the kernels need Triton 3.6 or newer, not {triton.__version__}")
@@ -335,7 +335,7 @@ class Launch:
     def __init__(self, tokens: Tensor, taps: Tensor, size: tuple[int, int], stride: int) -> None:
         assert all(tensor.is_contiguous() for tensor in (tokens, taps))
         N, C = tokens.shape[1:]
-        h, w = (-(-side // stride) for side in size)
+        _, _, (h, w) = grids(size, stride)
         channels = min(64, C & -C)  # a power of 2 that divides C
         at_once = 4 * 32 * WARPS // channels  # four channels of a cell for each thread
         cells, columns = len(tokens) * h * w, C // channels
