@@ -1,7 +1,12 @@
 import copy
 import io
 import itertools
+import multiprocessing
+import os
 import pickle
+import socket
+import sys
+from multiprocessing import resource_sharer
 
 import pytest
 import torch
@@ -11,7 +16,7 @@ from transformers import pipeline
 
 from cvt import CvtConfig
 from cvt.images import StoredImage
-from cvt.predict import Prediction, classify, find_images, predict, ranked, scores
+from cvt.predict import Prediction, answer_nothing, classify, find_images, predict, ranked, scores
 from cvt.runtime import open_runtime
 
 
@@ -145,6 +150,31 @@ def test_a_worker_without_shared_memory_is_an_error(classifier, processor, photo
     monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
     with pytest.raises(RuntimeError, match="no space"):
         list(classify(classifier, processor, [photos / "red" / "00.png"], workers=1))
+
+
+def lose_a_connection(start):
+    """As a worker does whose main process ends just when it fetches a batch."""
+    start(0)
+    shared = resource_sharer.DupFd(os.open(os.devnull, os.O_RDONLY))
+    for _ in range(3):
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(shared._id[0])
+    os.close(shared.detach())  # the thread that shares has met them all
+    thread = resource_sharer._resource_sharer._thread
+    sys.excepthook(RuntimeError, RuntimeError("another error"), None)
+    assert thread.is_alive()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no sockets of files")
+@pytest.mark.parametrize("start", [answer_nothing, int], ids=["ours", "torch"])
+def test_a_worker_whose_main_process_has_gone_is_silent(start, capfd):
+    process = multiprocessing.get_context("fork").Process(target=lose_a_connection, args=[start])
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    said = capfd.readouterr().err
+    assert "another error" in said
+    assert ("resource_sharer" in said) == (start is not answer_nothing)
 
 
 def test_a_batch_of_broken_images_is_reported(classifier, processor, broken):

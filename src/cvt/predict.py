@@ -3,12 +3,14 @@
 import glob
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, tee
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -133,7 +135,7 @@ def _prepared(
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=workers,
-            worker_init_fn=leave_group,
+            worker_init_fn=answer_nothing,
             generator=torch.Generator(),
         )
     else:
@@ -177,10 +179,22 @@ def _raise(error: ImageError) -> NoReturn:
     raise error
 
 
-def leave_group(worker: int) -> None:
-    """In a worker: what is sent to the group, as Ctrl-C is, the main process answers alone."""
+def answer_nothing(worker: int) -> None:
+    """In a worker: what ends a run, as Ctrl-C does, the main process answers alone.
+
+    What is sent to the group does not reach the worker, and of a batch that the main process was
+    fetching when it ended, multiprocessing's thread in the worker prints no traceback.
+    """
     if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
+    sys.excepthook = _hook_but_for_lost_connections
+
+
+def _hook_but_for_lost_connections(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _unchanged(prepared: Any) -> Any:

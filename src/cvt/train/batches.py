@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cvt.datasets import LabelledImages, StreamedImages
 from cvt.images import ImageError, Source, decode
-from cvt.predict import leave_group
+from cvt.predict import answer_nothing
 from cvt.train.recipe import Recipe
 from cvt.train.unfinished import Unfinished, View, together, undecoded
 
@@ -180,6 +180,6 @@ def batches(
         collate_fn=collate,
         num_workers=recipe.workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_group,
+        worker_init_fn=answer_nothing,
     )
     return iter(loader)
