@@ -340,7 +340,7 @@ def test_fsdp_trains_the_same():
 
 def test_transforms_of_functions_see_what_they_differentiate():
     """PyTorch would take the tangent of an operator of ours for zero."""
-    model = make(tiny())
+    model = make(tiny(hidden_act="quick_gelu"))
     model.set_attn_implementation("eager")
     found = []
     for mode in ("off", "torch"):

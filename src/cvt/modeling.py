@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cvt import hub, kernels
 from cvt.configuration import CvtConfig, StageConfig, check_queries
-from cvt.kernels import BatchNorm
+from cvt.kernels import BatchNorm, QuickGELU
 from cvt.losses import classification_loss
 
 # ------------------------------------------------------------------------------ elementary layers
@@ -54,15 +54,6 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).to(x.dtype)
-
-
-class QuickGELU(nn.Module):
-    """The sigmoid approximation of GELU, with which the released models were trained."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and not torch.compiler.is_compiling():
-            return kernels.QuickGELU.apply(x)
-        return x * torch.sigmoid(1.702 * x)
 
 
 class DropPath(nn.Module):
@@ -257,7 +248,7 @@ class Block(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor | None]:
         attended, weights = self.attention(self.layernorm_before(x), grid, output_attentions)
         x = x + self.drop_path(attended)
-        x = x + self.drop_path(self.output(self.intermediate(self.layernorm_after(x))))
+        x = x + self.drop_path(kernels.mlp(self.layernorm_after(x), self.intermediate, self.output))
         return x, weights
 
 

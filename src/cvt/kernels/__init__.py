@@ -7,6 +7,7 @@ from cvt.kernels.operators import (
     autocast,
     chunked_attention,
     chunks_pay,
+    mlp,
     with_dense_gradient,
 )
 from cvt.kernels.projection import (
@@ -30,6 +31,7 @@ __all__ = [
     "chunked_attention",
     "chunks_pay",
     "convolve",
+    "mlp",
     "parts_of",
     "project",
     "projections",

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+QUICK = 1.702  # QuickGELU is x · sigmoid(1.702 x)
 
 
 def is_cpu_bfloat16(x: Tensor) -> bool:
@@ -23,32 +26,118 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if x.dtype is torch.float32 else x
 
 
-class QuickGELU(torch.autograd.Function):
-    """x · sigmoid(1.702 x) as silu(1.702 x) / 1.702: `QuickGELU.apply(x)`.
+def is_bare(module: nn.Module) -> bool:
+    """Whether to call a module is to call the forward of its class, and nothing else."""
+    hooks = (
+        *(module._forward_pre_hooks, module._forward_hooks),
+        *(module._backward_pre_hooks, module._backward_hooks),
+    )
+    return not any(hooks) and "forward" not in vars(module)
+
+
+def is_autograd_alone() -> bool:
+    """Whether nothing looks on that knows PyTorch's own operators only.
+
+    Such are a tracer, whose compiler chooses itself what to keep, torch.func, and forward mode.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack()
+        or forward_ad._current_level >= 0
+    )
+
+
+def silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of silu(x) = x · sigmoid(x)."""
+    if torch.is_grad_enabled():  # PyTorch's operator has no gradient of its own
+        gate = torch.sigmoid(x)
+        return gradient * gate * (1 + x * (1 - gate))
+    return torch.ops.aten.silu_backward(gradient, x)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """x · sigmoid(1.702 x) as silu(1.702 x) / 1.702.
 
     Keeps `x` alone for the backward pass, where autograd would keep the sigmoid too.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        """The activation of `x`, of any shape."""
-        return F.silu(1.702 * x, inplace=True).div_(1.702)
+        return F.silu(QUICK * x, inplace=True).div_(QUICK)
 
     @staticmethod
-    def setup_context(context: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Keeps `x`."""
-        context.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:
-        """The gradient of `x`; the two constants cancel."""
-        x = 1.702 * context.saved_tensors[0]
-        if torch.is_grad_enabled():  # PyTorch's operator has no gradient of its own
-            gate = torch.sigmoid(x)
-            return gradient * gate * (1 + x * (1 - gate))
-        return torch.ops.aten.silu_backward(gradient, x)
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return silu_backward(gradient, QUICK * ctx.saved_tensors[0])  # the two constants cancel
+
+
+class QuickGELU(nn.Module):
+    """The sigmoid approximation of GELU, with which the released models were trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same."""
+        if x.requires_grad and is_autograd_alone():
+            return _QuickGELU.apply(x)
+        return x * torch.sigmoid(QUICK * x)
+
+
+class _ActivatedLinear(torch.autograd.Function):
+    """Linear(silu(x)), or of GELU, that keeps `x` alone and activates it again on the way back."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
+        return F.linear(F.silu(x) if silu else F.gelu(x), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, ctx.silu = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        backward = silu_backward if ctx.silu else torch.ops.aten.gelu_backward
+        of_x = backward(gradient @ weight, x)
+        of_weight, gradient = None, gradient.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            activated = F.silu(x) if ctx.silu else F.gelu(x)
+            of_weight = gradient.t() @ activated.flatten(0, -2)
+        return of_x, of_weight, gradient.sum(0), None
+
+
+def mlp(x: Tensor, expand: Any, contract: Any) -> Tensor:
+    """contract(expand(x)): in training, with less to keep and to move.
+
+    The activation is not kept for the backward pass but made again, and the constants of QuickGELU,
+    silu(1.702 x) / 1.702, go into the weights around it. Not so where there is dropout in between,
+    or something hangs on the modules or took their place; there they are called one by one.
+
+    Args:
+        x: (..., C).
+        expand: Linear `dense`, `activation` and `dropout`, of `cvt.modeling.Dense`.
+        contract: the same, without an activation.
+    """
+    inner, outer, quick = expand.dense, contract.dense, type(expand.activation) is QuickGELU
+    parts = (inner, expand.activation, outer, contract.activation)
+    kinds = [nn.Linear, QuickGELU if quick else nn.GELU, nn.Linear, nn.Identity]
+    if (
+        not (torch.is_grad_enabled() and is_autograd_alone())
+        or [type(part) for part in parts] != kinds
+        or not all(map(is_bare, (*parts, expand, expand.dropout, contract)))
+        or not (quick or expand.activation.approximate == "none")
+        or (expand.dropout.training and expand.dropout.p > 0)
+        or inner.bias is None
+        or outer.bias is None
+    ):
+        return contract(expand(x))
+    scale = QUICK if quick else 1
+    hidden = F.linear(x, scale * inner.weight, scale * inner.bias)
+    weight, bias = autocast(outer.weight / scale), autocast(outer.bias)
+    return contract.dropout(_ActivatedLinear.apply(hidden, weight, bias, quick))
 
 
 def with_dense_gradient(image: Tensor) -> Tensor:
