@@ -412,3 +412,29 @@ def test_the_benchmark_of_the_projections_tells_bandwidth_and_gain(load, tmp_pat
     assert backward / forward == pytest.approx(8 / 2.5, rel=0.01)
     with pytest.raises(SystemExit):
         projections.parse(["--device=cpu"])
+
+
+# ------------------------------------------------------------------------------ memory
+
+
+def test_the_memory_of_a_step_is_counted_for_all(load, tmp_path, capsys):
+    memory = load("memory")
+    rows = results(memory, tmp_path)
+    forms = ["", *memory.FORMS]
+    assert [row["form"] for row in rows] == 2 * forms
+    assert [row["model"] for row in rows] == 2 * ["transformers", *["cvt"] * 3]
+    assert [row["precision"] for row in rows] == [*["fp32"] * 4, *["bf16"] * 4]
+    theirs, ours, with_kernels, checkpointing = (float(row["peak_memory_mib"]) for row in rows[:4])
+    assert theirs >= ours >= with_kernels >= checkpointing > 0
+    assert rows[1]["share"] in capsys.readouterr().out
+
+
+def test_the_memory_of_our_step_is_that_of_its_profile(load):
+    memory = load("memory")
+    size = ("tiny", 64, 32)  # so many images that their activations are most of it
+    counted = memory.peak(size, "fp32", "cvt", "")
+    expected = profile(memory.shape("tiny"), 64, batch_size=32).training_bytes
+    assert counted == pytest.approx(expected, rel=0.02)
+    assert memory.peak(size, "bf16", "cvt", "") < 0.7 * counted
+    assert memory.peak(size, "fp32", "cvt", "kernels") < 0.98 * counted
+    assert memory.peak(size, "fp32", "cvt", "gradient checkpointing") < 0.7 * counted

@@ -1,0 +1,101 @@
+"""How much memory does a training step of CvT take, beside transformers' CvT?
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py --variants cvt-13,cvt-w24-384
+    python benchmarks/memory.py --quick    # a tiny model on 2 small images
+
+Nothing is allocated and no GPU is needed: an eager step on fake tensors, which have a shape and a
+type but no data, and the most bytes alive at a time, each storage once: images, weights, gradients,
+what AdamW remembers, all that is kept for the backward pass and what comes and goes. What a library
+takes for itself, and an allocator's gaps, are not in it.
+
+Contestants: transformers' CvT; timm's swin_tiny, convnext_tiny and pvt_v2_b2, beside cvt-13 at 224;
+ours, the same with the kernels of the projections (`set_projections`), and with gradient
+checkpointing. Precisions: fp32, and bf16 by a CPU's autocast. A GPU's autocast keeps LayerNorm and
+softmax in fp32 too, which adds to all of them, most to the softmax that transformers writes out.
+
+Prints a table and writes `results/memory-<processor>-torch<version>-<date>.csv`.
+"""
+
+import argparse
+import sys
+from itertools import product
+from unittest.mock import patch
+
+import torch
+from contestants import DTYPES, YARDSTICKS, Logits, build, shape
+from gpu import QUICK, VARIANTS
+from measuring import Row, command_line, result_file, show, some_of, write_rows
+from torch._subclasses import FakeTensorMode
+from training import training_step
+
+from cvt import kernels
+from cvt.benchmark import versions
+from cvt.profile import LiveMemory
+
+# Ours: how `set_projections` has the projections.
+FORMS = {"": "off", "kernels": "torch", "gradient checkpointing": "off"}
+COLUMNS = ("variant", "image_size", "batch_size", "precision", "model", "form")
+
+
+def peak(size: tuple[str, int, int], precision: str, name: str, form: str) -> int:
+    """The most bytes alive at a time in training steps of a model."""
+    variant, pixels, batch = size
+    with torch.device("meta"):
+        model = build(name, shape(variant))
+    with (
+        # On a GPU nothing is chosen for the speed of a CPU's bfloat16.
+        patch("cvt.kernels.operators.is_cpu_bfloat16", lambda x: False),
+        kernels.projections_as(FORMS[form]),
+        FakeTensorMode(allow_non_fake_inputs=True),
+    ):
+        model.to_empty(device="cpu")
+        if form == "gradient checkpointing":
+            model.gradient_checkpointing_enable()
+        images = torch.empty(batch, 3, pixels, pixels)
+        step = training_step(model, Logits(model), images, DTYPES[precision])
+        with LiveMemory([*model.state_dict().values(), images]) as memory:
+            step()
+            step()  # now AdamW remembers
+    return memory.peak
+
+
+def rows_of(size: tuple[str, int, int], precision: str) -> list[Row]:
+    """A row for each contestant."""
+    others = YARDSTICKS if size == VARIANTS["cvt-13"] else ()
+    contestants = [*((name, "") for name in ("transformers", *others)), *product(["cvt"], FORMS)]
+    peaks = {contestant: peak(size, precision, *contestant) for contestant in contestants}
+    return [
+        dict(zip(COLUMNS, (*size, precision, *contestant), strict=True))
+        | {
+            "peak_memory_mib": f"{bytes_ / 2**20:.0f}",
+            "share": f"{bytes_ / peaks['transformers', '']:.3f}",
+        }
+        for contestant, bytes_ in peaks.items()
+    ]
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = command_line(__doc__)
+    choices = ", ".join(VARIANTS)
+    parser.add_argument(
+        "--variants", type=some_of(VARIANTS), default=VARIANTS, help=f"of {choices}"
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny model on 2 small images")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Counts, prints, writes."""
+    name = "memory-quick" if options.quick else "memory"
+    path = result_file(options.results, name, "cpu", options.overwrite)
+    sizes = [QUICK] if options.quick else [VARIANTS[name] for name in options.variants]
+    rows = [row for size, how in product(sizes, DTYPES) for row in rows_of(size, how)]
+    show(rows)
+    about = versions(("torch", "transformers", "timm", "cvt"))
+    write_rows(path, [row | about for row in rows], "w" if options.overwrite else "x")
+
+
+if __name__ == "__main__":
+    run(parse(sys.argv[1:]))
