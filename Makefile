@@ -7,10 +7,13 @@ BIN := .venv/bin
 demo: .venv/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
 	$(BIN)/python examples/digits/demo.py --output runs/demo
 
+# The longest part first; two of them at a time.
 test: .venv/dev.stamp  ## every test that needs no GPU and no network; Keras' on every backend
+	$(MAKE) --jobs 2 --output-sync test-torch test-tensorflow test-gpu_kernels \
+	  $(addprefix test-keras-,jax tensorflow torch)
+
+test-torch: .venv/dev.stamp
 	$(BIN)/pytest --ignore tests/keras --ignore tests/tensorflow --ignore tests/gpu_kernels
-	$(MAKE) --jobs 2 --output-sync \
-	  test-tensorflow test-gpu_kernels $(addprefix test-keras-,jax tensorflow torch)
 
 test-tensorflow test-gpu_kernels: test-%: .venv/dev.stamp
 	$(BIN)/pytest tests/$*
