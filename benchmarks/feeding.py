@@ -30,7 +30,16 @@ from typing import Any
 import torch
 from contestants import shape
 from gpu import CLOCKS, QUICK, VARIANTS, Case, Contestant, made, stepping
-from measuring import Row, command_line, result_file, show, write_pictures, write_rows
+from measuring import (
+    Row,
+    command_line,
+    count,
+    duration,
+    result_file,
+    show,
+    write_pictures,
+    write_rows,
+)
 from torch import Tensor
 
 from cvt import image_processor
@@ -129,12 +138,12 @@ def measure(paths: list[Path], options: argparse.Namespace) -> Iterator[Row]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = command_line(__doc__, on_gpu=True)
-    parser.add_argument("--rate", type=float, help="images per second of the step")
+    parser.add_argument("--rate", type=count, help="images per second of the step")
     parser.add_argument("--quick", action="store_true", help="few pictures and a tiny model")
-    parser.add_argument("--pictures", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=64, help="of the worker")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
-    parser.add_argument("--turns", type=int, default=5, help="batches of each, at least")
+    parser.add_argument("--pictures", type=count, default=512)
+    parser.add_argument("--batch-size", type=count, default=64, help="of the worker")
+    parser.add_argument("--seconds", type=duration, default=10.0, help="of each measurement")
+    parser.add_argument("--turns", type=count, default=5, help="batches of each, at least")
     options = parser.parse_args(arguments)
     if options.quick:
         options.pictures, options.batch_size, options.seconds, options.turns = 8, 4, 0.0, 2

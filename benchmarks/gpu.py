@@ -53,7 +53,17 @@ from typing import Any, NamedTuple
 
 import torch
 from contestants import YARDSTICKS, Logits, build, shape
-from measuring import Row, command_line, per_image, result_file, show, some_of, write_rows
+from measuring import (
+    Row,
+    command_line,
+    count,
+    duration,
+    per_image,
+    result_file,
+    show,
+    some_of,
+    write_rows,
+)
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -384,10 +394,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             name, type=some_of(choices), default=list(choices), help=f"of {', '.join(choices)}"
         )
     parser.add_argument("--quick", action="store_true", help="a tiny model on 2 small images")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each contestant's turns")
-    parser.add_argument("--turns", type=int, default=8, help="of each contestant, at least")
+    parser.add_argument("--seconds", type=duration, default=3.0, help="of each contestant's turns")
+    parser.add_argument("--turns", type=count, default=8, help="of each contestant, at least")
     parser.add_argument(
-        "--budget", type=float, default=math.inf, help="seconds, after which nothing is begun"
+        "--budget", type=duration, default=math.inf, help="seconds, after which nothing is begun"
     )
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.quick:

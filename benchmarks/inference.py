@@ -39,8 +39,12 @@ import torch
 import transformers
 from contestants import CPU, OURS, REFERENCE, Contestant, build, opened, operations, shape
 from measuring import (
+    SHAPES,
     Row,
     command_line,
+    count,
+    counts,
+    duration,
     in_fresh_process,
     peak_memory,
     per_image,
@@ -302,10 +306,6 @@ def measure(options: argparse.Namespace, work: Path) -> Iterator[list[Row]]:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-
-    def numbers(text: str) -> list[int]:
-        return [int(number) for number in text.split(",")]
-
     parser = command_line(__doc__)
     parser.add_argument(
         "--only",
@@ -313,22 +313,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         default=list(QUESTIONS),
         help=f"of {', '.join(QUESTIONS)}",
     )
-    parser.add_argument("--variant", default="cvt-13", help="cvt-13, cvt-21 or cvt-w24")
+    parser.add_argument("--variant", choices=SHAPES, default="cvt-13")
     parser.add_argument("--quick", action="store_true", help="a tiny model, few and small images")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-sizes", type=numbers, default=[1, 32])
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each model and batch size")
-    parser.add_argument("--turns", type=int, default=8, help="of each contestant, at least")
+    parser.add_argument("--image-size", type=count, default=224)
+    parser.add_argument("--batch-sizes", type=counts, default=[1, 32])
+    parser.add_argument(
+        "--seconds", type=duration, default=5.0, help="of each model and batch size"
+    )
+    parser.add_argument("--turns", type=count, default=8, help="of each contestant, at least")
     parser.add_argument(
         "--large-sizes",
-        type=numbers,
+        type=counts,
         default=[1024, 512, 1448, 2048],
         help="the image of the question memory, then those that only ours are given",
     )
-    parser.add_argument("--images", type=int, default=256, help="of the folder")
-    parser.add_argument("--folder-batch-sizes", type=numbers, default=[1, 8, 32])
-    parser.add_argument("--matrix-sizes", type=numbers, default=[512, 1024, 2048, 4096])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--images", type=count, default=256, help="of the folder")
+    parser.add_argument("--folder-batch-sizes", type=counts, default=[1, 8, 32])
+    parser.add_argument("--matrix-sizes", type=counts, default=[512, 1024, 2048, 4096])
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     parser.add_argument("--compiled", action="store_true", help="with torch.compile too")
     options = parser.parse_args(arguments)
     if options.quick:

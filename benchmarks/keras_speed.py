@@ -37,7 +37,18 @@ from typing import Any, NamedTuple
 import torch
 from contestants import shape
 from inference import ratio, speed
-from measuring import Row, command_line, per_image, result_file, show, write_rows
+from measuring import (
+    SHAPES,
+    Row,
+    command_line,
+    count,
+    counts,
+    duration,
+    per_image,
+    result_file,
+    show,
+    write_rows,
+)
 
 import cvt
 from cvt.benchmark import device_name, in_turns, middle
@@ -110,20 +121,18 @@ def measure(workers: dict[str, Worker], options: argparse.Namespace) -> Iterator
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-
-    def numbers(text: str) -> list[int]:
-        return [int(number) for number in text.split(",")]
-
     parser = command_line(__doc__)
     parser.add_argument("--peer", metavar="PYTHON", required=True, help="of transformers 4")
-    parser.add_argument("--variant", default="cvt-13", help="cvt-13, cvt-21 or cvt-w24")
+    parser.add_argument("--variant", choices=SHAPES, default="cvt-13")
     parser.add_argument("--quick", action="store_true", help="a tiny model, few and small images")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-sizes", type=numbers, default=[1, 32], help="of inference")
-    parser.add_argument("--training-batch-size", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each model and batch size")
-    parser.add_argument("--turns", type=int, default=12, help="of each contestant, at least")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--image-size", type=count, default=224)
+    parser.add_argument("--batch-sizes", type=counts, default=[1, 32], help="of inference")
+    parser.add_argument("--training-batch-size", type=count, default=16)
+    parser.add_argument(
+        "--seconds", type=duration, default=5.0, help="of each model and batch size"
+    )
+    parser.add_argument("--turns", type=count, default=12, help="of each contestant, at least")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     if options.quick:
         options.variant, options.image_size = "tiny", 32

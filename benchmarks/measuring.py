@@ -8,6 +8,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from transformers.models.cvt import modeling_cvt as port
 
 from cvt import CvtConfig
 from cvt.benchmark import Turns, device_name
+from cvt.configuration import VARIANTS
 
+SHAPES = (*VARIANTS, "tiny")  # of a model
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, object]
 
@@ -59,12 +62,49 @@ def command_line(about: str, on_gpu: bool = False) -> argparse.ArgumentParser:
     summary, _, details = about.partition("\n")
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=formatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--results", type=results_folder, default=RESULTS, help="where the csv file goes"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a result of today")
     if on_gpu:
         best = "cuda" if torch.cuda.is_available() else "cpu"
-        parser.add_argument("--device", choices=("cpu", "cuda"), default=best)
+        parser.add_argument("--device", type=present_device, choices=("cpu", "cuda"), default=best)
     return parser
+
+
+def results_folder(text: str) -> Path:
+    """For argparse: a folder that is there or can be made."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is no folder")
+    return path
+
+
+def present_device(text: str) -> str:
+    """For argparse: a device, if it is there."""
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("there is no GPU")
+    return text
+
+
+def count(text: str) -> int:
+    """For argparse: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """For argparse: some of these, with commas."""
+    return [count(number) for number in text.split(",")]
+
+
+def duration(text: str) -> float:
+    """For argparse: a number from 0 on, be it infinite."""
+    with suppress(ValueError):
+        if float(text) >= 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
 
 
 def some_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
@@ -72,7 +112,7 @@ def some_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
 
     def parse(text: str) -> list[str]:
         if unknown := set(text.split(",")) - set(choices):
-            names = f"{', '.join(sorted(unknown))} is none of {', '.join(choices)}"
+            names = f"{', '.join(map(repr, sorted(unknown)))} is none of {', '.join(choices)}"
             raise argparse.ArgumentTypeError(names)
         return text.split(",")
 

@@ -11,21 +11,24 @@ takes for itself, and an allocator's gaps, are not in it.
 
 Contestants: transformers' CvT; timm's swin_tiny, convnext_tiny and pvt_v2_b2, beside cvt-13 at 224;
 ours, the same with the kernels of the projections (`set_projections`), and with gradient
-checkpointing. Precisions: fp32, and bf16 by a CPU's autocast. A GPU's autocast keeps LayerNorm and
-softmax in fp32 too, which adds to all of them, most to the softmax that transformers writes out.
+checkpointing. Precisions: fp32, and bf16 by autocast, as a GPU's: LayerNorm and softmax in fp32.
 
 Prints a table and writes `results/memory-<processor>-torch<version>-<date>.csv`.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from contestants import DTYPES, YARDSTICKS, Logits, build, shape
 from gpu import QUICK, VARIANTS
 from measuring import Row, command_line, result_file, show, some_of, write_rows
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from training import training_step
 
@@ -38,6 +41,16 @@ FORMS = {"": "off", "kernels": "torch", "gradient checkpointing": "off"}
 COLUMNS = ("variant", "image_size", "batch_size", "precision", "model", "form")
 
 
+def in_fp32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """What autocast computes in fp32 on a GPU, and on a CPU does not."""
+
+    def computed(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        x = x.float() if torch.is_autocast_enabled("cpu") else x
+        return function(x, *arguments, **options)
+
+    return computed
+
+
 def peak(size: tuple[str, int, int], precision: str, name: str, form: str) -> int:
     """The most bytes alive at a time in training steps of a model."""
     variant, pixels, batch = size
@@ -48,10 +61,13 @@ def peak(size: tuple[str, int, int], precision: str, name: str, form: str) -> in
         patch("cvt.kernels.operators.is_cpu_bfloat16", lambda x: False),
         kernels.projections_as(FORMS[form]),
         FakeTensorMode(allow_non_fake_inputs=True),
+        patch.object(F, "layer_norm", in_fp32(F.layer_norm)),
+        patch.object(F, "softmax", in_fp32(F.softmax)),
+        patch.object(Tensor, "softmax", in_fp32(Tensor.softmax)),
     ):
         model.to_empty(device="cpu")
         if form == "gradient checkpointing":
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         images = torch.empty(batch, 3, pixels, pixels)
         step = training_step(model, Logits(model), images, DTYPES[precision])
         with LiveMemory([*model.state_dict().values(), images]) as memory:
@@ -68,7 +84,7 @@ def rows_of(size: tuple[str, int, int], precision: str) -> list[Row]:
     return [
         dict(zip(COLUMNS, (*size, precision, *contestant), strict=True))
         | {
-            "peak_memory_mib": f"{bytes_ / 2**20:.0f}",
+            "peak_memory_mib": f"{bytes_ / 2**20:.1f}",
             "share": f"{bytes_ / peaks['transformers', '']:.3f}",
         }
         for contestant, bytes_ in peaks.items()

@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from contestants import shape
 from gpu import CLOCKS
-from measuring import Row, command_line, result_file, show, write_rows
+from measuring import SHAPES, Row, command_line, count, duration, result_file, show, write_rows
 from torch import Tensor
 
 from cvt import kernels
@@ -123,11 +123,11 @@ def stage_rows(number: int, options: argparse.Namespace) -> list[Row]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = command_line(__doc__, on_gpu=True)
-    parser.add_argument("--variant", default="cvt-13", help="cvt-13, cvt-21 or cvt-w24")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each that takes turns")
-    parser.add_argument("--turns", type=int, default=8, help="of each, at least")
+    parser.add_argument("--variant", choices=SHAPES, default="cvt-13")
+    parser.add_argument("--image-size", type=count, default=224)
+    parser.add_argument("--batch-size", type=count, default=256)
+    parser.add_argument("--seconds", type=duration, default=1.0, help="of each that takes turns")
+    parser.add_argument("--turns", type=count, default=8, help="of each, at least")
     parser.add_argument("--quick", action="store_true", help="a tiny model on 2 small images")
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.quick:

@@ -23,7 +23,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 from contestants import DTYPES, Logits, build, shape
-from measuring import command_line, in_fresh_process, peak_memory, result_file, write_rows
+from measuring import (
+    SHAPES,
+    command_line,
+    count,
+    in_fresh_process,
+    peak_memory,
+    result_file,
+    write_rows,
+)
 from torch import Tensor, nn
 
 import cvt
@@ -111,13 +119,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = command_line(__doc__)
-    parser.add_argument("--variant", default="cvt-13", help="cvt-13, cvt-21 or cvt-w24")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--variant", choices=SHAPES, default="cvt-13")
+    parser.add_argument("--image-size", type=count, default=224)
+    parser.add_argument("--batch-size", type=count, default=16)
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
     parser.add_argument("--compile", action="store_true", help="both models with torch.compile")
-    parser.add_argument("--steps", type=int, default=20, help="of each model, after the warm-up")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--steps", type=count, default=20, help="of each model, after the warm-up")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     return parser.parse_args(arguments)
 
 

@@ -417,24 +417,68 @@ def test_the_benchmark_of_the_projections_tells_bandwidth_and_gain(load, tmp_pat
 # ------------------------------------------------------------------------------ memory
 
 
-def test_the_memory_of_a_step_is_counted_for_all(load, tmp_path, capsys):
+def test_the_memory_of_a_step_is_counted_for_all(load, tmp_path, monkeypatch, capsys):
     memory = load("memory")
-    rows = results(memory, tmp_path)
-    forms = ["", *memory.FORMS]
-    assert [row["form"] for row in rows] == 2 * forms
-    assert [row["model"] for row in rows] == 2 * ["transformers", *["cvt"] * 3]
-    assert [row["precision"] for row in rows] == [*["fp32"] * 4, *["bf16"] * 4]
-    theirs, ours, with_kernels, checkpointing = (float(row["peak_memory_mib"]) for row in rows[:4])
-    assert theirs >= ours >= with_kernels >= checkpointing > 0
-    assert rows[1]["share"] in capsys.readouterr().out
+    sizes = {"transformers": 2**22, "cvt": 3 * 2**20}
+
+    def peak(size, precision, name, form):
+        return sizes.get(name, 2**20)
+
+    monkeypatch.setattr(memory, "peak", peak)
+    memory.run(memory.parse([f"--results={tmp_path}", "--variants=cvt-13,cvt-21"]))
+    with next(tmp_path.iterdir()).open() as file:
+        rows = list(csv.DictReader(file))
+    ours = [("cvt", form) for form in memory.FORMS]
+    others = [(name, "") for name in memory.YARDSTICKS]
+    of_cvt_13, of_cvt_21 = [("transformers", ""), *others, *ours], [("transformers", ""), *ours]
+    assert [(row["model"], row["form"]) for row in rows] == 2 * of_cvt_13 + 2 * of_cvt_21
+    assert {row["variant"] for row in rows[:14]} == {"cvt-13"}
+    assert [row["precision"] for row in rows[:14]] == [*["fp32"] * 7, *["bf16"] * 7]
+    assert {(row["image_size"], row["batch_size"]) for row in rows} == {("224", "256")}
+    for row in rows:
+        expected = {"transformers": ("4.0", "1.000"), "cvt": ("3.0", "0.750")}
+        found = row["peak_memory_mib"], row["share"]
+        assert found == expected.get(row["model"], ("1.0", "0.250"))
+    assert "0.750" in capsys.readouterr().out
 
 
 def test_the_memory_of_our_step_is_that_of_its_profile(load):
     memory = load("memory")
     size = ("tiny", 64, 32)  # so many images that their activations are most of it
     counted = memory.peak(size, "fp32", "cvt", "")
+    assert counted < memory.peak(size, "fp32", "transformers", "")
     expected = profile(memory.shape("tiny"), 64, batch_size=32).training_bytes
     assert counted == pytest.approx(expected, rel=0.02)
     assert memory.peak(size, "bf16", "cvt", "") < 0.7 * counted
     assert memory.peak(size, "fp32", "cvt", "kernels") < 0.98 * counted
     assert memory.peak(size, "fp32", "cvt", "gradient checkpointing") < 0.7 * counted
+
+
+# ------------------------------------------------------------------------------ wrong usage
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        ("gpu", ["--quick", "--device=cuda"], "--device: there is no GPU"),
+        ("gpu", ["--quick", "--budget=-1"], "--budget: '-1' is no number from 0 on"),
+        ("gpu", ["--quick", "--budget=nan"], "--budget: 'nan' is no number from 0 on"),
+        ("gpu", ["--quick", "--variants=cvt-13,"], "--variants: '' is none of cvt-13,"),
+        ("memory", ["--variants=cvt-1"], "--variants: 'cvt-1' is none of cvt-13,"),
+        ("memory", ["--results=pyproject.toml"], "--results: pyproject.toml is no folder"),
+        ("training", ["--variant=cvt-1"], "--variant: invalid choice: 'cvt-1'"),
+        ("training", ["--batch-size=0"], "--batch-size: '0' is no whole number from 1 on"),
+        ("projections", ["--turns=two"], "--turns: 'two' is no whole number from 1 on"),
+        ("inference", ["--batch-sizes=1,,2"], "--batch-sizes: '' is no whole number from 1 on"),
+        ("feeding", ["--rate=0"], "--rate: '0' is no whole number from 1 on"),
+    ],
+)
+def test_wrong_usage_is_answered_by_the_name_of_the_option(
+    load, monkeypatch, capsys, program, arguments, message
+):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        load(program).parse(arguments)
+    assert end.value.code == 2
+    assert f"error: argument {message}" in capsys.readouterr().err

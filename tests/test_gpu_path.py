@@ -302,12 +302,13 @@ def test_flash_attention_takes_queries_keys_and_values_as_they_are(trace):
 
 
 @pytest.mark.parametrize("kind", ["cvt-13", "no class token"])
-@pytest.mark.parametrize(("projections", "most"), [("off", 31.1), ("torch", 28.1)])
+@pytest.mark.parametrize(("projections", "most"), [("off", 39.1), ("torch", 36.1)])
 def test_a_block_keeps_few_bytes_for_the_backward_pass(kind, projections, most):
     """Per number of its tokens, where there are a quarter as many keys as queries.
 
     LayerNorms: what they read, 4 + 4, and wrote, 2 + 2. Query: convolved 2, normalised 2, projected
-    2; key and value a quarter of it each, 3. Attention: 2. MLP: hidden layer 8.
+    2; key and value a quarter of it each, 3. Attention: 2. MLP: hidden layer 8, its activation
+    8, which is made again instead where nobody looks, as here, at what is kept.
     In one pass, what is normalised is not there: 3 less.
     """
     trace = traced(kind, "train", projections)

@@ -1,5 +1,7 @@
 """The fast operators compute what PyTorch's own do."""
 
+import io
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch.autograd import forward_ad
 
 from cvt import kernels
 from cvt.modeling import Dense, eager_attention
+from cvt.profile import LiveMemory
 
 
 def random(*shape, dtype=torch.bfloat16, seed=0):
@@ -41,132 +44,146 @@ def test_quick_gelu_has_gradients_by_sample():
     torch.testing.assert_close(torch.func.vmap(gradient)(x), rows)
 
 
-def halves(activation="quick_gelu", dropout=0.0, dtype=torch.float64):
-    """The two halves of an MLP from 4 channels to 4."""
+def mlp(activation="quick_gelu", dropout=0.0, dtype=torch.float64):
+    """An MLP from 4 channels to 4."""
     torch.manual_seed(0)
-    return [half.to(dtype) for half in (Dense(4, 8, dropout, activation), Dense(8, 4, dropout, ""))]
+    halves = Dense(4, 8, dropout, activation), Dense(8, 4, dropout)
+    return nn.Sequential(*halves).to(dtype)
 
 
-def one_by_one(x, expand, contract):
-    return contract(expand(x))
+def plain(modules):
+    """The same function of the same weights, by PyTorch's own operators."""
+    expand, contract = modules
+    quick = isinstance(expand.activation, kernels.QuickGELU)
+    activation = (lambda x: x * torch.sigmoid(1.702 * x)) if quick else F.gelu
+    return lambda x: contract.dense(activation(expand.dense(x)))
 
 
-def kept(compute, x, *modules):
-    """The activations, in numbers, that autograd keeps of what is computed."""
-    tensors = {}
-
-    def pack(tensor):
-        if tensor.shape[:-1].numel() == x.shape[:-1].numel():
-            tensors[tensor.untyped_storage().data_ptr()] = tensor  # alive, so no address is reused
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        compute(x, *modules)
-    return sum(tensor.numel() for tensor in tensors.values())
+def kept(compute, x, weights):
+    """Numbers that live on behind what is computed."""
+    with LiveMemory([x, *weights]) as memory:
+        before = memory.live
+        made = compute(x)
+    return (memory.live - before) // x.element_size() - made.numel()
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+ACTIVATIONS = pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+
+
+@ACTIVATIONS
 def test_an_mlp_keeps_no_activation_and_computes_the_same(activation):
-    expand, contract = halves(activation)
-    x = random(2, 3, 4, dtype=torch.float64)
+    modules, x = mlp(activation), random(2, 3, 4, dtype=torch.float64)
+    weights = list(modules.parameters())
 
     def results(compute):
-        weights = [*expand.parameters(), *contract.parameters()]
-        return with_gradients(lambda x, *_: compute(x, expand, contract), x, *weights)
+        return with_gradients(lambda x, *_: compute(x), x, *weights)
 
-    torch.testing.assert_close(results(kernels.mlp), results(one_by_one), rtol=1e-12, atol=1e-14)
-    assert kept(kernels.mlp, x, expand, contract) == 2 * 3 * (4 + 8)
-    assert kept(one_by_one, x, expand, contract) == 2 * 3 * (4 + 8 + 8)
+    torch.testing.assert_close(results(modules), results(plain(modules)), rtol=1e-12, atol=1e-14)
+    assert kept(modules, x, weights) == 2 * 3 * 8
+    assert kept(plain(modules), x, weights) >= 2 * 3 * (8 + 8)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-def test_an_mlp_has_second_gradients(activation):
-    x, modules = random(3, 4, dtype=torch.float64), halves(activation)
-    assert torch.autograd.gradcheck(lambda x: kernels.mlp(x, *modules), x)
-    assert torch.autograd.gradgradcheck(lambda x: kernels.mlp(x, *modules), x)
+@ACTIVATIONS
+def test_an_mlp_has_second_gradients_and_batched_ones(activation):
+    x, modules = random(3, 4, dtype=torch.float64), mlp(activation)
+    assert torch.autograd.gradcheck(modules, x, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(modules, x)
+    weight = modules[1].dense.weight
+    norms = [
+        torch.autograd.grad(compute(x).square().sum(), x, create_graph=True)[0].square().sum()
+        for compute in (modules, plain(modules))
+    ]
+    torch.testing.assert_close(*(torch.autograd.grad(norm, (x, weight)) for norm in norms))
 
 
 def test_an_mlp_has_gradients_by_sample():
-    modules, x = halves(), random(3, 2, 4, dtype=torch.float64)
-    gradient = torch.func.grad(lambda image: kernels.mlp(image, *modules).square().sum())
+    modules, x = mlp(), random(3, 2, 4, dtype=torch.float64)
+    gradient = torch.func.grad(lambda image: modules(image).square().sum())
     images = torch.stack([gradient(image) for image in x])
     torch.testing.assert_close(torch.func.vmap(gradient)(x), images)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@ACTIVATIONS
 def test_an_mlp_has_tangents(activation):
-    modules, x = halves(activation), random(3, 4, dtype=torch.float64)
+    modules, x = mlp(activation), random(3, 4, dtype=torch.float64)
     with forward_ad.dual_level():
-        made = kernels.mlp(forward_ad.make_dual(x, torch.ones_like(x)), *modules)
+        made = modules(forward_ad.make_dual(x, torch.ones_like(x)))
         tangent = forward_ad.unpack_dual(made).tangent
-    jacobian = torch.autograd.functional.jacobian(lambda x: one_by_one(x, *modules), x)
+    jacobian = torch.autograd.functional.jacobian(plain(modules), x)
     torch.testing.assert_close(tangent, jacobian.sum((2, 3)))
 
 
-def test_an_mlp_under_autocast_is_as_exact_as_its_modules():
-    exact = random(2, 3, 4, dtype=torch.float64)
-    expected = with_gradients(lambda x: one_by_one(x, *halves()), exact)
-    modules = halves(dtype=torch.float32)
+def test_an_mlp_under_autocast_is_as_exact_as_pytorchs():
+    exact, modules = random(2, 3, 4, dtype=torch.float64), mlp()
+    expected = with_gradients(plain(modules), exact)
+    modules.float()
 
-    def error(compute):
+    def errors(compute):
         with torch.autocast("cpu", torch.bfloat16):
-            actual = with_gradients(
-                lambda x: compute(x, *modules), exact.detach().bfloat16().requires_grad_()
-            )
+            actual = with_gradients(compute, exact.detach().bfloat16().requires_grad_())
         assert {tensor.dtype for tensor in actual} == {torch.bfloat16}
         return [(a - e).norm() / e.norm() for a, e in zip(actual, expected, strict=True)]
 
-    for ours, plain in zip(error(kernels.mlp), error(one_by_one), strict=True):
-        assert ours < max(1.5 * plain, 0.01)
+    for ours, theirs in zip(errors(modules), errors(plain(modules)), strict=True):
+        assert ours < max(1.5 * theirs, 0.01)
 
 
-@pytest.mark.parametrize("frozen", [0, 1], ids=["expand", "contract"])
-def test_frozen_weights_of_an_mlp_get_no_gradient(frozen):
-    modules = halves()
-    modules[frozen].requires_grad_(False)
-    kernels.mlp(random(2, 3, 4, dtype=torch.float64), *modules).sum().backward()
-    for i, module in enumerate(modules):
-        assert all((weight.grad is None) == (i == frozen) for weight in module.parameters())
+def test_hooks_on_an_mlp_see_and_change_what_passes():
+    modules, x, seen = mlp(), random(2, 3, 4, dtype=torch.float64), []
+    expected = plain(modules)(x)
+    for module in modules.modules():
+        module.register_forward_hook(lambda module, args, output: seen.append(module))
+    torch.testing.assert_close(modules(x), expected)
+    assert len(seen) == len(list(modules.modules()))
+
+    modules[0].register_forward_hook(lambda module, args, output: 2 * output)
+    expand, contract = modules
+    hidden = expand.dense(x)
+    changed = contract.dense(2 * hidden * torch.sigmoid(1.702 * hidden))
+    upstream = torch.ones_like(changed)
+    torch.testing.assert_close(
+        torch.autograd.grad(modules(x), contract.dense.weight, upstream),
+        torch.autograd.grad(changed, contract.dense.weight, upstream),
+    )
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda expand, contract: expand.register_forward_hook(lambda *args: 2 * args[-1]),
-        lambda expand, contract: expand.dense.register_forward_hook(lambda *args: 2 * args[-1]),
-        lambda expand, contract: expand.activation.register_forward_hook(lambda *a: 2 * a[-1]),
-        lambda expand, contract: contract.register_forward_pre_hook(lambda _, args: 2 * args[0]),
-        lambda expand, contract: contract.dense.register_forward_hook(lambda *args: 2 * args[-1]),
-        lambda expand, contract: contract.dropout.register_forward_hook(lambda *a: 2 * a[-1]),
-        lambda expand, contract: setattr(expand, "activation", nn.SiLU()),
-        lambda expand, contract: setattr(expand, "activation", nn.GELU(approximate="tanh")),
-        lambda expand, contract: setattr(contract, "activation", nn.SiLU()),
-        lambda expand, contract: setattr(contract.dense, "forward", torch.tanh),
-        lambda expand, contract: setattr(expand.dense, "bias", None),
-        lambda expand, contract: setattr(contract.dense, "bias", None),
-        lambda expand, contract: nn.utils.parametrizations.weight_norm(contract.dense),
-        lambda expand, contract: setattr(expand, "dense", nn.Sequential(expand.dense, nn.Tanh())),
-    ],
-)
-def test_what_hangs_on_an_mlp_or_took_a_place_in_it_is_heeded(change):
-    expand, contract = halves()
-    x = random(2, 3, 4, dtype=torch.float64)
-    change(expand, contract)
-    expected = one_by_one(x, expand, contract)
-    torch.testing.assert_close(kernels.mlp(x, expand, contract), expected)
+@ACTIVATIONS
+def test_an_activation_that_was_changed_in_place_is_kept(activation):
+    modules, x = mlp(activation), random(2, 3, 4, dtype=torch.float64)
+    modules[0].register_forward_hook(lambda module, args, output: output.mul_(2))
+    modules(x).sum().backward()
+    activated = modules[0](x).detach()
+    expected = activated.flatten(0, 1).sum(0).expand(4, 8)
+    torch.testing.assert_close(modules[1].dense.weight.grad, expected)
 
 
-def test_an_mlp_drops_what_its_modules_drop():
-    expand, contract = halves(dropout=0.5)
-    x = random(2, 3, 4, dtype=torch.float64)
-    for _ in range(2):
-        for module in (expand, contract):
-            module.train(not module.training)
-        found = []
-        for compute in (kernels.mlp, one_by_one):
-            torch.manual_seed(1)
-            found.append(compute(x, expand, contract))
-        torch.testing.assert_close(*found)
+def test_others_that_look_after_what_is_kept_see_it():
+    modules, x, seen = mlp(), random(2, 3, 4, dtype=torch.float64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x.shape) or x, lambda x: x):
+        modules(x)
+    assert torch.Size([6, 8]) in seen
+
+
+def test_an_activation_that_a_hook_took_can_be_saved():
+    modules, file, seen = mlp(), io.BytesIO(), []
+    modules[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    modules(random(2, 3, 4, dtype=torch.float64))
+    torch.save(seen[0], file)
+    file.seek(0)
+    torch.testing.assert_close(torch.load(file), seen[0])
+
+
+def test_dropout_in_an_mlp_drops():
+    modules, x = mlp(dropout=0.5), random(64, 3, 4, dtype=torch.float64)
+    expand, contract = modules
+    torch.manual_seed(1)
+    made = modules(x)
+    torch.manual_seed(1)
+    hidden = expand.dense(x)
+    dropped = F.dropout(hidden * torch.sigmoid(1.702 * hidden), 0.5)
+    expected = F.dropout(contract.dense(dropped), 0.5)
+    torch.testing.assert_close(made, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x) for y in (made, expected)))
 
 
 @pytest.mark.parametrize(("size", "kernel", "stride", "padding"), [(7, 3, 2, 1), (8, 5, 3, 0)])

@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from cvt import hub, kernels
 from cvt.configuration import CvtConfig, StageConfig, check_queries
-from cvt.kernels import BatchNorm, QuickGELU
+from cvt.kernels import GELU, BatchNorm, QuickGELU
 from cvt.losses import classification_loss
 
 # ------------------------------------------------------------------------------ elementary layers
@@ -78,13 +78,13 @@ class Dense(nn.Module):
 
     def __init__(self, width_in: int, width_out: int, dropout: float, activation: str = "") -> None:
         super().__init__()
-        activations = {"": nn.Identity, "gelu": nn.GELU, "quick_gelu": QuickGELU}
+        activations = {"": nn.Identity, "gelu": GELU, "quick_gelu": QuickGELU}
         self.dense = nn.Linear(width_in, width_out)
         self.activation = activations[activation]()
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.activation(self.dense(x)))
+        return self.dropout(self.activation(kernels.linear(self.dense, x)))
 
 
 # -------------------------------------------- convolutional token embedding, section 3.1
@@ -248,7 +248,7 @@ class Block(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor | None]:
         attended, weights = self.attention(self.layernorm_before(x), grid, output_attentions)
         x = x + self.drop_path(attended)
-        x = x + self.drop_path(kernels.mlp(self.layernorm_after(x), self.intermediate, self.output))
+        x = x + self.drop_path(self.output(self.intermediate(self.layernorm_after(x))))
         return x, weights
 
 

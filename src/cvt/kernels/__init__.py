@@ -1,13 +1,14 @@
 """Operators of the model that PyTorch has not, or has slower."""
 
 from cvt.kernels.operators import (
+    GELU,
     BatchNorm,
     DepthwiseConv,
     QuickGELU,
     autocast,
     chunked_attention,
     chunks_pay,
-    mlp,
+    linear,
     with_dense_gradient,
 )
 from cvt.kernels.projection import (
@@ -23,6 +24,7 @@ from cvt.kernels.projection import (
 from cvt.kernels.torch_projection import taps_of
 
 __all__ = [
+    "GELU",
     "BatchNorm",
     "DepthwiseConv",
     "Part",
@@ -31,7 +33,7 @@ __all__ = [
     "chunked_attention",
     "chunks_pay",
     "convolve",
-    "mlp",
+    "linear",
     "parts_of",
     "project",
     "projections",

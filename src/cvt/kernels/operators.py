@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 QUICK = 1.702  # QuickGELU is x · sigmoid(1.702 x)
 
@@ -57,22 +58,24 @@ def silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
 
 
 class _QuickGELU(torch.autograd.Function):
-    """x · sigmoid(1.702 x) as silu(1.702 x) / 1.702.
-
-    Keeps `x` alone for the backward pass, where autograd would keep the sigmoid too.
-    """
+    """x · sigmoid(1.702 x) as silu(1.702 x) / 1.702; and 1.702 x, which alone is kept."""
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return F.silu(QUICK * x, inplace=True).div_(QUICK)
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = QUICK * x
+        return activated(scaled, True), scaled
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Tensor], outputs: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(outputs[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return silu_backward(gradient, QUICK * ctx.saved_tensors[0])  # the two constants cancel
+    def backward(ctx: Any, gradient: Tensor | None, of_scaled: Tensor | None) -> Tensor | None:
+        of_x = None if gradient is None else silu_backward(gradient, *ctx.saved_tensors)
+        if of_scaled is None:  # in a first derivative
+            return of_x
+        return QUICK * of_scaled if of_x is None else of_x + QUICK * of_scaled
 
 
 class QuickGELU(nn.Module):
@@ -80,64 +83,77 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
-        if x.requires_grad and is_autograd_alone():
-            return _QuickGELU.apply(x)
-        return x * torch.sigmoid(QUICK * x)
+        if is_compiled_training(x):
+            return checkpoint(quick_gelu, x, use_reentrant=False)
+        if not (x.requires_grad and torch.is_grad_enabled() and is_autograd_alone()):
+            return quick_gelu(x)
+        made, scaled = _QuickGELU.apply(x)
+        return remembered(made, scaled, True)
 
 
-class _ActivatedLinear(torch.autograd.Function):
-    """Linear(silu(x)), or of GELU, that keeps `x` alone and activates it again on the way back."""
+class GELU(nn.GELU):
+    """GELU, exact."""
 
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
-        return F.linear(F.silu(x) if silu else F.gelu(x), weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.silu = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        backward = silu_backward if ctx.silu else torch.ops.aten.gelu_backward
-        of_x = backward(gradient @ weight, x)
-        of_weight, gradient = None, gradient.flatten(0, -2)
-        if ctx.needs_input_grad[1]:
-            activated = F.silu(x) if ctx.silu else F.gelu(x)
-            of_weight = gradient.t() @ activated.flatten(0, -2)
-        return of_x, of_weight, gradient.sum(0), None
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape to the same."""
+        if is_compiled_training(x):
+            return checkpoint(F.gelu, x, use_reentrant=False)
+        made = F.gelu(x)
+        if not (made.requires_grad and is_autograd_alone()):
+            return made
+        return remembered(made, x, False)
 
 
-def mlp(x: Tensor, expand: Any, contract: Any) -> Tensor:
-    """contract(expand(x)): in training, with less to keep and to move.
+def quick_gelu(x: Tensor) -> Tensor:
+    """QuickGELU in PyTorch's own operators."""
+    return x * torch.sigmoid(QUICK * x)
 
-    The activation is not kept for the backward pass but made again, and the constants of QuickGELU,
-    silu(1.702 x) / 1.702, go into the weights around it. Not so where there is dropout in between,
-    or something hangs on the modules or took their place; there they are called one by one.
+
+def is_compiled_training(x: Tensor) -> bool:
+    """Whether a compiler may be told what of `x` to make again in the backward pass."""
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiling and torch.is_grad_enabled() and x.requires_grad
+
+
+def activated(source: Tensor, quick: bool) -> Tensor:
+    """What `remembered` remembers: QuickGELU of 1.702 times its argument, or GELU of it."""
+    return F.silu(source).div_(QUICK) if quick else F.gelu(source)
+
+
+def remembered(made: Tensor, source: Tensor, quick: bool) -> Tensor:
+    """An activation that tells `linear` how to make it again, unless it was changed since."""
+    made.made_of = source, quick, made._version  # type: ignore[attr-defined]
+    return made
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), for whose backward pass `x` is made again, if it can be, and not kept.
+
+    An activation of this file can. It is left to others that look after what is kept, such as
+    gradient checkpointing.
 
     Args:
+        module: a Linear, or what took its place.
         x: (..., C).
-        expand: Linear `dense`, `activation` and `dropout`, of `cvt.modeling.Dense`.
-        contract: the same, without an activation.
     """
-    inner, outer, quick = expand.dense, contract.dense, type(expand.activation) is QuickGELU
-    parts = (inner, expand.activation, outer, contract.activation)
-    kinds = [nn.Linear, QuickGELU if quick else nn.GELU, nn.Linear, nn.Identity]
-    if (
-        not (torch.is_grad_enabled() and is_autograd_alone())
-        or [type(part) for part in parts] != kinds
-        or not all(map(is_bare, (*parts, expand, expand.dropout, contract)))
-        or not (quick or expand.activation.approximate == "none")
-        or (expand.dropout.training and expand.dropout.p > 0)
-        or inner.bias is None
-        or outer.bias is None
-    ):
-        return contract(expand(x))
-    scale = QUICK if quick else 1
-    hidden = F.linear(x, scale * inner.weight, scale * inner.bias)
-    weight, bias = autocast(outer.weight / scale), autocast(outer.bias)
-    return contract.dropout(_ActivatedLinear.apply(hidden, weight, bias, quick))
+    others = torch._C._autograd._top_saved_tensors_default_hooks
+    if torch.compiler.is_compiling() or not hasattr(x, "made_of") or others(True):
+        return module(x)
+    source, quick, version = x.made_of
+    if version != x._version:
+        return module(x)
+    storage, size = x.untyped_storage()._cdata, x.numel()
+
+    def pack(kept: Tensor) -> Tensor | torch.Size:
+        is_x = kept.untyped_storage()._cdata == storage and kept.numel() == size
+        return kept.shape if is_x and kept.is_contiguous() else kept
+
+    @torch.no_grad()
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else activated(source, quick).view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return module(x)
 
 
 def with_dense_gradient(image: Tensor) -> Tensor:

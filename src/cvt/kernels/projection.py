@@ -33,7 +33,6 @@ from cvt.kernels.operators import BatchNorm, DepthwiseConv, is_bare
 from cvt.kernels.torch_projection import keys_shape, taps_of
 
 MODES = ("off", "auto", "torch")
-_mode = os.environ.get("CVT_PROJECTIONS", "off")
 
 
 def set_projections(mode: str) -> None:
@@ -66,7 +65,10 @@ def checked(mode: str) -> str:
 
 def projections() -> str:
     """What `set_projections` chose."""
-    return checked(_mode)
+    return _mode
+
+
+_mode = checked(os.environ.get("CVT_PROJECTIONS") or "off")
 
 
 @contextmanager
