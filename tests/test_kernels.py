@@ -5,7 +5,9 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 
 from cvt import kernels
@@ -81,6 +83,28 @@ def test_an_mlp_keeps_no_activation_and_computes_the_same(activation):
     torch.testing.assert_close(results(modules), results(plain(modules)), rtol=1e-12, atol=1e-14)
     assert kept(modules, x, weights) == 2 * 3 * 8
     assert kept(plain(modules), x, weights) >= 2 * 3 * (8 + 8)
+
+
+@ACTIVATIONS
+def test_a_compiled_mlp_keeps_no_activation_and_computes_the_same(activation):
+    modules, x, shapes = mlp(activation), random(2, 3, 4, dtype=torch.float64), []
+
+    def note(graph, inputs):
+        shapes.extend(node.meta["val"].shape for node in graph.graph.output_node().args[0])
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(
+        fw_compiler=note,
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    weights = list(modules.parameters())
+    results = [
+        with_gradients(lambda x, *_, compute=compute: compute(x), x, *weights)
+        for compute in (torch.compile(modules, backend=backend, fullgraph=True), plain(modules))
+    ]
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+    assert shapes.count(torch.Size([6, 8])) + shapes.count(torch.Size([2, 3, 8])) == 1
 
 
 @ACTIVATIONS
