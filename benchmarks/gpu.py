@@ -37,7 +37,8 @@ The copy share is the rate of these bytes beside that of a copy on the device. P
 their turns with the contestants.
 
 A contestant that fails has a row that says why. Prints tables and writes
-`results/gpu-<device>-torch<version>-<date>.csv`. So far it has run on a CPU only.
+`results/gpu-<device>-torch<version>-<date>.csv`. So far it has run on a CPU only,
+where there are no kernels and their rows tell of the model as it is.
 """
 
 import argparse

@@ -9,7 +9,8 @@ For each stage of a CvT, on random tokens in bf16:
   their kernels read and write, each once; the copy share is their rate as a share of that of a copy
   on the device.
 - projections: queries, keys and values with their gradients, as `cvt.kernels.set_projections` has
-  them: `off`, which is the reference, and `auto`, both eager and compiled by torch.compile.
+  them: `off`, which is the reference, and `auto`, both eager and compiled by torch.compile. On a
+  CPU `auto` is `off`.
 
 All of a stage take turns, timed by CUDA events; figures are medians, and ratios the medians of the
 turns' own ratios.
