@@ -3,6 +3,7 @@
 What is said of speed was measured with torch 2.15; `benchmarks/training.py` measures the whole.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,15 +28,6 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if x.dtype is torch.float32 else x
 
 
-def is_bare(module: nn.Module) -> bool:
-    """Whether to call a module is to call the forward of its class, and nothing else."""
-    hooks = (
-        *(module._forward_pre_hooks, module._forward_hooks),
-        *(module._backward_pre_hooks, module._backward_hooks),
-    )
-    return not any(hooks) and "forward" not in vars(module)
-
-
 def is_autograd_alone() -> bool:
     """Whether nothing looks on that knows PyTorch's own operators only.
 
@@ -55,6 +47,35 @@ def silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
         gate = torch.sigmoid(x)
         return gradient * gate * (1 + x * (1 - gate))
     return torch.ops.aten.silu_backward(gradient, x)
+
+
+def activated(source: Tensor, quick: bool) -> Tensor:
+    """QuickGELU of what is 1.702 times its argument, or GELU of its argument."""
+    return F.silu(source).div_(QUICK) if quick else F.gelu(source)
+
+
+def activate(
+    x: Tensor,
+    plain: Callable[[Tensor], Tensor],
+    with_source: Callable[[Tensor], tuple[Tensor, Tensor]],
+    quick: bool,
+) -> Tensor:
+    """An activation of `x`, of any shape, that a backward pass need not keep but can make again.
+
+    Args:
+        x: any shape.
+        plain: the activation in PyTorch's own operators.
+        with_source: the activation, and of what `activated` makes it for `linear`.
+        quick: for `activated`.
+    """
+    in_training = torch.is_grad_enabled() and x.requires_grad
+    if in_training and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return checkpoint(plain, x, use_reentrant=False)  # the compiler heeds it
+    if not (in_training and is_autograd_alone()):
+        return plain(x)
+    made, source = with_source(x)
+    made.made_of = source, quick, made._version  # type: ignore[attr-defined]
+    return made
 
 
 class _QuickGELU(torch.autograd.Function):
@@ -83,12 +104,7 @@ class QuickGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
-        if is_compiled_training(x):
-            return checkpoint(quick_gelu, x, use_reentrant=False)
-        if not (x.requires_grad and torch.is_grad_enabled() and is_autograd_alone()):
-            return quick_gelu(x)
-        made, scaled = _QuickGELU.apply(x)
-        return remembered(made, scaled, True)
+        return activate(x, lambda x: x * torch.sigmoid(QUICK * x), _QuickGELU.apply, True)
 
 
 class GELU(nn.GELU):
@@ -96,41 +112,14 @@ class GELU(nn.GELU):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape to the same."""
-        if is_compiled_training(x):
-            return checkpoint(F.gelu, x, use_reentrant=False)
-        made = F.gelu(x)
-        if not (made.requires_grad and is_autograd_alone()):
-            return made
-        return remembered(made, x, False)
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """QuickGELU in PyTorch's own operators."""
-    return x * torch.sigmoid(QUICK * x)
-
-
-def is_compiled_training(x: Tensor) -> bool:
-    """Whether a compiler may be told what of `x` to make again in the backward pass."""
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    return compiling and torch.is_grad_enabled() and x.requires_grad
-
-
-def activated(source: Tensor, quick: bool) -> Tensor:
-    """What `remembered` remembers: QuickGELU of 1.702 times its argument, or GELU of it."""
-    return F.silu(source).div_(QUICK) if quick else F.gelu(source)
-
-
-def remembered(made: Tensor, source: Tensor, quick: bool) -> Tensor:
-    """An activation that tells `linear` how to make it again, unless it was changed since."""
-    made.made_of = source, quick, made._version  # type: ignore[attr-defined]
-    return made
+        return activate(x, F.gelu, lambda x: (F.gelu(x), x), False)
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), for whose backward pass `x` is made again, if it can be, and not kept.
 
-    An activation of this file can. It is left to others that look after what is kept, such as
-    gradient checkpointing.
+    What `activate` gave can, unless it was changed since. It is left to others that look after what
+    is kept, such as gradient checkpointing.
 
     Args:
         module: a Linear, or what took its place.

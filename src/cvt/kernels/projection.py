@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvt.kernels import torch_projection
-from cvt.kernels.operators import BatchNorm, DepthwiseConv, is_bare
+from cvt.kernels.operators import BatchNorm, DepthwiseConv
 from cvt.kernels.torch_projection import keys_shape, taps_of
 
 MODES = ("off", "auto", "torch")
@@ -280,6 +280,15 @@ def parts_of(projections: Sequence[tuple[Any, nn.Module]]) -> list[Part]:
     )
     usual = all(norm.track_running_stats and norm.momentum is not None for norm in norms)
     return parts if same and usual and fits([part.convolution for part in parts]) else []
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether to call a module is to call the forward of its class, and nothing else."""
+    hooks = (
+        *(module._forward_pre_hooks, module._forward_hooks),
+        *(module._backward_pre_hooks, module._backward_hooks),
+    )
+    return not any(hooks) and "forward" not in vars(module)
 
 
 def fits(convolutions: Sequence[nn.Conv2d]) -> bool:
