@@ -9,10 +9,10 @@ import torch
 from measuring import transformers_cvt
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils.flop_counter import FlopCounterMode
 
 from cvt import CvtConfig, CvtForImageClassification, fuse
 from cvt.graph import onnx_graph, openvino_graph
+from cvt.macs import MacCounter
 from cvt.runtime import open_runtime
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -169,12 +169,14 @@ def in_openvino(
 def operations(contestant: Contestant, options: argparse.Namespace) -> int:
     """Floating point operations that a contestant executes for an image.
 
-    Counted by `torch.utils.flop_counter`: matrix products and convolutions, attention included. Our
-    fused form skips what the last block does for nothing; nothing else skips any.
+    Those of matrix products and convolutions, attention included. Our fused form skips what the
+    last block does for nothing; nothing else skips any.
     """
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.no_grad():
         model = build(contestant.model, shape(options.variant))
         if contestant.model == "cvt" and contestant.runtime != "torch":
             model = fuse(model)
-        model(torch.empty(1, 3, options.image_size, options.image_size))
-    return counter.get_total_flops()
+        pixels = torch.empty(1, 3, options.image_size, options.image_size)
+        with MacCounter() as counter:
+            model(pixels)
+    return 2 * counter.macs

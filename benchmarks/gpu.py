@@ -27,8 +27,8 @@ Memory: the most that a contestant has allocated at a time in its steps, batch, 
 optimizer included, but not what compiling takes, nor what was there before it.
 
 Operations: those of matrix products, convolutions and attention, forward and backward, as
-`torch.utils.flop_counter` counts them, in an eager step on fake tensors; of what is compiled or has
-kernels, in its form without. What attention computes again on the way back is counted. The matrix
+`cvt.macs` counts them, in an eager step on fake tensors; of what is compiled or has kernels, in its
+form without. What attention computes again on the way back is counted. The matrix
 share is their rate beside that of a product of matrices in the same precision.
 
 Bytes: the least that these operations could move, which is the inputs and outputs of each, as if
@@ -67,13 +67,12 @@ from measuring import (
 )
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 from training import training_step
 
 from cvt import fuse, kernels
 from cvt.benchmark import Turns, device_name, in_turns, middle, speed_ratios, timed, versions
+from cvt.macs import MacCounter
 
 # Most important first. Transformers' step on 64 images of cvt-w24 would take 129 GiB in fp32.
 VARIANTS = {
@@ -176,33 +175,27 @@ def stepping(
     return switched
 
 
-class Counter(TorchDispatchMode):
+class Counter(MacCounter):
     """Adds up the operations of products, convolutions and attention, and the bytes at their ends.
 
     Attributes:
-        operations: floating point, as `torch.utils.flop_counter` counts them.
         bytes: of the tensors that these operators read and write.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = self.bytes = 0
+        self.bytes = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if count := flop_registry.get(func.overloadpacket):
-            tensors = (x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor))
-            self.bytes += sum(tensor.nbytes for tensor in tensors)
-            if func.overloadpacket is torch.ops.aten.convolution_backward:
-                # Torch forgets that the gradient of a depthwise weight has groups.
-                gradient, _, weight, *_ = args
-                of_each = 2 * weight.numel() * gradient.numel() // weight.shape[0]
-                self.operations += of_each * sum(x is not None for x in result[:2])
-            else:
-                self.operations += count(*args, **(kwargs or {}), out_val=result)
-        return result
+    def add(self, macs: int, args: tuple, result: Any) -> None:
+        """Count one call of an operator."""
+        super().add(macs, args, result)
+        tensors = (x for x in tree_leaves((args, result)) if isinstance(x, Tensor))
+        self.bytes += sum(tensor.nbytes for tensor in tensors)
+
+    @property
+    def operations(self) -> int:
+        """Floating point: two for each multiply-accumulate."""
+        return 2 * self.macs
 
 
 @functools.cache

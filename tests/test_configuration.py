@@ -516,3 +516,44 @@ def test_a_folder_without_config_or_of_another_model_is_refused(tmp_path):
         CvtConfig.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="id2label"):
         CvtConfig(id2label={1: "one", 2: "two"})
+
+
+TWELVE = [f"class {i}" for i in range(12)]
+
+
+@pytest.mark.parametrize("order", [range(12), sorted(map(str, range(12))), range(11, -1, -1)])
+def test_labels_under_strings_and_in_any_order_keep_their_places(tmp_path, order):
+    id2label = {str(i): TWELVE[int(i)] for i in order}
+    label2id = {name: i for i, name in id2label.items()}  # as transformers' tutorial makes it
+    later = CvtConfig(num_labels=12)
+    later.id2label, later.label2id = id2label, label2id
+    save(CvtConfig(num_labels=3), tmp_path / "three")
+    for config in (
+        CvtConfig(id2label=id2label, label2id=label2id),
+        CvtConfig.from_dict({"id2label": id2label, "label2id": label2id}),
+        CvtConfig.from_pretrained(tmp_path / "three", id2label=id2label, label2id=label2id),
+        later,
+    ):
+        assert config.id2label == dict(enumerate(TWELVE))
+        assert config.class_names == TWELVE
+        assert config.label2id == {name: i for i, name in enumerate(TWELVE)}
+        assert CvtConfig.from_dict(json.loads(config.to_json_string())).class_names == TWELVE
+        config.validate()
+
+
+def test_a_saved_config_with_sorted_strings_as_indices_opens(tmp_path):
+    path = save(CvtConfig(id2label=dict(enumerate(TWELVE))), tmp_path)
+    fields = json.loads(path.read_text())
+    fields["id2label"] = {i: TWELVE[int(i)] for i in sorted(map(str, range(12)))}
+    path.write_text(json.dumps(fields))
+    assert list(json.loads(path.read_text())["id2label"])[:3] == ["0", "1", "10"]
+    assert CvtConfig.from_pretrained(tmp_path).class_names == TWELVE
+
+
+@pytest.mark.parametrize("labels", [{"id2label": {"ant": 0}}, {"label2id": {"ant": "bee"}}])
+def test_class_indices_that_are_no_integers_are_refused(labels):
+    ((name, value),) = labels.items()
+    with pytest.raises(ValueError, match=f"{name} = .*class indices must be integers"):
+        CvtConfig(**labels)
+    with pytest.raises(ValueError, match=f"{name} = .*class indices must be integers"):
+        setattr(CvtConfig(), name, value)

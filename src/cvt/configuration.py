@@ -6,7 +6,7 @@ Field names and defaults are those of `CvtConfig` in transformers: config.json f
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -153,6 +153,19 @@ def check_queries(queries: int, tokens: int, grid: tuple[int, int]) -> None:
         )
 
 
+def _with_integer_indices(name: str, labels: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The map `name`, `id2label` or `label2id`, with integers as indices, sorted by them."""
+    try:
+        if name == "id2label":
+            return dict(sorted((int(index), label) for index, label in labels.items()))
+        pairs = [(label, int(index)) for label, index in labels.items()]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} = {dict(labels)!r}: its class indices must be integers"
+        ) from error
+    return dict(sorted(pairs, key=lambda pair: pair[1]))
+
+
 class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a CvT.
 
@@ -270,6 +283,16 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"stage {i + 1}: padding_kv[{i}] = {stage.padding_kv} is more than half of "
                     f"kernel_qkv[{i}] = {stage.kernel_qkv}, which average pooling does not allow"
                 )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep class indices as integers in their order: files have them as strings in any order.
+
+        Raises:
+            ValueError: an index is no integer.
+        """
+        if name in ("id2label", "label2id") and isinstance(value, Mapping):
+            value = _with_integer_indices(name, value)
+        super().__setattr__(name, value)
 
     @property
     def stages(self) -> list[StageConfig]:

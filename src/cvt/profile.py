@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import initialization
 
 from cvt.configuration import CvtConfig
+from cvt.macs import MacCounter
 from cvt.modeling import CvtForImageClassification
 
 
@@ -59,9 +59,9 @@ class Profile:
 
     Attributes:
         parameters: trainable numbers.
-        macs: multiply-accumulates of one forward per image: half of the floating point operations
-            that `torch.utils.flop_counter` counts. Those are matrix products and convolutions,
-            attention included; norms, activations and softmax are not counted.
+        macs: multiply-accumulates of one forward per image, as `cvt.macs.MacCounter` counts them:
+            matrix products and convolutions, attention included; norms, activations and softmax
+            are not counted.
         stages: the same, stage by stage.
         weight_bytes: parameters and buffers.
         inference_bytes: peak of one eager forward of a batch without gradients, weights and images
@@ -191,17 +191,19 @@ def profile(
             model = CvtForImageClassification._from_config(copy.deepcopy(config), dtype=dtype)
         pixels = torch.empty(batch_size, config.num_channels, height, width, dtype=dtype)
         weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
-        with FlopCounterMode(display=False) as counter:
+        counter, after_stages = MacCounter(), [0]
+        hooks = [
+            stage.register_forward_hook(lambda *_: after_stages.append(counter.macs))
+            for stage in model.cvt.encoder.stages
+        ]
+        with counter:
             inference_bytes = inference_peak(model, pixels)
+        for hook in hooks:
+            hook.remove()
         try:
             training_bytes = training_peak(model, pixels)
         except ValueError:  # of BatchNorm: in eval mode the same forward went well above
             training_bytes = None
-
-    operations = counter.get_flop_counts()  # of a batch, by module and operator
-
-    def macs(module: str) -> int:
-        return sum(operations[module].values()) // (2 * batch_size)
 
     stages = []
     H, W = height, width
@@ -217,12 +219,12 @@ def profile(
                 depth=stage.depth,
                 heads=stage.num_heads,
                 parameters=count_parameters(model.cvt.encoder.stages[i]),
-                macs=macs(f"{type(model).__name__}.cvt.encoder.stages.{i}"),
+                macs=(after_stages[i + 1] - after_stages[i]) // batch_size,
             )
         )
     return Profile(
         parameters=count_parameters(model),
-        macs=macs("Global"),
+        macs=counter.macs // batch_size,
         stages=stages,
         weight_bytes=weight_bytes,
         inference_bytes=inference_bytes,
