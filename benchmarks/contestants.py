@@ -14,6 +14,7 @@ from cvt import CvtConfig, CvtForImageClassification, fuse
 from cvt.graph import onnx_graph, openvino_graph
 from cvt.macs import MacCounter
 from cvt.runtime import open_runtime
+from cvt.runtime.openvino_runtime import demand
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Transformers' CvT cannot be less deep.
@@ -82,9 +83,15 @@ def build(name: str, config: CvtConfig) -> nn.Module:
 
 
 def opened(contestant: Contestant, options: argparse.Namespace) -> Callable[[Tensor], Tensor]:
-    """A contestant, ready to go from pixels (B, 3, H, W) to logits (B, K) on the CPU."""
+    """A contestant, ready to go from pixels (B, 3, H, W) to logits (B, K) on the CPU.
+
+    Raises:
+        ValueError: this processor does not compute in its precision.
+    """
     torch.set_num_threads(options.threads)
     name, runtime, precision = contestant
+    if runtime.startswith("openvino"):  # which would compute in fp32 without a word
+        demand(precision)
     model = build(name, shape(options.variant))
     if name == "cvt":
         return open_runtime(model, runtime, precision, "cpu", options.threads)

@@ -19,6 +19,8 @@ Questions:
 - import: a new process that imports cvt, or prints `cvt --help`, beside one that imports
   transformers, or nothing.
 
+A contestant that this processor cannot run has a row that says why.
+
 Those that are compared take turns in one process, so that a busy machine slows all; the ratio is
 the median of the turns' own ratios, and its spread their quartiles. Only memory is measured one
 after the other.
@@ -66,7 +68,7 @@ QUESTIONS = ("rate", "model", "memory", "folder", "import")
 COLUMNS = (
     *("question", "contestant", "runtime", "precision", "batch_size", "image_size", "ms_per_image"),
     *("images_per_second", "seconds", "ratio", "ratio_quartiles", "gflops", "matrix_share"),
-    "peak_memory_mib",
+    *("peak_memory_mib", "note"),
 )
 
 
@@ -125,9 +127,13 @@ def rate_rows(options: argparse.Namespace) -> tuple[list[Row], Product]:
 def model_rows(options: argparse.Namespace, work: Path, product: Product | None) -> list[Row]:
     """From pixels to logits, for each batch size; shares are of the rate of `product`."""
     contestants = [c for c in CPU if options.compiled or c.runtime != "compiled"]
-    models = {contestant: opened(contestant, options) for contestant in contestants}
+    models, rows = {}, []
+    for contestant in contestants:
+        try:
+            models[contestant] = opened(contestant, options)
+        except ValueError as error:
+            rows.append(row("model", contestant, note=f"left out: {error}"))
     models[INT8] = open_runtime(write_export(options, work), threads=options.threads)
-    rows = []
     for batch_size in options.batch_sizes:
         pixels = torch.randn(batch_size, 3, options.image_size, options.image_size)
         runs = {contestant: partial(model, pixels) for contestant, model in models.items()}

@@ -6,6 +6,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+import openvino
 import pytest
 import torch
 from PIL import Image
@@ -115,6 +116,24 @@ def test_models_are_timed_beside_transformers_and_beside_the_machines_rate(
         assert (row["variant"], row["threads"]) == ("tiny", "1")
     assert models[0]["ratio"] == models[4]["ratio"] == "1.0"
     assert models[1]["ms_per_image"] in capsys.readouterr().out
+
+
+def test_a_contestant_that_the_processor_cannot_run_has_a_row_that_says_so(
+    inference, tmp_path, monkeypatch, capsys
+):
+    lacking = [inference.Contestant(name, "openvino", "bf16") for name in ("transformers", "cvt")]
+    monkeypatch.setattr(inference, "CPU", (inference.REFERENCE, *lacking))
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
+    rows = asked(inference, tmp_path, "--only=model", "--batch-sizes=1")
+    assert names(rows) == [
+        *("transformers openvino bf16", "cvt openvino bf16"),
+        *("transformers torch fp32", "cvt openvino int8"),
+    ]
+    for row in rows:
+        left_out = row["precision"] == "bf16"
+        assert ("left out: precision = bf16: OpenVINO does not compute" in row["note"]) == left_out
+        assert bool(row["ms_per_image"]) != left_out
+    assert "left out: precision = bf16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino of fixed shape"])

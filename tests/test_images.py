@@ -1157,6 +1157,53 @@ def test_a_published_folder_is_read_and_explicit_arguments_override_it(tmp_path)
     assert (*processor.image_mean, *processor.image_std) == (0.5, 0.5, 0.5, 1.0, 1.0, 1.0)
 
 
+CONVNEXT = {"image_processor_type": "ConvNextImageProcessor", "feature_extractor_type": None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"size": {"shortest_edge": 224}},
+        {"size": {"height": 224, "width": 224}},
+        {"size": {"height": None, "width": None, "shortest_edge": 224}},
+        {"feature_extractor_type": None},
+        {"crop_pct": None, "rescale_factor": None},
+        {"image_processor_type": "ConvNextFeatureExtractor"},
+        {"image_processor_type": "ConvNextFeatureExtractor", "size": {"height": 224, "width": 224}},
+        CONVNEXT,
+        CONVNEXT | {"image_processor_type": "ConvNextImageProcessorFast"},
+        CONVNEXT | {"image_processor_type": "ConvNextImageProcessorPil", "size": 224},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", [None, "pil"])
+def test_settings_of_every_version_of_transformers_are_read(tmp_path, changes, backend):
+    published_preprocessor_config(tmp_path, **changes)
+    stock_config().save_pretrained(tmp_path)
+    settings = settings_of(image_processor(tmp_path, backend=backend))
+    expected = expected_settings(224)
+    assert chosen(settings, expected) == expected
+    assert image_processor(tmp_path, image_size=96).size.shortest_edge == 96
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"size": {"height": 224, "width": 192}}, "size = {'height': 224, 'width': 192}: a "),
+        ({"size": {"longest_edge": 224}}, "size = {'longest_edge': 224}: a ConvNextImageProc"),
+        ({"size": "224"}, "size = '224': a ConvNextImageProcessor makes squares"),
+        ({"size": 0}, "size = 0: a ConvNextImageProcessor makes squares"),
+        ({"feature_extractor_type": "CvtFeatureExtractor"}, "feature_extractor_type = 'CvtFeat"),
+        ({"image_processor_type": "AutoTokenizer"}, "image_processor_type = 'AutoTokenizer': tr"),
+    ],
+)
+def test_settings_that_no_processor_has_are_named(tmp_path, changes, named):
+    published_preprocessor_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: {named}")):
+        image_processor(tmp_path)
+
+
 def test_a_local_folder_of_a_published_name_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("cvt-13").mkdir()
@@ -1254,7 +1301,8 @@ def test_code_in_a_folder_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
         auto_map={"AutoImageProcessor": "evil.Evil"},
     )
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(ValueError, match="trust_remote_code"):
+    refusal = "image_processor_type = 'Evil'.*code in a folder is not run"
+    with pytest.raises(ValueError, match=refusal):
         image_processor(tmp_path)
 
 

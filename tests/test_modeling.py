@@ -1,6 +1,7 @@
 """How the torch model behaves, beyond being the authors' function of pixels."""
 
 import copy
+import inspect
 import pickle
 import re
 from itertools import product
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from small_models import CLASSES, METHODS, PLACES, images, make, mixed, tiny
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.models.cvt import modeling_cvt as port
 
 from cvt import CvtBackbone, CvtForImageClassification, CvtModel
 
@@ -477,6 +479,20 @@ def test_labels_of_the_wrong_shape_are_refused_with_both_shapes(fields, labels):
     assert str((4, model.config.num_labels)) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("labels", "named"),
+    [
+        ([0, CLASSES, 1, 9], f"labels hold {CLASSES}, 9: "),
+        ([0, -1, 1, -100], "labels hold -1: "),
+        ([[0], [1], [2], [CLASSES]], f"labels hold {CLASSES}: "),
+    ],
+)
+def test_labels_of_no_class_are_refused_by_number(labels, named):
+    model = make(tiny())
+    with pytest.raises(ValueError, match=f"{named}the indices of {CLASSES} classes are 0 to 4"):
+        model(images(), labels=torch.tensor(labels))
+
+
 def test_an_unknown_problem_type_is_refused():
     model = make(tiny())
     model.config.problem_type = "clustering"
@@ -485,6 +501,23 @@ def test_an_unknown_problem_type_is_refused():
 
 
 # ------------------------------------------------------------------------------ outputs
+
+
+def test_positional_arguments_are_in_the_order_of_transformers():
+    theirs = {
+        cls: [*inspect.signature(getattr(port, cls.__name__).forward).parameters][:-1]
+        for cls in (CvtModel, CvtForImageClassification)
+    }
+    assert theirs[CvtModel] == ["self", "pixel_values", "output_hidden_states", "return_dict"]
+    for cls, expected in theirs.items():
+        ours = [*inspect.signature(cls.forward).parameters]
+        assert ours == [*expected, "output_attentions"]
+    _, hidden_states = make(tiny(places=(0, 0, 0)), CvtModel)(images(), True, False)
+    assert [state.shape[1] for state in hidden_states] == [8, 16, 24]
+    loss, logits, hidden_states = make(tiny())(images(), targets(), True, False)
+    assert (loss.ndim, logits.shape, len(hidden_states)) == (0, (4, CLASSES), 3)
+    maps, hidden_states = make(tiny(), CvtBackbone)(images(), True, False)
+    assert (len(maps), len(hidden_states)) == (1, 3)
 
 
 @pytest.mark.parametrize("places", PLACES)

@@ -1,4 +1,5 @@
 import copy
+import csv
 import io
 import itertools
 import multiprocessing
@@ -14,9 +15,19 @@ from PIL import Image
 from small_models import make, tiny
 from transformers import pipeline
 
-from cvt import CvtConfig
-from cvt.images import StoredImage
-from cvt.predict import Prediction, answer_nothing, classify, find_images, predict, ranked, scores
+from cvt import Classifier, CvtConfig, image_processor
+from cvt.evaluate import evaluate
+from cvt.images import IMAGE_MEAN, IMAGE_STD, LARGEST, StoredImage
+from cvt.predict import (
+    Prediction,
+    answer_nothing,
+    classify,
+    find_images,
+    predict,
+    ranked,
+    scores,
+    scores_per_image,
+)
 from cvt.runtime import open_runtime
 
 
@@ -219,3 +230,112 @@ def test_independent_labels_get_independent_scores():
     multi.problem_type = "multi_label_classification"
     torch.testing.assert_close(scores(logits, single), logits.softmax(0))
     torch.testing.assert_close(scores(logits, multi), logits.sigmoid())
+
+
+# ------------------------------------------------------------------------------ regression
+
+
+def regression(*values, labels=None):
+    """A model that gives these values for every image."""
+    model = make(tiny(num_labels=len(values), problem_type="regression"))
+    if labels:
+        model.config.class_names = labels
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = torch.tensor(values)
+    return model
+
+
+@pytest.mark.parametrize("values", [(37.0,), (37.0, -2.0, 5.0), (1e-7, 3.0, -1e6, 4.0, 5.0, 6.0)])
+def test_the_values_of_a_regression_are_pipelines_and_all_are_given(processor, photos, values):
+    model, path = regression(*values), photos / "red" / "00.png"
+    (prediction,) = predict(model, processor, [path], topk=1)
+    pipe = pipeline("image-classification", model=model, image_processor=processor)
+    records = pipe(str(path), top_k=len(values))
+    assert prediction.records == records == Classifier(model, processor=processor)(path, top_k=1)
+    expected = torch.tensor(values).sort(descending=True).values.tolist()
+    assert prediction.scores == expected
+    assert prediction.are_values
+    assert scores_per_image(1, model.config) == len(values)
+
+
+def test_values_are_printed_and_written_as_values(cvt, processor, photos, tmp_path):
+    model, folder = regression(37.0, -2.5, 1e-7, labels=["mass", "shift", "rest"]), tmp_path / "m"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    image, csv_file = str(photos / "red" / "00.png"), tmp_path / "values.csv"
+    command = ("predict", folder, image, "--runtime=torch", "--workers=0", "--topk=1")
+    assert cvt(*command)[:2] == (0, f"{image}: mass 37  rest 1e-07  shift -2.5\n")
+    assert cvt(*command, "--output", csv_file)[0] == 0
+    assert list(csv.reader(csv_file.open())) == [
+        ["path", "rank", "label", "score"],
+        [image, "1", "mass", "37"],
+        [image, "2", "rest", "1.00000001e-07"],
+        [image, "3", "shift", "-2.5"],
+    ]
+
+
+def test_a_regression_has_no_classes_to_evaluate(processor):
+    with pytest.raises(ValueError, match="problem_type = regression: such a model gives values"):
+        evaluate(regression(37.0, 1.0), processor, None)
+
+
+def test_several_independent_labels_are_scored_as_by_pipeline(processor, photos):
+    model, path = make(tiny(problem_type="multi_label_classification")), photos / "red" / "00.png"
+    pipe = pipeline("image-classification", model=model, image_processor=processor)
+    (prediction,) = predict(model, processor, [path])
+    for record, expected in zip(prediction.records, pipe(str(path)), strict=True):
+        assert record["label"] == expected["label"]
+        assert record["score"] == pytest.approx(expected["score"], abs=1e-6)
+    assert not prediction.are_values
+    assert sum(prediction.scores) != pytest.approx(1, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------ processors
+
+
+def test_a_processor_that_does_not_resize_gets_images_one_by_one(classifier, processor, tmp_path):
+    own_size = image_processor(classifier.config, do_resize=False)
+    sizes = [(40, 64), (64, 40), (2, 64), (48, 48)]
+    paths = [tmp_path / f"{i}.png" for i in range(len(sizes))]
+    for path, size in zip(paths, sizes, strict=True):
+        Image.effect_noise(size, 64).convert("RGB").save(path)
+    results = list(predict(classifier, own_size, paths, batch_size=4))
+    for result, path in zip(results, paths, strict=True):
+        if path == paths[2]:
+            assert f"{path}: images are 64 x 2 pixels: this model needs at least" in result.error
+            continue
+        pixels = own_size(Image.open(path), return_tensors="pt")["pixel_values"]
+        expected = classifier(pixels).logits.softmax(1).max().item()
+        assert result.scores[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_processor_of_a_small_deviation_is_taken_as_it_is(classifier, photos):
+    deviating = image_processor(classifier.config, image_std=[0.01] * 3)
+    path = photos / "red" / "00.png"
+    pixels = deviating(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+    assert pixels.abs().max() > LARGEST
+    (result,) = classify(classifier, deviating, [path])
+    torch.testing.assert_close(result.logits, classifier(pixels).logits[0].detach())
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"do_rescale": False}, "do_rescale = False, as for pixels that are 0 to 1 already"),
+        ({"do_rescale": False, "do_normalize": False}, "do_rescale = False"),
+        ({"rescale_factor": 1.0}, "rescale_factor = 1, as for pixels"),
+        ({"image_std": [0.2, 0.0, 0.2]}, r"image_std = \[0.2, 0.0, 0.2\]: must be above 0"),
+    ],
+)
+def test_a_processor_that_is_not_for_decoded_images_is_named(classifier, photos, settings, named):
+    with pytest.raises(ValueError, match=named):
+        list(classify(classifier, image_processor(classifier.config, **settings), [photos]))
+
+
+def test_a_processor_in_units_of_bytes_is_taken(classifier, processor, photos):
+    mean, std = ([255 * value for value in values] for values in (IMAGE_MEAN, IMAGE_STD))
+    settings = {"do_rescale": False, "image_mean": mean, "image_std": std}
+    in_bytes = image_processor(classifier.config, image_size=48, **settings)
+    path = photos / "red" / "00.png"
+    (expected,), (result,) = (classify(classifier, p, [path]) for p in (processor, in_bytes))
+    torch.testing.assert_close(result.logits, expected.logits, atol=1e-4, rtol=0)

@@ -3,9 +3,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 
-from cvt import CvtConfig, CvtForImageClassification
+from cvt import CvtConfig, CvtForImageClassification, fuse
+from cvt.macs import MacCounter
 from cvt.profile import LiveMemory, Profile, inference_peak, profile, training_peak
 
 TINY = {"depth": (1, 1, 1), "embed_dim": (16, 32, 64), "num_heads": (1, 2, 4), "num_labels": 10}
@@ -52,6 +56,66 @@ def test_variants_have_the_reference_parameters_and_macs(name, size, parameters,
     result = profile_variant(name, size)
     assert result.parameters == parameters
     assert result.macs == pytest.approx(giga_macs * 1e9, rel=0.005)
+
+
+KERNELS = [
+    (SDPBackend.MATH, torch.float32),
+    (SDPBackend.FLASH_ATTENTION, torch.float32),
+    (SDPBackend.FLASH_ATTENTION, torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
+def test_attention_counts_the_same_whatever_kernel_computes_it(kernel, dtype):
+    query = torch.randn(2, 3, 20, 8, dtype=dtype, requires_grad=True)
+    key, value = torch.randn(2, 3, 7, 8, dtype=dtype), torch.randn(2, 3, 7, 8, dtype=dtype)
+    with sdpa_kernel(kernel), MacCounter() as counter:
+        attended = F.scaled_dot_product_attention(query, key, value)
+    assert counter.macs == 2 * (2 * 3 * 20 * 7 * 8)
+    written_out = MacCounter()
+    with written_out:
+        (query @ key.transpose(2, 3)).softmax(3) @ value
+    assert written_out.macs == counter.macs
+    if kernel is SDPBackend.FLASH_ATTENTION:
+        with MacCounter() as counter:
+            attended.sum().backward()
+        assert counter.macs == 5 * (2 * 3 * 20 * 7 * 8)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "macs"),
+    [
+        (nn.Linear(5, 3), (2, 4, 5), 2 * 4 * 5 * 3),
+        (nn.Linear(5, 3, bias=False), (2, 5), 2 * 5 * 3),
+        (nn.Conv2d(4, 6, 3, stride=2), (2, 4, 9, 9), 2 * 6 * 16 * 4 * 9),
+        (nn.Conv2d(4, 4, 3, groups=4), (2, 4, 9, 9), 2 * 4 * 49 * 9),
+        (nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 5, 5), 2 * 25 * 4 * 6 * 9),
+        (nn.Sequential(nn.BatchNorm2d(4), nn.AvgPool2d(2), nn.GELU()), (2, 4, 9, 9), 0),
+    ],
+    ids=str,
+)
+def test_products_and_convolutions_count_there_and_back(module, shape, macs):
+    with MacCounter() as counter:
+        output = module(torch.randn(shape, requires_grad=True))
+    assert counter.macs == macs
+    with counter:
+        output.sum().backward()
+    assert counter.macs == 3 * macs  # gradients of the input and of the weight
+
+
+def test_the_fused_form_counts_what_its_packed_weights_do():
+    config = tiny(cls_token=(0, 0, 0))  # with one, the last block would compute it alone
+    model = CvtForImageClassification(config).eval()
+    pixels = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad(), MacCounter() as counter:
+        fuse(model)(pixels)
+    assert counter.macs == profile(config, 64).macs
+
+
+def test_an_operator_without_a_rule_raises():
+    matrix = torch.ones(2, 2)
+    with MacCounter(), pytest.raises(NotImplementedError, match=r"aten\.linalg_\w+: no rule says"):
+        torch.linalg.qr(matrix)
 
 
 def test_macs_of_one_stage_are_those_counted_by_hand():

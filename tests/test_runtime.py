@@ -156,7 +156,14 @@ def test_floats_of_every_kind_are_taken(runtime, convert, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("name", ["torch", "fused", "openvino"])
+needs_openvino_bf16 = pytest.mark.skipif(
+    not computes("bf16"), reason="OpenVINO does not compute in bf16 on this processor"
+)
+
+
+@pytest.mark.parametrize(
+    "name", ["auto", "torch", "fused", pytest.param("openvino", marks=needs_openvino_bf16)]
+)
 def test_bf16_is_close_to_fp32(model, exported, name):
     source = exported["openvino"] if name == "openvino" else model
     runtime = open_runtime(source, name, "bf16")
@@ -208,6 +215,15 @@ def test_an_export_for_single_images_of_one_size_takes_batches_but_no_other_size
 
 
 # ------------------------------------------------------------------------------ opening
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"), [(["FP32", "BF16"], "openvino"), (["FP32", "INT8"], "fused")]
+)
+def test_auto_takes_a_runtime_that_computes_in_bf16(model, monkeypatch, capabilities, expected):
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: capabilities)
+    runtime = open_runtime(model, device="cpu", precision="bf16")
+    assert (runtime.name, runtime.precision) == (expected, "bf16")
 
 
 def test_auto_is_the_fastest_that_is_installed(model, monkeypatch):
@@ -298,7 +314,8 @@ def test_a_precision_that_the_processor_lacks_is_refused(model, exported, monkey
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"], raising=True)
     assert computes("fp32")
     for source in (model, exported["openvino"]):
-        with pytest.raises(ValueError, match="precision = bf16: OpenVINO does not compute in it"):
+        refusal = "precision = bf16: OpenVINO does not compute in it.*the runtime fused computes"
+        with pytest.raises(ValueError, match=refusal):
             open_runtime(source, "openvino", "bf16")
 
 

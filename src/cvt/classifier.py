@@ -114,10 +114,12 @@ class Classifier:
 
         Args:
             images: an image, a list of images, or a batch: columns by name.
-            top_k: how many classes to name of each image, at most all; of a batch always one.
+            top_k: how many classes to name of each image, at most all; of a batch always one. Of a
+                regression all values are given.
 
         Returns:
             Of an image a list of `{"label", "score"}`, the best first; of a list, a list of those;
+            scores are those of transformers' pipeline: of a regression, its values, unchanged;
             of a batch, the batch with more columns, see the class.
 
         Raises:

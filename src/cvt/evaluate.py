@@ -364,11 +364,14 @@ def evaluate(
 
     Raises:
         ValueError: the model does not know a class, no image could be decoded, an image has no
-            place in the real labels, or a stream of unknown length is to be shared.
+            place in the real labels, a stream of unknown length is to be shared, or the model is a
+            regression.
         FloatingPointError: the model's answer is not finite.
     """
     runtime = model if isinstance(model, Runtime) else TorchRuntime(model, config)
     config = runtime.config
+    if config.problem_type == "regression":
+        raise ValueError("problem_type = regression: such a model gives values, not classes")
     labels = config.class_names
     indices = match_classes(images.classes, config, class_map)
     ignored = torch.zeros(len(labels), dtype=torch.bool)

@@ -372,11 +372,12 @@ class FusedCvt(nn.Module):
     def forward(
         self,
         pixel_values: Tensor,
+        *,
         output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> ImageClassifierOutput | CvtModelOutput | BackboneOutput | tuple:
-        """Arguments, outputs and errors of the model's own forward."""
+        """Arguments, by name, outputs and errors of the model's own forward."""
         config = self.config
         image = checked_pixels(pixel_values, config.num_channels, self.minimum_image_size)
         if output_hidden_states is None:

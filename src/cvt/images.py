@@ -36,12 +36,12 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 from numbers import Real
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, SupportsIndex
+from typing import IO, TYPE_CHECKING, Any, SupportsIndex, cast
 
 from PIL import ExifTags, Image, JpegImagePlugin
 
@@ -71,6 +71,8 @@ REDUCED = 1.5  # times the pixels that preprocessing resizes to, a JPEG decoded 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 IMAGE_SIZE = 224  # where neither the caller nor the source says
+CONVNEXT = "ConvNextImageProcessor"  # of transformers, which CvT's own is
+LARGEST = 20.0  # normalised pixels lie between -3 and 3; those of 0 to 255 pass this in any photo
 CROP_PCT = 0.875  # of the resized image's short side; not used from 384 pixels up
 
 _UPRIGHT = {
@@ -343,13 +345,6 @@ def image_processor(
         TypeError: `source` is of another type.
         ValueError: a setting is illegal, or does not fit the model.
     """
-    from transformers import (
-        AutoImageProcessor,
-        ConvNextImageProcessor,
-        ConvNextImageProcessorPil,
-    )
-    from transformers.utils import is_torchvision_available
-
     if backend not in (None, "torchvision", "pil"):
         raise ValueError(f"backend = {backend!r}: must be torchvision or pil")
     changes = {**_checked_changes(image_size, crop_pct), **kwargs}
@@ -360,11 +355,8 @@ def image_processor(
             "channels have an image processor"
         )
 
-    processor: BaseImageProcessor
     if default_size is None:
-        processor = AutoImageProcessor.from_pretrained(
-            source, backend=backend, trust_remote_code=False, **changes
-        )
+        processor = _saved_processor(os.fspath(cast(str, source)), backend, changes)
         described = f"{source}: its {type(processor).__name__}"
     else:
         settings = {
@@ -374,10 +366,8 @@ def image_processor(
             "image_mean": list(IMAGE_MEAN),
             "image_std": list(IMAGE_STD),
         }
-        with_torchvision = backend != "pil" and is_torchvision_available()
-        chosen = ConvNextImageProcessor if with_torchvision else ConvNextImageProcessorPil
-        processor = chosen.from_dict(settings, **changes)
-        described = chosen.__name__
+        chosen = _processor_class(CONVNEXT, backend)
+        processor, described = chosen.from_dict(settings, **changes), chosen.__name__
     if unknown := sorted(changes.keys() - type(processor).valid_kwargs.__annotations__.keys()):
         raise ValueError(f"{described} has no setting {', '.join(unknown)}")
     size = getattr(getattr(processor, "size", None), "shortest_edge", None)
@@ -386,6 +376,33 @@ def image_processor(
             f"image_size = {size}: this model needs at least {config.minimum_image_size} pixels"
         )
     return processor
+
+
+def check_range(processor: Any) -> None:
+    """Make sure that an image processor is for decoded images, whose pixels are 0 to 255.
+
+    Raises:
+        ValueError: it is for others; names the setting.
+    """
+    scale = getattr(processor, "rescale_factor", 1 / 255)
+    scale = scale if getattr(processor, "do_rescale", True) else 1
+    mean, std = [0.0], [1.0]
+    if getattr(processor, "do_normalize", False):
+        mean, std = (
+            list(value) if isinstance(value, Iterable) else [value]
+            for value in (processor.image_mean, processor.image_std)
+        )
+    if min(std) <= 0:
+        raise ValueError(f"the image processor has image_std = {std}: must be above 0")
+    white = 255 * scale
+    reach = max(abs(value - m) / s for value in (0, white) for m, s in zip(mean, std, strict=True))
+    if white > LARGEST and reach > LARGEST:
+        setting = f"rescale_factor = {scale:g}" if processor.do_rescale else "do_rescale = False"
+        raise ValueError(
+            f"the image processor has {setting}, as for pixels that are 0 to 1 already; those of "
+            "decoded images are 0 to 255: set do_rescale to true and rescale_factor to 1/255 in "
+            "preprocessor_config.json"
+        )
 
 
 def pixels_needed(processor: Any) -> int | None:
@@ -399,6 +416,58 @@ def pixels_needed(processor: Any) -> int | None:
     if side is None:  # the processor will say so
         return None
     return ceil(REDUCED * (side if side >= 384 else int(side / processor.crop_pct)))
+
+
+def _processor_class(name: str, backend: str | None) -> Any:
+    """The class of transformers, by its name without the backend; None if there is no such."""
+    import transformers
+    from transformers.utils import is_torchvision_available
+
+    with_torchvision = backend != "pil" and is_torchvision_available()
+    return getattr(transformers, name if with_torchvision else f"{name}Pil", None)
+
+
+def _saved_processor(
+    folder: str, backend: str | None, changes: dict[str, Any]
+) -> "BaseImageProcessor":
+    """The image processor whose settings a folder has, as any version of transformers wrote them.
+
+    Raises:
+        ValueError: no image processor has these settings; names the one that is wrong.
+    """
+    from transformers import ImageProcessingMixin
+
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(folder)
+    keys = ("image_processor_type", "feature_extractor_type")
+    key = next((key for key in keys if settings.get(key)), keys[0])
+    saved = str(settings.get(key) or CONVNEXT)
+    name = re.sub("(Fast|Pil)$", "", saved).replace("FeatureExtractor", "ImageProcessor")
+    chosen = _processor_class(name, backend) if name.endswith("ImageProcessor") else None
+    if chosen is None:
+        raise ValueError(
+            f"{folder}: {key} = {saved!r}: transformers has no such image processor, and code "
+            f"in a folder is not run; that of a CvT is {CONVNEXT}"
+        )
+    # A null was written for the class's own default.
+    settings = {n: value for n, value in settings.items() if value is not None and n not in keys}
+    if name == CONVNEXT and "size" not in changes and "size" in settings:
+        settings["size"] = {"shortest_edge": _square(settings["size"], folder)}
+    return chosen.from_dict(settings, **changes)
+
+
+def _square(size: Any, folder: str) -> int:
+    """Height and width, in pixels, of a ConvNext processor's images, as any version wrote them."""
+    if isinstance(size, Mapping):
+        given = {name: value for name, value in size.items() if value is not None}
+        sides = set(given.values())
+        known = given.keys() in ({"shortest_edge"}, {"height", "width"})
+        size = sides.pop() if known and len(sides) == 1 else given
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(
+            f"{folder}: size = {size!r}: a {CONVNEXT} makes squares, so it must be one integer, "
+            "shortest_edge, or height and width that are equal"
+        )
+    return size
 
 
 def _checked_changes(image_size: int | None, crop_pct: float | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
-from cvt.problems import problem_of
+from cvt.problems import problem_of, unknown_classes
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: CvtConfig) -> Tensor:
@@ -19,14 +19,20 @@ def classification_loss(logits: Tensor, labels: Tensor, config: CvtConfig) -> Te
         config: its `problem_type` and `num_labels` are read.
 
     Raises:
-        ValueError: the labels' shape does not fit.
+        ValueError: the labels' shape does not fit, or an index is that of no class; of the latter
+            a GPU has errors of its own, since a check would wait for it. PyTorch ignores -100.
     """
     problem, indices = problem_of(
         *(config.problem_type, config.num_labels, not labels.is_floating_point()),
         *(tuple(labels.shape), tuple(logits.shape)),
     )
     if indices:
-        return F.cross_entropy(logits, labels.flatten().long())
+        labels = labels.flatten().long()
+        try:
+            return F.cross_entropy(logits, labels)
+        except IndexError as error:
+            counted = labels[labels != -100].tolist()
+            raise unknown_classes(counted, logits.shape[1]) from error
     targets = labels.reshape(logits.shape).to(logits.dtype)
     if problem == "regression":
         return F.mse_loss(logits, targets)

@@ -433,17 +433,17 @@ class CvtModel(CvtPreTrainedModel):
         self,
         pixel_values: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> CvtModelOutput | tuple:
         """Features of a batch of images.
 
         Args:
             pixel_values: normalised images, (B, C, H, W).
             output_hidden_states: return the output of every stage.
-            output_attentions: return the attention weights of every block; they are then computed
-                with the written-out softmax.
             return_dict: return a `CvtModelOutput` rather than a tuple.
+            output_attentions: return the attention weights of every block; they are then computed
+                with the written-out softmax. Last, since transformers' classes do not take it.
 
         Raises:
             ValueError: wrong type or number of channels, or too small an image.
@@ -470,8 +470,8 @@ class CvtForImageClassification(CvtPreTrainedModel):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> ImageClassifierOutput | tuple:
         """Logits of a batch of images, and the loss where labels are given.
 
@@ -479,13 +479,13 @@ class CvtForImageClassification(CvtPreTrainedModel):
             pixel_values: normalised images, (B, C, H, W).
             labels: see `cvt.losses.classification_loss`.
             output_hidden_states: as in `CvtModel`.
-            output_attentions: as in `CvtModel`.
             return_dict: return an `ImageClassifierOutput` rather than a tuple.
+            output_attentions: as in `CvtModel`.
 
         Raises:
             ValueError: as in `CvtModel`, or labels that do not fit.
         """
-        output = self.cvt(pixel_values, output_hidden_states, output_attentions, return_dict=True)
+        output = self.cvt(pixel_values, output_hidden_states, True, output_attentions)
         tokens = output.cls_token_value  # (B, 1, C)
         if tokens is None:
             tokens = to_tokens(output.last_hidden_state)  # (B, N, C)
@@ -531,8 +531,8 @@ class CvtBackbone(BackboneMixin, CvtPreTrainedModel):
         self,
         pixel_values: Tensor,
         output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> BackboneOutput | tuple:
         """Feature maps of the chosen stages, (B, C, H, W) each; arguments as in `CvtModel`."""
         output = self.encoder(pixel_values, True, output_attentions)

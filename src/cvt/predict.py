@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from cvt.configuration import CvtConfig
 from cvt.datasets import images_below
-from cvt.images import ImageError, Source, StoredImage, decode, pixels_needed
+from cvt.images import ImageError, Source, StoredImage, check_range, decode, pixels_needed
 from cvt.modeling import CvtForImageClassification
-from cvt.runtime.base import Runtime
+from cvt.runtime.base import PixelError, Runtime
 from cvt.runtime.torch_runtime import TorchRuntime
 
 BLANK = Image.new("RGB", (32, 32), "grey")  # in the place of what cannot be decoded
@@ -39,11 +39,19 @@ class Result:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most likely classes of one image, best first, and their scores from 0 to 1."""
+    """The classes of one image with the highest scores, the highest first.
+
+    Attributes:
+        path: the image.
+        labels: names of the classes.
+        scores: from 0 to 1; of a regression, the values that the model gives.
+        are_values: whether the scores are values of a regression.
+    """
 
     path: Source
     labels: list[str]
     scores: list[float]
+    are_values: bool = False
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -102,16 +110,30 @@ def classify(
             in eval mode, on the device it is on.
         processor: its image processor.
         sources: the images; read as they are needed, at most two batches per worker ahead.
-        batch_size: images run through the model at a time.
+        batch_size: images run through the model at a time; one where the processor does not resize,
+            so that they may be of different sizes.
         workers: processes that decode and preprocess; with 0, threads of this one decode.
         exact: decode every image whole.
+
+    Raises:
+        ValueError: the processor is not for decoded images; names its setting.
     """
     runtime = model if isinstance(model, Runtime) else TorchRuntime(model)
+    check_range(processor)
+    resizes = getattr(processor, "do_resize", True)
+    batch_size = batch_size if resizes else 1
     prepare = partial(_Prepare, processor, None if exact else pixels_needed(processor))
     batches, sent = tee(_batches(sources, batch_size))
     prepared = _prepared(prepare, sent, workers)
     for (pixels, errors), batch in zip(prepared, batches, strict=True):
-        for source, error, logits in zip(batch, errors, runtime(pixels), strict=True):
+        try:
+            of_batch = runtime(pixels, of_processor=True)
+        except PixelError as error:
+            if resizes:
+                raise
+            yield Result(batch[0], error=errors[0] or f"{batch[0]}: {error}")
+            continue
+        for source, error, logits in zip(batch, errors, of_batch, strict=True):
             yield Result(source, error=error) if error else Result(source, logits)
 
 
@@ -207,10 +229,21 @@ def ranked(logits: Tensor) -> Tensor:
 
 
 def scores(logits: Tensor, config: CvtConfig) -> Tensor:
-    """Scores from 0 to 1, as by transformers' pipeline: sigmoid where labels are independent."""
+    """Scores as by transformers' pipeline.
+
+    Softmax; sigmoid where labels are independent; of a regression the values themselves.
+    """
+    if config.problem_type == "regression":
+        return logits
     if config.problem_type == "multi_label_classification" or config.num_labels == 1:
         return logits.sigmoid()
     return logits.softmax(dim=-1)
+
+
+def scores_per_image(topk: int, config: CvtConfig) -> int:
+    """How many scores `predict` gives of an image: `topk`, at most all; of a regression all."""
+    is_regression = config.problem_type == "regression"
+    return len(config.class_names) if is_regression else min(topk, len(config.class_names))
 
 
 def predict(
@@ -228,7 +261,7 @@ def predict(
         model: a classifier, or what runs one.
         processor: its image processor.
         sources: the images.
-        topk: how many classes to name, at most all.
+        topk: how many classes to name, at most all; of a regression all values are given.
         batch_size: as in `classify`.
         workers: as in `classify`.
         exact: as in `classify`.
@@ -239,6 +272,8 @@ def predict(
     names = model.config.class_names
     if not names:
         raise ValueError("num_labels = 0: the model has no classes to name")
+    count = scores_per_image(topk, model.config)
+    are_values = model.config.problem_type == "regression"
     for result in classify(model, processor, sources, batch_size, workers, exact):
         if result.logits is None:
             yield result
@@ -247,6 +282,7 @@ def predict(
             reason = "its scores are not finite; fp16 may overflow where bf16 does not"
             yield Result(result.path, error=f"{result.path}: {reason}")
             continue
-        best = ranked(result.logits)[:topk]
+        best = ranked(result.logits)[:count]
         labels = [names[i] for i in best.tolist()]
-        yield Prediction(result.path, labels, scores(result.logits, model.config)[best].tolist())
+        of_best = scores(result.logits, model.config)[best].tolist()
+        yield Prediction(result.path, labels, of_best, are_values)

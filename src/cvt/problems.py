@@ -1,5 +1,7 @@
 """What the labels of a classifier mean, told by the configuration or by the labels."""
 
+from collections.abc import Iterable
+
 PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -36,3 +38,17 @@ def problem_of(
             f"{logits}"
         )
     return problem, indices
+
+
+def unknown_classes(labels: Iterable[int], classes: int) -> ValueError:
+    """The error for labels some of which are indices of no class.
+
+    Args:
+        labels: class indices.
+        classes: how many classes there are.
+    """
+    wrong = sorted({label for label in labels if not 0 <= label < classes})
+    named = ", ".join(map(str, wrong[:10])) + (", ..." if len(wrong) > 10 else "")
+    return ValueError(
+        f"labels hold {named}: the indices of {classes} classes are 0 to {classes - 1}"
+    )

@@ -96,8 +96,9 @@ class Results:
         if self.target.suffix == ".jsonl":
             file.write(json_line(prediction) + "\n")
         else:
+            form = ".9g" if prediction.are_values else ".6f"  # of a value all that float32 has
             csv.writer(file).writerows(
-                (prediction.path, rank, record["label"], f"{record['score']:.6f}")
+                (prediction.path, rank, record["label"], f"{record['score']:{form}}")
                 for rank, record in enumerate(prediction.records, start=1)
             )
         file.flush()

@@ -1,5 +1,6 @@
 """The Keras models beside the PyTorch ones, on the backend that KERAS_BACKEND names."""
 
+import inspect
 import math
 import re
 
@@ -339,6 +340,35 @@ def test_labels_that_do_not_fit_are_refused_as_by_pytorch(problem_type, labels):
         classification_loss(torch.zeros(2, 3), torch.tensor(labels), config)
     with pytest.raises(ValueError, match=f"^{re.escape(str(theirs.value))}$"):
         losses.classification_loss(ops.zeros((2, 3)), np.array(labels), config)
+
+
+@pytest.mark.parametrize("labels", [[0, 3], [[-1], [0]]])
+def test_labels_of_no_class_are_refused_as_by_pytorch(labels):
+    config = tiny(num_labels=3)
+    with pytest.raises(ValueError, match=r"labels hold (3|-1): ") as theirs:
+        classification_loss(torch.zeros(2, 3), torch.tensor(labels), config)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(theirs.value))}$"):
+        losses.classification_loss(ops.zeros((2, 3)), np.array(labels), config)
+
+
+def test_positional_arguments_are_in_the_order_of_transformers():
+    """Those of its TFCvtModel and TFCvtForImageClassification, 4.57; ours has one more."""
+    expected = ["output_hidden_states", "return_dict", "training", "output_attentions"]
+    orders = [
+        [*inspect.signature(cls.call).parameters]
+        for cls in (TFCvtModel, TFCvtForImageClassification)
+    ]
+    assert orders == [
+        ["self", "pixel_values", *expected],
+        ["self", "pixel_values", "labels", *expected],
+    ]
+    _, ours = pair(mixed())
+    pixels = images(batch=2, height=16, width=20)
+    features = ours.cvt(pixels, True, False)
+    assert isinstance(features, tuple)
+    assert [state.shape[1] for state in features[-1]] == [8, 16, 24]
+    logits, hidden_states = ours(pixels, None, True, False)
+    assert (tuple(logits.shape), len(hidden_states)) == ((2, 5), 3)
 
 
 # ------------------------------------------------------------------------------ bad pixels

@@ -28,7 +28,9 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads that run the m
 def predict(
     model: Annotated[str, typer.Argument(help="MODEL that classifies, or an exported folder.")],
     images: Annotated[list[str], typer.Argument(help="Image files, folders, glob patterns.")],
-    topk: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 5,
+    topk: Annotated[
+        int, typer.Option(min=1, help="Classes to name for each image; a regression names all.")
+    ] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 1,
     runtime: RuntimeName = "auto",
@@ -56,7 +58,7 @@ def predict(
         raise typer.BadParameter("goes on with an --output", param_hint="--resume")
     from cvt.checkpoints import load_processor
     from cvt.cli.console import bar, err, quiet_libraries
-    from cvt.predict import Prediction, find_images
+    from cvt.predict import Prediction, find_images, scores_per_image
     from cvt.predict import predict as predict_files
     from cvt.results import Results
     from cvt.runtime import open_runtime
@@ -68,7 +70,7 @@ def predict(
         classifier = open_runtime(model, runtime, precision, device, threads)
         err.print(f"runtime: {classifier.describe}")
         processor = load_processor(model, classifier.config)
-        topk = min(topk, len(classifier.config.class_names))
+        topk = scores_per_image(topk, classifier.config)
         if results:
             settings = {"topk": topk, "exact_decoding": exact_decoding}
             paths = results.missing(paths, identity(model, classifier) | settings)
@@ -119,5 +121,6 @@ def line(prediction: "Prediction", as_json: bool) -> str:
 
     if as_json:
         return json_line(prediction)
-    classes = "  ".join("{label} {score:.1%}".format(**record) for record in prediction.records)
+    form = "{label} {score:g}" if prediction.are_values else "{label} {score:.1%}"
+    classes = "  ".join(form.format(**record) for record in prediction.records)
     return f"{prediction.path}: {classes}"

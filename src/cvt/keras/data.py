@@ -9,7 +9,7 @@ from PIL import Image
 
 from cvt.datasets import LabelledImages, image_folder
 from cvt.datasets.folder import folder_parts
-from cvt.images import decode
+from cvt.images import check_range, decode
 from cvt.keras.modeling import DATA_FORMATS
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def image_dataset(
         `tf.errors.InvalidArgumentError` that names it.
 
     Raises:
-        ValueError: an argument is out of its range, images have labels that are no classes, or the
-            folder has halves to train and to test on.
+        ValueError: an argument is out of its range, images have labels that are no classes, the
+            folder has halves to train and to test on, or the processor is not for decoded images.
         OSError: there is no such folder.
         ImportError: TensorFlow is not installed.
     """
@@ -69,6 +69,7 @@ def image_dataset(
     for name, share in (("crop_scale", crop_scale), ("flip", flip)):
         if not 0 <= share <= 1:
             raise ValueError(f"{name} = {share}: must be from 0 to 1")
+    check_range(processor)
     if not isinstance(images, LabelledImages):
         if halves := sorted(filter(None, folder_parts(Path(images)))):
             raise ValueError(

@@ -3,11 +3,12 @@
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from cvt.configuration import CvtConfig
 from cvt.keras.layers import register
-from cvt.problems import problem_of
+from cvt.problems import problem_of, unknown_classes
 
 
 def losses_of(logits: Any, labels: Any, problem: str) -> Any:
@@ -26,24 +27,35 @@ def losses_of(logits: Any, labels: Any, problem: str) -> Any:
     return ops.mean(ops.binary_crossentropy(labels, logits, from_logits=True), axis=1)
 
 
+def values_of(tensor: Any) -> np.ndarray | None:
+    """The numbers of a tensor; None where it is traced and has none yet."""
+    try:
+        return np.asarray(ops.convert_to_numpy(tensor))
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None
+
+
 def classification_loss(logits: Any, labels: Any, config: CvtConfig) -> Any:
     """The loss of `config.problem_type`, or of the problem that the labels make likely.
 
     Args:
         logits: (B, K).
-        labels: as `cvt.losses.classification_loss` takes them; an index of no class makes the loss
-            NaN.
+        labels: as `cvt.losses.classification_loss` takes them.
         config: its `problem_type` and `num_labels` are read.
 
     Raises:
-        ValueError: the labels' shape does not fit.
+        ValueError: the labels' shape does not fit, or an index is that of no class; in a compiled
+            graph, which cannot raise, that makes the loss NaN.
     """
     labels = ops.convert_to_tensor(labels)
     integers = "int" in keras.backend.standardize_dtype(labels.dtype)
-    problem, _ = problem_of(
+    problem, indices = problem_of(
         *(config.problem_type, config.num_labels, integers),
         *(tuple(labels.shape), tuple(logits.shape)),
     )
+    known = values_of(labels) if indices else None
+    if known is not None and not ((known >= 0) & (known < logits.shape[1])).all():
+        raise unknown_classes(known.ravel().tolist(), logits.shape[1])
     return ops.mean(losses_of(logits, labels, problem))
 
 

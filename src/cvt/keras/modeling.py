@@ -208,9 +208,9 @@ class TFCvtModel(TFCvtPreTrainedModel):
         self,
         pixel_values: Any,
         output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         training: bool = False,
+        output_attentions: bool | None = None,
     ) -> TFCvtModelOutput | tuple:
         """Features of a batch of images.
 
@@ -218,9 +218,10 @@ class TFCvtModel(TFCvtPreTrainedModel):
             pixel_values: normalised images, (B, C, H, W), or (B, H, W, C) as `data_format` says; or
                 a dict that has them under this name.
             output_hidden_states: return the output of every stage.
-            output_attentions: return the attention weights of every block.
             return_dict: return a `TFCvtModelOutput` rather than a tuple.
             training: as in Keras.
+            output_attentions: return the attention weights of every block. Last, since the classes
+                of transformers 4 did not take it.
 
         Raises:
             ValueError: wrong type or number of channels, or too small an image.
@@ -288,9 +289,9 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
         pixel_values: Any,
         labels: Any = None,
         output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         training: bool = False,
+        output_attentions: bool | None = None,
     ) -> TFImageClassifierOutput | tuple:
         """Logits of a batch of images, and the loss where labels are given.
 
@@ -298,9 +299,9 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
             pixel_values: as in `TFCvtModel`.
             labels: see `cvt.keras.losses.classification_loss`.
             output_hidden_states: as in `TFCvtModel`.
-            output_attentions: as in `TFCvtModel`.
             return_dict: return a `TFImageClassifierOutput` rather than a tuple.
             training: as in Keras.
+            output_attentions: as in `TFCvtModel`.
 
         Raises:
             ValueError: as in `TFCvtModel`, or labels that do not fit.

@@ -37,8 +37,9 @@ def open_runtime(
         source: a published name, a model folder, an authors' file, an exported folder, or a loaded
             classifier, which is put in eval mode and otherwise left as it is.
         runtime: one of `RUNTIMES`, of an export one of `OF_EXPORTS`, too, or `auto`: of an export
-            its own; of a model the fastest that is installed, which is `fused` on a GPU and
-            `openvino` on a CPU.
+            its own; of a model the fastest that is installed and computes in `precision`, which is
+            `fused` on a GPU, `openvino` on a CPU, and `fused` there where OpenVINO does not compute
+            in it.
         precision: one of `PRECISIONS`; by default an export's own, and fp32 for a model.
         device: `cpu`, or another of torch's, as `cuda:1`; `auto` is a CUDA device where there is
             one that the runtime can use.

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
+from cvt.images import LARGEST
 
 ERRORS = RLock()  # the error stream, while it is kept from all threads
-LARGEST = 20.0  # normalised pixels lie between -3 and 3; those of 0 to 255 pass this in any photo
 
 
 class PixelError(ValueError):
@@ -63,17 +63,18 @@ class Runtime(ABC):
         threads = f", {self.threads} {unit}" if self.threads else ""
         return f"{self.name} {self.precision} on {self.device}{threads}"
 
-    def __call__(self, pixels: Tensor | np.ndarray) -> Tensor:
+    def __call__(self, pixels: Tensor | np.ndarray, of_processor: bool = False) -> Tensor:
         """The logits, (B, K) in float32 on the CPU, of pixels, (B, C, H, W).
 
         Args:
             pixels: floats of any precision on any device, normalised as the image processor does.
+            of_processor: they come from the model's image processor, whatever their range is.
 
         Raises:
             PixelError: they are something else; says what was expected.
             ValueError: the model has another number of classes than its configuration.
         """
-        pixels = self.checked(pixels)
+        pixels = self.checked(pixels, of_processor)
         images = 1 if self.single else self.images_at_once(pixels)
         sizes = [images] * (len(pixels) // images) + [1] * (len(pixels) % images)
         logits = torch.cat([self._run(piece) for piece in pixels.split(sizes)])
@@ -112,8 +113,8 @@ class Runtime(ABC):
         """Of how many of these images a call of `_run` is made; those left over come singly."""
         return len(pixels)
 
-    def checked(self, pixels: Tensor | np.ndarray) -> Tensor:
-        """The pixels as a tensor in float32.
+    def checked(self, pixels: Tensor | np.ndarray, of_processor: bool = False) -> Tensor:
+        """The pixels as a tensor in float32; arguments as in `__call__`.
 
         Raises:
             PixelError: see `__call__`.
@@ -149,7 +150,7 @@ class Runtime(ABC):
         low, high = (bound.item() for bound in pixels.aminmax())
         if not (-float("inf") < low and high < float("inf")):  # a NaN is neither
             raise PixelError("pixels hold NaN or infinite values: expected finite ones")
-        if low < -LARGEST or high > LARGEST:
+        if not of_processor and (low < -LARGEST or high > LARGEST):
             raise PixelError(
                 f"pixels reach from {low:g} to {high:g}: expected normalised ones, within "
                 f"{LARGEST:g} of 0; use the model's image processor, which divides by 255, takes "

@@ -16,7 +16,7 @@ from cvt.runtime.exported_runtime import ExportedRuntime
 from cvt.runtime.litert_runtime import LiteRtRuntime
 from cvt.runtime.manifest import FORMATS, Manifest
 from cvt.runtime.onnx_runtime import OnnxRuntime, uses_cuda
-from cvt.runtime.openvino_runtime import OpenVinoRuntime, demand
+from cvt.runtime.openvino_runtime import OpenVinoRuntime, computes, demand
 from cvt.runtime.saved_model_runtime import SavedModelRuntime
 from cvt.runtime.torch_runtime import DTYPES, CompiledRuntime, FusedRuntime, TorchRuntime
 
@@ -42,8 +42,7 @@ def open_model(
         )
     device = _device(device, runtime)
     if runtime == "auto":
-        fast = device == "cpu" and precision != "fp16" and available("openvino")
-        runtime = "openvino" if fast else "fused"
+        runtime = fastest(device, precision)
     loaded = isinstance(source, CvtForImageClassification)
     model = source if isinstance(source, CvtForImageClassification) else load_classifier(source)
     model.eval()
@@ -90,6 +89,13 @@ def open_export(
     if own == "litert":
         return LiteRtRuntime(graph, config, precision, *rest)
     return ExportedRuntime(graph, config, precision, device, *rest)
+
+
+def fastest(device: str, precision: str) -> str:
+    """The fastest of the installed runtimes that compute in a precision on a device."""
+    if device == "cpu" and precision != "fp16" and available("openvino") and computes(precision):
+        return "openvino"
+    return "fused"
 
 
 def _device(device: str, runtime: str) -> str:

@@ -131,7 +131,7 @@ def demand(precision: str) -> None:
     if not computes(precision):
         raise ValueError(
             f"precision = {precision}: OpenVINO does not compute in it on this processor; in fp32 "
-            "it does"
+            "it does, and the runtime fused computes a model in it"
         )
 
 

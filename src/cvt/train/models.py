@@ -35,11 +35,17 @@ def classifier_for(
     )
     if has_weights and not from_scratch:
         model = load_classifier(name, num_labels=len(classes))
-        model.config.class_names = classes
+        _name_classes(model.config, classes)
         return model
     config = load_config(name)
-    config.class_names = classes
+    _name_classes(config, classes)
     return CvtForImageClassification(config)
+
+
+def _name_classes(config: CvtConfig, classes: list[str]) -> None:
+    """The classifier of these classes that training makes, whatever the start was made for."""
+    config.class_names = classes
+    config.problem_type = None
 
 
 def regularised(model: CvtForImageClassification, recipe: Recipe) -> CvtForImageClassification:
