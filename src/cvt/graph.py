@@ -31,7 +31,10 @@ class Logits(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) to (B, K)."""
-        return self.model(pixel_values, False, False, return_dict=True).logits.float()
+        output = self.model(
+            pixel_values, output_hidden_states=False, return_dict=True, output_attentions=False
+        )
+        return output.logits.float()
 
 
 @torch.no_grad()
