@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -82,14 +81,23 @@ def test_the_command_line_is_what_it_was():
     } == COMMANDS
 
 
-def test_help_answers_within_half_a_second():
-    durations = []
-    for _ in range(5):
-        start = time.perf_counter()
-        answer = subprocess.run([CVT, "--help"], capture_output=True, text=True, check=True)
-        durations.append(time.perf_counter() - start)
-    assert "predict" in answer.stdout
-    assert min(durations) < 0.5
+def test_help_loads_no_framework():
+    """So it answers in a fraction of a second; how fast, `benchmarks/inference.py` measures."""
+    code = """
+import sys
+from cvt.__main__ import main
+sys.argv = ["cvt", "--help"]
+try:
+    main()
+finally:
+    heavy = {"torch", "transformers", "keras", "tensorflow", "numpy", "PIL"}
+    print(sorted(heavy & set(sys.modules)))
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert "predict" in answer
+    assert answer.splitlines()[-1] == "[]"
 
 
 def test_version_and_bare_call(cvt):

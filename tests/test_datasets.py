@@ -670,6 +670,8 @@ def test_digits_are_the_same_in_memory_and_written_as_an_image_folder(tmp_path):
 # A process of its own, as the hub library reads its settings when it is imported.
 OPENS = """
 import json, sys, time
+pauses = []
+time.sleep = pauses.append  # between the hub library's attempts: noted instead of made
 from cvt.datasets import open_labelled, open_training
 from cvt.images import decode
 
@@ -678,7 +680,7 @@ def content(images):
 
 answer = {}
 for name in sys.argv[1:]:
-    start = time.perf_counter()
+    pauses.clear()
     try:
         if "@" in name:
             answer[name] = content(open_labelled(name))
@@ -686,7 +688,7 @@ for name in sys.argv[1:]:
             answer[name] = [content(half) for half in open_training(name)]
     except Exception as error:
         answer[name] = f"{type(error).__name__}: {error}"
-    assert time.perf_counter() - start < 20, name  # the pauses alone would be 23
+    assert sum(pauses) < 20, name  # of a hub that does not answer they would be 23 seconds
 print(json.dumps(answer))
 """
 

@@ -89,19 +89,15 @@ def python(code, *arguments):
 # ------------------------------------------------------------------------------ importing
 
 
-def test_importing_cvt_is_fast_and_loads_no_framework():
+def test_importing_cvt_loads_no_framework():
     code = """
-import json, sys, time
-start = time.process_time()
+import json, sys
 import cvt
-seconds = time.process_time() - start
 dir(cvt), cvt.__version__
 heavy = {"torch", "transformers", "keras", "tensorflow", "numpy", "PIL"}
-print(json.dumps([seconds, sorted(heavy & set(sys.modules))]))
+print(json.dumps(sorted(heavy & set(sys.modules))))
 """
-    seconds, heavy = python(code)
-    assert heavy == []
-    assert seconds < 0.1
+    assert python(code) == []
 
 
 def test_public_names_are_listed_and_load():

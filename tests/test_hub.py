@@ -28,8 +28,10 @@ FOLDER = "models--microsoft--cvt-13"  # in the hub library's cache
 PRELUDE = """
 import json, time
 from pathlib import Path
+pauses = []
+time.sleep = pauses.append  # between the hub library's attempts: noted instead of made
 import huggingface_hub, torch, transformers
-import cvt, cvt.configuration, cvt.modeling  # now, so as not to be timed
+import cvt
 
 torch.set_num_threads(1)
 pixels = torch.arange(1.0, 1 + 2 * 3 * 32 * 32).sin().reshape(2, 3, 32, 32)
@@ -42,11 +44,11 @@ def logits(model):
 def failures(name, **kwargs):
     found = {}
     for kind in ("CvtConfig", "CvtModel", "CvtForImageClassification"):
-        start = time.perf_counter()
+        pauses.clear()
         try:
             getattr(cvt, kind).from_pretrained(name, **kwargs)
         except OSError as error:
-            found[kind] = {"message": str(error), "seconds": time.perf_counter() - start}
+            found[kind] = {"message": str(error), "pauses": sum(pauses)}
     return found
 """
 
@@ -72,16 +74,15 @@ answer["auto"] = [type(model).__module__, logits(model)]
 OUT_OF_REACH = """
 answer["empty"] = failures("cvt-13", cache_dir=caches["empty"])
 answer["half"] = failures("microsoft/cvt-13", cache_dir=caches["half"])
-start = time.perf_counter()
+pauses.clear()
 model = cvt.CvtForImageClassification.from_pretrained("cvt-13", cache_dir=caches["full"])
-answer["seconds"] = time.perf_counter() - start
+answer["pauses"] = sum(pauses)
 answer["logits"] = logits(model)
 """
 
 FAULTS = """
 answer["no repository"] = failures("cvt-21")
 answer["no revision"] = failures("cvt-13", revision="v2")
-time.sleep = lambda seconds: None  # the pauses between the hub library's attempts
 answer["overloaded"] = failures("cvt-13-384")
 answer["broken off"] = failures("cvt-13")
 cache = Path(huggingface_hub.constants.HF_HUB_CACHE, "models--microsoft--cvt-13")
@@ -136,7 +137,6 @@ def assert_one_sentence(failure: dict[str, Any], cache: Path, reason: str, hub_i
     assert "--local-dir" not in message  # a bare folder would have lost its QuickGELU
     assert str(cache) in message
     assert "\n" not in message
-    assert failure["seconds"] < 10  # the pauses alone would be 23
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,8 @@ def test_without_network_a_cached_checkpoint_loads_and_another_fails_soon_with_a
         for failure in answer[cache].values():
             assert_one_sentence(failure, caches[cache], reason, "microsoft/cvt-13")
             assert address in failure["message"]
-    assert answer["seconds"] < 10
+            assert failure["pauses"] < 10  # seconds; transformers alone makes 23 for each file
+    assert answer["pauses"] < 10
     assert_equal(answer["logits"], expected["logits"])
 
 
