@@ -1,9 +1,11 @@
 """The models inside transformers, accelerate and PEFT: loading, training, serving, adapting."""
 
+import ast
 import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,6 +107,20 @@ def test_public_names_are_listed_and_load():
     assert set(cvt.__all__) >= PUBLIC
     for name in PUBLIC:
         assert getattr(cvt, name).__name__.split(".")[-1] == name
+
+
+@pytest.mark.parametrize("package", [cvt, cvt.checkpoints])
+def test_the_names_for_type_checkers_are_those_that_load(package):
+    """`make lint` checks their types in tests/static."""
+    imported = {}
+    for node in ast.walk(ast.parse(Path(package.__file__).read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("cvt"):
+            for alias in node.names:
+                assert alias.asname == alias.name  # else it is private to type checkers
+                imported[alias.name] = node.module
+    homes = {name: f"{package.__name__}.{home}" for name, home in package._HOME.items()}
+    modules = dict.fromkeys(getattr(package, "_MODULES", ()), "cvt")
+    assert imported == homes | modules
 
 
 def test_unknown_names_fail_as_names_do():

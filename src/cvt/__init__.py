@@ -5,7 +5,21 @@ Names load on first use: importing `cvt` imports neither torch, transformers nor
 
 import sys
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names as in _HOME and _MODULES, for mypy, pyright and editors
+    from cvt import checkpoints as checkpoints
+    from cvt.auto import register_auto_classes as register_auto_classes
+    from cvt.classifier import Classifier as Classifier
+    from cvt.configuration import CvtConfig as CvtConfig
+    from cvt.fused import fuse as fuse
+    from cvt.images import image_processor as image_processor
+    from cvt.keras import TFCvtForImageClassification as TFCvtForImageClassification
+    from cvt.keras import TFCvtModel as TFCvtModel
+    from cvt.modeling import CvtBackbone as CvtBackbone
+    from cvt.modeling import CvtForImageClassification as CvtForImageClassification
+    from cvt.modeling import CvtModel as CvtModel
+    from cvt.runtime.base import PixelError as PixelError
 
 __version__ = "0.1.0"
 
@@ -26,14 +40,16 @@ _MODULES = ("checkpoints",)
 __all__ = ["__version__", *_HOME, *_MODULES]
 
 
-def __getattr__(name: str) -> Any:
-    if "tensorflow" in sys.modules:  # else what follows might end the process
-        import_module("cvt.tensorflow").keep_triton_apart()
-    if name in _HOME:
-        return getattr(import_module(f"cvt.{_HOME[name]}"), name)
-    if name in _MODULES:
-        return import_module(f"cvt.{name}")
-    raise AttributeError(f"module 'cvt' has no attribute {name!r}")
+if not TYPE_CHECKING:  # or type checkers would accept any name
+
+    def __getattr__(name: str) -> Any:
+        if "tensorflow" in sys.modules:  # else what follows might end the process
+            import_module("cvt.tensorflow").keep_triton_apart()
+        if name in _HOME:
+            return getattr(import_module(f"cvt.{_HOME[name]}"), name)
+        if name in _MODULES:
+            return import_module(f"cvt.{name}")
+        raise AttributeError(f"module 'cvt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

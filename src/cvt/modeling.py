@@ -11,7 +11,7 @@ import math
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from cvt import hub, kernels
 from cvt.configuration import CvtConfig, StageConfig, check_queries
 from cvt.kernels import GELU, BatchNorm, QuickGELU
 from cvt.losses import classification_loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # ------------------------------------------------------------------------------ elementary layers
 
@@ -413,7 +416,7 @@ class CvtPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> "Self":
         """As in transformers, published names too, and strict: see `hub.load_strictly`."""
         load = super().from_pretrained
         return hub.load_strictly(load, pretrained_model_name_or_path, *args, **kwargs)

@@ -4,7 +4,20 @@ Names load on first use, so that `names` can be read where PyTorch is not.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names as in _HOME, for mypy, pyright and editors
+    from cvt.checkpoints.authors import load_authors as load_authors
+    from cvt.checkpoints.conversion import Conversion as Conversion
+    from cvt.checkpoints.conversion import convert as convert
+    from cvt.checkpoints.loading import image_size_of as image_size_of
+    from cvt.checkpoints.loading import load_classifier as load_classifier
+    from cvt.checkpoints.loading import load_config as load_config
+    from cvt.checkpoints.loading import load_processor as load_processor
+    from cvt.checkpoints.names import authors_to_transformers as authors_to_transformers
+    from cvt.checkpoints.names import transformers_to_authors as transformers_to_authors
+    from cvt.checkpoints.reading import CheckpointError as CheckpointError
+    from cvt.checkpoints.reading import read_weights as read_weights
 
 _HOME = {
     "CheckpointError": "reading",
@@ -22,7 +35,9 @@ _HOME = {
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"cvt.checkpoints.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'cvt.checkpoints' has no attribute {name!r}")
+if not TYPE_CHECKING:  # or type checkers would accept any name
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            return getattr(import_module(f"cvt.checkpoints.{_HOME[name]}"), name)
+        raise AttributeError(f"module 'cvt.checkpoints' has no attribute {name!r}")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import keras
 from keras import layers, ops
@@ -16,6 +16,9 @@ from cvt.configuration import CvtConfig
 from cvt.keras import weights
 from cvt.keras.layers import Stage, as_config, normal, register, uniform
 from cvt.keras.losses import ClassificationLoss, classification_loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DATA_FORMATS = ("channels_first", "channels_last")
 
@@ -152,7 +155,7 @@ class TFCvtPreTrainedModel(keras.Model):
         data_format: str = "channels_first",
         dtype: Any = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> "Self":
         """A trained model; its weights must fit, all of them.
 
         Args:

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
 __all__ = ["Recipe", "load_recipe", "resume", "train"]
 
 
-def __getattr__(name: str) -> Any:
-    """The loop is imported when it is asked for: a recipe alone loads no torch."""
-    if name in ("resume", "train"):
-        from cvt.train import loop
+if not TYPE_CHECKING:  # or type checkers would accept any name
 
-        return getattr(loop, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """The loop is imported when it is asked for: a recipe alone loads no torch."""
+        if name in ("resume", "train"):
+            from cvt.train import loop
+
+            return getattr(loop, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
