@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test test-tensorflow lint bench clean
 
 demo: .venv/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
-	$(BIN)/python examples/digits/demo.py --output runs/demo
+	$(BIN)/cvt demo --output runs/demo
 
 # The longest part first; two of them at a time.
 test: .venv/dev.stamp  ## every test that needs no GPU and no network; Keras' on every backend

@@ -5,7 +5,7 @@
     python benchmarks/feeding.py --quick         # few pictures and a tiny model: does it run?
 
 Pictures of 500 x 375 pixels, as most of ImageNet's, but of some 70 kB where those have 110, go
-through `cvt.train.batches` as in a run of recipes/cvt-13-224x224.yaml. One worker process
+through `cvt.train.batches` as in a run of the recipe cvt-13-224x224. One worker process
 - decode: decodes them, and throws away what it has;
 - crop: decodes, crops, mirrors and normalises;
 - recipe: does the whole augmentation;
@@ -51,7 +51,7 @@ from cvt.train.finishing import Finishing
 from cvt.train.recipe import Recipe, load_recipe
 from cvt.train.unfinished import Drawing
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "cvt-13-224x224.yaml"
+RECIPE = "cvt-13-224x224"
 WAYS: dict[str, dict[str, object]] = {
     "decode": {},
     "crop": {"auto_augment": None, "random_erase": 0.0},

@@ -70,6 +70,8 @@ COMMANDS = {
         "--device", "--seconds", "--output", "--force",
     ],
     "info": ["model", "--image-size", "--batch-size", "--json"],
+    "recipes": ["name"],
+    "demo": ["--output", "--epochs"],
 }  # fmt: skip
 
 
@@ -322,3 +324,27 @@ def test_debug_shows_the_traceback():
     answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
     assert "Traceback" in answer.stderr
     assert "FileNotFoundError" in answer.stderr
+
+
+# ------------------------------------------------------------------------------ recipes
+
+
+def test_recipes_are_listed_with_what_they_are_for(cvt):
+    code, out, _ = cvt("recipes")
+    assert code == 0
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names == sorted(names)
+    assert re.search(r"^photos  +Fine-tune CvT-13 on your own photos", out, re.MULTILINE)
+    assert re.search(r"^digits  +A small CvT", out, re.MULTILINE)
+
+
+def test_a_recipe_is_printed_to_be_edited(cvt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos.yaml").touch()  # the shell has made it, of `cvt recipes photos > photos.yaml`
+    code, out, _ = cvt("recipes", "photos")
+    assert code == 0
+    assert yaml.safe_load(out)["model"] == "cvt-13"
+    code, out, err = cvt("recipes", "photo")
+    assert (code, out) == (1, "")
+    assert err.startswith("Error: no packaged recipe is called photo; there are cvt-13-224x224, ")
+    assert err.endswith("; is it photos?\n")

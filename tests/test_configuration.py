@@ -238,9 +238,14 @@ def test_reading_leaves_the_given_dictionary_alone():
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
-    [("cvt-13", 19_997_480), ("cvt-21", 31_622_696), ("cvt-w24", 277_196_392)],
+    [
+        ("cvt-13", 19_997_480),
+        ("cvt-21", 31_622_696),
+        ("cvt-w24", 277_196_392),
+        ("cvt-digits", 1_152_552),
+    ],
 )
-def test_variants_are_the_authors(name, parameters):
+def test_variants_have_their_size(name, parameters):
     config = CvtConfig.from_variant(name)
     assert (config.hidden_act, config.num_labels) == ("quick_gelu", 1000)
     with torch.device("meta"):
@@ -248,8 +253,8 @@ def test_variants_are_the_authors(name, parameters):
     assert sum(weight.numel() for weight in model.parameters()) == parameters
 
 
-def test_there_are_three_variants():
-    assert list(VARIANTS) == ["cvt-13", "cvt-21", "cvt-w24"]
+def test_there_are_the_authors_variants_and_the_demos():
+    assert list(VARIANTS) == ["cvt-13", "cvt-21", "cvt-w24", "cvt-digits"]
 
 
 @pytest.mark.parametrize(

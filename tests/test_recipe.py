@@ -5,9 +5,9 @@ import pytest
 import yaml
 
 from cvt.train import Recipe, load_recipe
-from cvt.train.recipe import FIELDS
+from cvt.train.recipe import FIELDS, find_recipe, packaged_recipe, packaged_recipes
 
-RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
+RECIPES = packaged_recipes()
 EXPERIMENTS = ("cvt-13-224x224", "cvt-13-384x384", "cvt-21-224x224", "cvt-21-384x384")
 
 
@@ -100,18 +100,48 @@ def test_the_learning_rate_follows_the_batch_unless_it_is_given():
     assert Recipe(lr=0.3).peak_lr(2048) == 0.3
 
 
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_every_recipe_in_the_repository_is_one_and_says_what_to_expect(file):
-    load_recipe(file)
-    header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_packaged_recipe_says_what_to_expect(name):
+    load_recipe(name)
+    header = [line for line in RECIPES[name].read_text().splitlines() if line.startswith("#")]
+    assert len(header[0]) <= 80  # a line of `cvt recipes`
+    assert header[0].endswith(".")
     for word in ("command", "hardware", "time", "metric"):
         assert any(line.split()[1:2] == [word] for line in header), word
-    assert f"recipes/{file.name}" in "".join(header)
+    assert f"--config {name}\n" in "\n".join(header)
+
+
+def test_a_packaged_recipe_is_found_by_name_and_a_file_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()  # the folder of the photos
+    packaged = RECIPES["photos"]
+    for name in ("photos", "photos.yaml", Path("photos")):
+        assert find_recipe(name) == packaged_recipe(name) == packaged
+    Path("photos.yaml").write_text("epochs: 7\n")
+    Path("sub").mkdir()
+    Path("sub/digits").write_text("epochs: 8\n")
+    assert load_recipe("photos").epochs == load_recipe("photos.yaml").epochs == 7
+    assert load_recipe("sub/digits").epochs == 8
+    assert packaged_recipe("photos") == packaged
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("photo", "photos"), ("recipes/digits.yaml", "digits"), ("zzz", None), ("", None)],
+)
+def test_an_unknown_recipe_is_an_error_that_lists_the_packaged(tmp_path, monkeypatch, name, hint):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as raised:
+        load_recipe(name)
+    listed = f"no packaged recipe is called {name}; there are {', '.join(RECIPES)}"
+    assert str(raised.value) == (
+        f"there is no file {name}, and {listed}" + (f"; is it {hint}?" if hint else "")
+    )
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_authors_experiments_have_the_papers_settings(name):
-    recipe = load_recipe(RECIPES[0].with_name(f"{name}.yaml"))
+    recipe = load_recipe(name)
     small = "13" in name
     assert recipe.peak_lr(2048) == pytest.approx(0.002)
     assert recipe.batch_size * recipe.accumulate * 8 == 2048
@@ -124,7 +154,7 @@ def test_the_authors_experiments_have_the_papers_settings(name):
 
 
 def test_a_resolved_recipe_is_a_recipe_again(tmp_path):
-    recipe = load_recipe(RECIPES[0], {"seed": 3})
+    recipe = load_recipe("cvt-w24-384x384", {"seed": 3})
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe)))
     assert load_recipe(tmp_path / "args.yaml") == recipe
 

@@ -1,9 +1,7 @@
 """`cvt.keras.data`: images as a `tf.data.Dataset`."""
 
 import re
-import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +11,11 @@ from sklearn.datasets import load_sample_images
 from cvt import CvtConfig, image_processor
 from cvt.datasets import LabelledImages, image_folder
 from cvt.images import decode
+from cvt.keras import digits
 from cvt.keras.data import image_dataset
 
 import tensorflow as tf  # isort: skip  # behind cvt, which keeps Triton apart from it
 
-EXAMPLE = Path(__file__).parents[2] / "examples/digits/keras_fit.py"
 DEVIATION = np.float32([0.229, 0.224, 0.225]).reshape(3, 1, 1)
 
 
@@ -157,7 +155,7 @@ def test_a_folder_of_halves_is_no_folder_of_classes(tmp_path, little):
     ("epochs", "least"), [(2, 40), pytest.param(30, 98, marks=pytest.mark.slow)]
 )
 def test_fit_learns_the_digits(monkeypatch, capsys, epochs, least):
-    monkeypatch.setattr(sys, "argv", ["keras_fit.py", "--epochs", str(epochs)])
-    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--epochs", str(epochs)])
+    digits.main()
     accuracy = re.search(r"([\d.]+) % of the 360 held-out images", capsys.readouterr().out)[1]
     assert float(accuracy) > least

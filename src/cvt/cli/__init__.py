@@ -8,10 +8,12 @@ import typer
 from cvt import __version__
 from cvt.cli.benchmark import benchmark
 from cvt.cli.convert import convert
+from cvt.cli.demo import demo
 from cvt.cli.evaluate import evaluate
 from cvt.cli.export import export
 from cvt.cli.info import info
 from cvt.cli.predict import predict
+from cvt.cli.recipes import recipes
 from cvt.cli.train import train
 
 app = typer.Typer(
@@ -43,7 +45,7 @@ def cvt(
     """
 
 
-for command in (predict, train, evaluate, export, benchmark, convert, info):
+for command in (predict, train, evaluate, export, benchmark, convert, info, recipes, demo):
     app.command()(command)
 
 

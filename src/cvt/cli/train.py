@@ -22,7 +22,11 @@ def train(
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Recipe, a yaml file; the settings given here win over it.")
+        Path | None,
+        typer.Option(
+            help="Recipe, a yaml file or a name that `cvt recipes` lists; the settings given here "
+            "win over it."
+        ),
     ] = None,
     output: Annotated[
         Path | None,

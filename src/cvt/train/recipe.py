@@ -1,7 +1,7 @@
 """What a training run is told: every setting, its default and its limits, in one table.
 
 A recipe comes from a yaml file, from `key=value` words, or from Python; `cvt train` makes its
-options from this table. What the paper's models were trained with is in `recipes/*.yaml`.
+options from this table. The packaged recipes, the paper's among them, are `cvt/recipes/*.yaml`.
 """
 
 import dataclasses
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+PACKAGED = Path(__file__).parents[1] / "recipes"
 
 
 def setting(
@@ -223,22 +225,61 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def packaged_recipes() -> dict[str, Path]:
+    """The recipes that come with this package: name to yaml file, sorted by name."""
+    return {file.stem: file for file in sorted(PACKAGED.glob("*.yaml"))}
+
+
+def packaged_recipe(name: str | Path) -> Path:
+    """The yaml file of a packaged recipe; `.yaml` may be left out of its name.
+
+    Raises:
+        FileNotFoundError: there is none of that name; lists those that there are.
+    """
+    packaged = packaged_recipes()
+    stem = str(name).removesuffix(".yaml")
+    if stem not in packaged:
+        near = get_close_matches(Path(stem).name, packaged, n=1)
+        hint = f"; is it {near[0]}?" if near else ""
+        raise FileNotFoundError(
+            f"no packaged recipe is called {name}; there are {', '.join(packaged)}{hint}"
+        )
+    return packaged[stem]
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The yaml file of a recipe, by its path or by the name of a packaged one; a path comes first.
+
+    `.yaml` may be left out of either. A folder is no recipe: `photos` is often a folder, too.
+
+    Raises:
+        FileNotFoundError: there is neither; lists the packaged recipes.
+    """
+    for path in (Path(name), Path(f"{name}.yaml")):
+        if path.exists() and not path.is_dir():  # not is_file: <(command) is a pipe
+            return path
+    try:
+        return packaged_recipe(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file {name}, and {error}") from None
+
+
 def load_recipe(file: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe from a yaml file, or from the defaults, with some settings changed.
 
     Args:
-        file: a yaml mapping of settings; those it leaves out keep their defaults. Paths in it are
-            relative to the working folder.
+        file: a yaml mapping of settings, or the name of a packaged one, see `find_recipe`; settings
+            that it leaves out keep their defaults. Paths in it are relative to the working folder.
         changes: settings that win over the file; "none" in words is no value.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: there is no such recipe, or the file cannot be read.
         ValueError: a key is unknown (names the nearest), or a value does not fit.
     """
     settings: dict[str, Any] = {}
     if file is not None:
         try:
-            read = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
+            read = yaml.load(find_recipe(file).read_text(encoding="utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} is not yaml: {' '.join(str(error).split())}") from None
         if not isinstance(read, dict):

@@ -1,25 +1,14 @@
-"""Train a small CvT on scikit-learn's handwritten digits, evaluate it, classify the held-out files.
+"""`cvt demo`."""
 
-`make demo` runs this; it needs no network. See the last lines that it prints for what it leaves.
-"""
-
-import argparse
+import shlex
+import shutil
+import sys
 import time
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Annotated
 
-import torch
-
-from cvt.checkpoints import load_classifier, load_processor
-from cvt.cli.console import TrainingBars, bar, out, quiet_libraries
-from cvt.datasets import image_folder, write_digits
-from cvt.evaluate import evaluate
-from cvt.predict import predict
-from cvt.report import plot_predictions
-from cvt.train import load_recipe, train
-
-HERE = Path(__file__).parent
+import typer
 
 
 def free(path: Path) -> Path:
@@ -28,12 +17,30 @@ def free(path: Path) -> Path:
     return path if not path.exists() else next(name for name in names if not name.exists())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--epochs", type=int)
-    arguments = parser.parse_args()
-    run = free(arguments.output)
+def demo(
+    output: Annotated[
+        Path,
+        typer.Option(help="Run folder to make; where there is one, its name gets a number."),
+    ] = Path("runs/demo"),
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the training images, if not 40.")
+    ] = None,
+) -> None:
+    """Train a small CvT on scikit-learn's handwritten digits, evaluate it, classify image files.
+
+    Nothing is downloaded.
+    """
+    import torch
+
+    from cvt.checkpoints import load_classifier, load_processor
+    from cvt.cli.console import TrainingBars, bar, out, quiet_libraries
+    from cvt.datasets import image_folder, write_digits
+    from cvt.evaluate import evaluate
+    from cvt.predict import Prediction, predict
+    from cvt.report import plot_predictions
+    from cvt.train import load_recipe, train
+
+    run = free(output)
     quiet_libraries()
     # So small a model gains little from a second thread, and waits long for it on a busy machine.
     torch.set_num_threads(1)
@@ -41,9 +48,7 @@ def main() -> None:
     out.print(
         f"1. Training a CvT of 1.0 M parameters on 1,437 images of digits, in {run}", style="bold"
     )
-    recipe = load_recipe(HERE.parents[1] / "recipes/digits.yaml", {"model": HERE})
-    if arguments.epochs:
-        recipe = replace(recipe, epochs=arguments.epochs)
+    recipe = load_recipe("digits", {"epochs": epochs} if epochs else None)
     start = time.perf_counter()
     with TrainingBars() as progress:
         train(recipe, run, progress)
@@ -62,6 +67,7 @@ def main() -> None:
     predictions = []
     with bar("predict", len(held_out)) as step:
         for prediction in predict(classifier, processor, held_out.sources):
+            assert isinstance(prediction, Prediction)  # the images are ours, and can be decoded
             predictions.append(prediction)
             step()
     plot_predictions(predictions, held_out.labels, run / "predictions.png")
@@ -81,13 +87,11 @@ def main() -> None:
         "digits/": "the images, a folder per class",
     }.items():
         out.print(f"  {name:<22}{what}")
+    cvt = "cvt" if shutil.which("cvt") else f"{shlex.quote(sys.executable)} -m cvt"
+    best, sevens = shlex.quote(str(model)), shlex.quote(str(run / "digits/test/7"))
     out.print(
         "\nTry next:\n"
-        f"  .venv/bin/cvt predict {model} {run}/digits/test/7 --topk 2\n"
-        f"  .venv/bin/cvt info {model}\n"
-        "  .venv/bin/cvt train YOUR_PHOTOS --model cvt-13    # needs the hub once"
+        f"  {cvt} predict {best} {sevens} --topk 2\n"
+        f"  {cvt} info {best}\n"
+        f"  {cvt} train YOUR_PHOTOS --config photos    # needs the hub once"
     )
-
-
-if __name__ == "__main__":
-    main()

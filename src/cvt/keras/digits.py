@@ -1,23 +1,23 @@
 """Train a small CvT on scikit-learn's handwritten digits by Keras' `fit`; it needs no network.
 
-    python examples/digits/keras_fit.py --epochs 30
+    python -m cvt.keras.digits --epochs 30
 
 The backend is TensorFlow, or what KERAS_BACKEND says: jax or torch.
 """
 
 import argparse
 import time
-from pathlib import Path
 
 from cvt import CvtConfig, TFCvtForImageClassification, image_processor
 
 import keras  # isort: skip  # behind cvt, which keeps PyTorch's Triton apart from TensorFlow
 
-from cvt.datasets import open_training
+from cvt.datasets import LabelledImages, open_training
 from cvt.keras.data import image_dataset
 
 
 def main() -> None:
+    """Train, and print the accuracy."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -25,9 +25,11 @@ def main() -> None:
     start = time.perf_counter()
     keras.utils.set_random_seed(arguments.seed)
 
-    config = CvtConfig.from_pretrained(Path(__file__).parent, num_labels=10)
+    config = CvtConfig.from_variant("cvt-digits", num_labels=10)
     processor = image_processor(config, image_size=16, crop_pct=1.0)
     train, test = open_training("digits")
+    assert isinstance(train, LabelledImages)  # no stream
+    assert isinstance(test, LabelledImages)
     views = image_dataset(
         train, processor, 64, training=True, crop_scale=0.6, flip=0, seed=arguments.seed
     )
