@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-tensorflow lint bench clean
+.PHONY: demo test test-tensorflow test-wheel lint bench clean
 
 demo: .venv/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
 	$(BIN)/cvt demo --output runs/demo
@@ -20,6 +20,9 @@ test-tensorflow test-gpu_kernels: test-%: .venv/dev.stamp
 
 test-keras-%: .venv/dev.stamp
 	KERAS_BACKEND=$* $(BIN)/pytest tests/keras
+
+test-wheel:  ## build and install the wheel outside the checkout, and run the README's commands there
+	$(PYTHON) tests/wheel/check.py
 
 lint: .venv/dev.stamp  ## ruff, mypy and the import layers
 	$(BIN)/ruff check .
