@@ -273,12 +273,6 @@ def test_a_pickle_that_asks_for_code_is_refused_by_name(tmp_path, save, monkeypa
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_numpy_scalar_is_code_too(tmp_path):
-    torch.save({"state_dict": {"a": torch.zeros(2)}, "perf": np.float64(1)}, tmp_path / "np.pth")
-    with pytest.raises(CheckpointError, match=r"multiarray.scalar"):
-        read_weights(tmp_path / "np.pth")
-
-
 def saved(content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -360,7 +354,7 @@ def test_nonfinite_weights_are_refused_unless_allowed(model, tmp_path, value):
 
 def test_weights_under_transformers_names_want_their_folder(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"name the folder with its config.json"):
+    with pytest.raises(CheckpointError, match=r"name the folder with its config.json.*hidden-act"):
         convert(tmp_path / "pytorch_model.bin", tmp_path / "folder")
 
 

@@ -334,8 +334,8 @@ class Wrapper(nn.Module):
         super().__init__()
         self.module = model
 
-    def forward(self, pixels):
-        return self.module(pixels)
+    def forward(self, *inputs, **options):
+        return self.module(*inputs, **options)
 
 
 def test_a_wrapped_model_runs_in_eval_mode_whatever_was_done_with_it(model):

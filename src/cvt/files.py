@@ -1,8 +1,9 @@
 """Writing without losing anything: beside the target first, then moved into place."""
 
 import os
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from pathlib import Path
 def staged(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A path beside `target` to write a file or folder to; it becomes `target` when all went well.
 
-    An existing folder keeps its other files: only those written again are replaced.
+    An existing folder keeps its other files: only those written again are replaced. What is
+    written gets the permissions of the umask, whatever library writes it.
 
     Raises:
         FileExistsError: `target` is there already and may not be overwritten; an empty folder may.
@@ -28,6 +30,7 @@ def staged(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
         if target.exists() and target.is_dir() != written.is_dir():
             kind = "folder" if target.is_dir() else "file"
             raise FileExistsError(f"{asked} is a {kind}; nothing was overwritten")
+        follow_umask([written, *written.rglob("*")], Path(beside))
         sync(written)
         if target.is_dir():
             for file in sorted(path for path in written.rglob("*") if path.is_file()):
@@ -36,6 +39,46 @@ def staged(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
                 os.replace(file, moved)
         else:
             os.replace(written, target)
+
+
+def follow_umask(paths: Iterable[Path], folder: Path) -> None:
+    """Add the permissions that new files and folders have by the umask, none is taken away.
+
+    safetensors writes files that only their owner can read.
+
+    Args:
+        paths: files and folders; symbolic links are left alone.
+        folder: where something can be created, to see which permissions it gets: reading the umask
+            would change it for other threads.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".umask.") as probe:
+        file, subfolder = Path(probe, "file"), Path(probe, "folder")
+        file.touch()
+        subfolder.mkdir()
+        of_file, of_folder = (stat.S_IMODE(path.stat().st_mode) for path in (file, subfolder))
+    for path in paths:
+        if not path.is_symlink():
+            mode = stat.S_IMODE(path.stat().st_mode)
+            wanted = mode | (of_folder if path.is_dir() else of_file)
+            if wanted != mode:
+                path.chmod(wanted)
+
+
+LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer of git-lfs begins
+
+
+def pointer_fault(path: Path) -> str:
+    """Why a file holds no weights, if it is a pointer that git-lfs leaves in their place.
+
+    Returns:
+        A sentence that says so and what to do; empty if it is no pointer, or no file at all.
+    """
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) != LFS:
+            return ""
+    return f"{path} is a git-lfs pointer, not the weights: `git lfs pull` in its repository gets it"
 
 
 @contextmanager

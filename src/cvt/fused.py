@@ -418,6 +418,21 @@ class FusedCvt(nn.Module):
         return output if return_dict else output.to_tuple()
 
 
+def refuse_offloaded(model: nn.Module) -> None:
+    """Make sure that the weights of a model are in memory.
+
+    Raises:
+        ValueError: some are on the meta device, as those that a `device_map` offloads.
+    """
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if absent := [name for name, tensor in tensors if tensor.device.type == "meta"]:
+        raise ValueError(
+            f"{len(absent)} of the model's {len(tensors)} weights are offloaded (on the meta "
+            f"device), as {absent[0]}: load the model without device_map, or with the whole of it "
+            'on one device, as device_map="cpu"'
+        )
+
+
 def fuse(
     model: CvtModel | CvtForImageClassification | CvtBackbone, dtype: torch.dtype | None = None
 ) -> FusedCvt:
@@ -434,7 +449,8 @@ def fuse(
 
     Raises:
         TypeError: not a CvT of this package, or parts of it were replaced.
-        ValueError: the model is in training mode, or `dtype` is no floating point type.
+        ValueError: the model is in training mode, weights of it are offloaded, or `dtype` is no
+            floating point type.
     """
     if not isinstance(model, CvtModel | CvtForImageClassification | CvtBackbone):
         raise TypeError(
@@ -443,6 +459,7 @@ def fuse(
         )
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode; call model.eval() before fusing it")
+    refuse_offloaded(model)
     dtype = dtype or model.dtype
     if not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype}: must be a floating point type")

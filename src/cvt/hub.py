@@ -1,17 +1,22 @@
 """From the name of a model to its weights: published names; transformers' loading made strict."""
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from cvt.files import follow_umask, pointer_fault
 from cvt.zoo import PUBLISHED, Published
 
 logger = logging.getLogger(__name__)
 
+COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm; nothing reads it, and old files lack it
+ADAPTER = "adapter_config.json"  # which makes a folder one of an adapter of PEFT
 CLASSIFIER = {"classifier.weight", "classifier.bias"}
 HEAD = CLASSIFIER | {"layernorm.weight", "layernorm.bias"}
 
@@ -93,9 +98,20 @@ def load_strictly(
     judgement to the caller.
 
     Raises:
-        ValueError: weights are missing, unexpected or of the wrong shape; lists all of them.
+        ValueError: weights are missing, unexpected or of the wrong shape; lists all of them. Or a
+            file of them is a pointer of git-lfs, or those of an adapter are alone.
         OSError: there is no such model, or it cannot be reached.
     """
+    chosen = {key: kwargs[key] for key in ("subfolder", "variant", "use_safetensors") if key in kwargs}
+    if os.path.isdir(name):
+        files = weight_files(name, **chosen)
+        if fault := next(filter(None, map(pointer_fault, files)), None):
+            raise ValueError(fault)
+        if not files and all(Path(name, file).is_file() for file in (ADAPTER, "config.json")):
+            raise ValueError(
+                f"{name} is an adapter: cvt.checkpoints.load_classifier merges it with its base, "
+                "as every command does"
+            )
     with resolved(name, kwargs) as source:
         if kwargs.get("ignore_mismatched_sizes") or kwargs.get("output_loading_info"):
             return load(source, *args, **kwargs)
@@ -110,6 +126,50 @@ def load_strictly(
         model, name, loaded["missing_keys"], loaded["unexpected_keys"], mismatched, new_head
     )
     return model
+
+
+def weight_files(
+    folder: str | os.PathLike,
+    subfolder: str = "",
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+) -> list[Path]:
+    """The files from which transformers reads the weights in a folder; none if it has none.
+
+    Args:
+        folder: of a model.
+        subfolder: as in `PreTrainedModel.from_pretrained`.
+        variant: likewise.
+        use_safetensors: likewise.
+    """
+    infix = f".{variant}" if variant else ""
+    safetensors = [f"model{infix}.safetensors", f"model.safetensors.index{infix}.json"]
+    pickled = [f"pytorch_model{infix}.bin", f"pytorch_model.bin.index{infix}.json"]
+    names = {None: safetensors + pickled, True: safetensors, False: pickled}[use_safetensors]
+    paths = (Path(folder, subfolder or "", name) for name in names)
+    path = next(filter(Path.is_file, paths), None)
+    if path is None or path.suffix != ".json":
+        return [path] if path else []
+    try:
+        shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):  # transformers' loading says more
+        return [path]
+    return [path, *(path.with_name(shard) for shard in shards)]
+
+
+def save_readable(
+    save: Callable[..., None], folder: str | os.PathLike, *args: Any, **kwargs: Any
+) -> None:
+    """Call `PreTrainedModel.save_pretrained`, given as `save`; its weights follow the umask."""
+
+    def weights() -> dict[Path, tuple[int, int]]:
+        files = ((path, path.stat()) for path in Path(folder).glob("*.safetensors"))
+        return {path: (found.st_ino, found.st_mtime_ns) for path, found in files}
+
+    before = weights()
+    save(folder, *args, **kwargs)
+    if written := [path for path, found in weights().items() if before.get(path) != found]:
+        follow_umask(written, Path(folder))
 
 
 def new_weights(

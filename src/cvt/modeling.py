@@ -384,6 +384,7 @@ class CvtPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _keys_to_ignore_on_load_missing = [rf"\.{hub.COUNTER}$"]  # they start at 0
 
     def __init__(self, config: CvtConfig) -> None:
         config.validate()
@@ -420,6 +421,12 @@ class CvtPreTrainedModel(PreTrainedModel):
         """As in transformers, published names too, and strict: see `hub.load_strictly`."""
         load = super().from_pretrained
         return hub.load_strictly(load, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers; whoever may read the config may read the weights."""
+        hub.save_readable(super().save_pretrained, save_directory, *args, **kwargs)
 
 
 class CvtModel(CvtPreTrainedModel):

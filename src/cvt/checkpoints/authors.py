@@ -1,14 +1,17 @@
-"""Models from the authors' files: what the tensors tell, and what does not fit."""
+"""Models from files of weights, the authors' above all: what the tensors tell, what does not fit."""
 
 import copy
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from cvt.checkpoints.names import rename_known, transformers_to_authors
+from cvt import hub
+from cvt.checkpoints.names import known_to_transformers, rename_known, transformers_to_authors
 from cvt.checkpoints.reading import CheckpointError, read_weights
 from cvt.configuration import VARIANTS, CvtConfig
 from cvt.hub import list_faults
@@ -18,75 +21,146 @@ from cvt.modeling import CvtForImageClassification
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class ModelFile:
+    """What a file of weights holds.
+
+    Attributes:
+        config: of a classifier; without one in the file, and no config for it, of 0 classes.
+        weights: of a CvT, under the names of `CvtForImageClassification`.
+        unexpected: names in the file that no CvT has.
+        rename: from those names, as the keys of a dict, to the file's, authors' or transformers'.
+    """
+
+    config: CvtConfig
+    weights: dict[str, Tensor]
+    unexpected: list[str]
+    rename: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether they are of a model without a classifier."""
+        return not self.weights.keys() & hub.CLASSIFIER
+
+
+def read_file(
+    path: str | Path,
+    *,
+    config: CvtConfig | str | Path | None = None,
+    hidden_act: str | None = None,
+) -> ModelFile:
+    """Read a file of weights under the authors' or transformers' names.
+
+    Args:
+        path: the file; see `read_weights`.
+        config: what the tensors do not tell, or the config.json that does; by default that of the
+            published variant they fit.
+        hidden_act: the activation, if not the config's. Without one there, the authors' weights
+            are of QuickGELU; those under transformers' names may be of either.
+
+    Raises:
+        CheckpointError: the file cannot be read, is no published variant and comes without config,
+            or does not tell its activation.
+    """
+    found = read_weights(path)
+    by_authors = not any(name.startswith(("cvt.", "encoder.")) for name in found)
+    weights, unexpected = (rename_known if by_authors else known_to_transformers)(found)
+    if isinstance(config, str | Path):
+        fields = CvtConfig._dict_from_json_file(config)
+        config = CvtConfig.from_dict(fields)
+        if "hidden_act" not in fields and by_authors:
+            config.hidden_act = "quick_gelu"
+    elif config is not None:
+        config = copy.deepcopy(config)
+    elif not by_authors and hidden_act is None:
+        raise CheckpointError(
+            f"{path} has transformers' names, with which no file records the activation: name the "
+            f"folder with its config.json instead, or run `cvt convert {path} FOLDER --hidden-act "
+            "gelu` for weights trained in transformers, which computes GELU whatever they were "
+            "made from, and quick_gelu for others, and use FOLDER"
+        )
+    else:
+        try:
+            config = recognise(weights)
+        except ValueError as error:
+            unknown = f"; unexpected {', '.join(unexpected)}" if unexpected else ""
+            raise CheckpointError(f"{path}: {error}{unknown}") from error
+    config.hidden_act = hidden_act or config.hidden_act
+    imagenet = list(imagenet_classes().values())
+    if len(config.class_names) == len(imagenet) and config.class_names[0] == "LABEL_0":
+        config.class_names = imagenet
+    return ModelFile(config, weights, unexpected, transformers_to_authors if by_authors else dict)
+
+
 def load_authors(
     path: str | Path,
     *,
-    config: CvtConfig | None = None,
+    config: CvtConfig | str | Path | None = None,
     num_labels: int | None = None,
     hidden_act: str | None = None,
     allow_nonfinite: bool = False,
 ) -> CvtForImageClassification:
-    """A classifier from an authors' .pth file; 1000 classes get the names of ImageNet's.
+    """A classifier from a file of weights; 1000 classes get the names of ImageNet's.
 
     Args:
-        path: the file.
-        config: what the tensors do not tell; by default the published variant they fit, QuickGELU.
-        num_labels: make a new, random classifier for so many classes if the file's has others.
-        hidden_act: the activation, if not the config's.
+        path: an authors' .pth file, or one under transformers' names.
+        config: as in `read_file`.
+        num_labels: make a new, random classifier for so many classes if the file's has others, or
+            if it has none.
+        hidden_act: as in `read_file`.
         allow_nonfinite: accept NaN and infinite weights.
 
     Raises:
         CheckpointError: the file cannot be read or does not fit; lists every fault.
     """
-    found = read_weights(path)
-    if any(name.startswith(("cvt.", "encoder.")) for name in found):
-        raise CheckpointError(
-            f"{path} has transformers' names; name the folder with its config.json instead"
-        )
-    weights, unexpected = rename_known(found)
-    try:
-        config = recognise(weights) if config is None else copy.deepcopy(config)
-    except ValueError as error:
-        unknown = f"; unexpected {', '.join(unexpected)}" if unexpected else ""
-        raise CheckpointError(f"{path}: {error}{unknown}") from error
-    config.hidden_act = hidden_act or config.hidden_act
+    file = read_file(path, config=config, hidden_act=hidden_act)
+    if file.is_headless and num_labels is None and (config is None or file.config.num_labels):
+        raise headless(path)
+    config, weights = file.config, dict(file.weights)
     head = weights.get("classifier.weight")
-    new_head: tuple[str, ...] = ()
+    new_head: Set[str] = set()
     if num_labels is not None and (head is None or len(head) != num_labels):
-        new_head = ("classifier.weight", "classifier.bias")
+        # What a model without a head was saved as has no LayerNorm for it, either.
+        new_head = hub.CLASSIFIER if weights.keys() & hub.CLASSIFIER else hub.HEAD - weights.keys()
         config.num_labels = num_labels
+    model = CvtForImageClassification(config)
+    expected = model.state_dict()
+    counters = {name for name in expected if name.endswith(hub.COUNTER)} - weights.keys()
+    weights |= {name: expected[name] for name in (*new_head, *counters)}
+
+    mismatched = {
+        name: (weights[name].shape, tensor.shape)
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    }
+    faults = list_faults(
+        missing=file.rename({name: None for name in expected if name not in weights}),
+        unexpected=[
+            *file.unexpected,
+            *file.rename({name: None for name in weights if name not in expected}),
+        ],
+        mismatched=file.rename(mismatched),
+    )
+    if not allow_nonfinite:
+        names = file.rename(dict.fromkeys(nonfinite(file.weights)))
+        faults += "".join(f"\n  {name} has NaN or infinity" for name in names)
+    if faults:
+        raise CheckpointError(f"the weights in {path} do not fit:{faults}")
+    if new_head:
         logger.warning(
             f"New classifier of {num_labels} classes: {path} has "
             f"{'none' if head is None else len(head)}. It is random until trained."
         )
-    model = CvtForImageClassification(config)
-    expected = model.state_dict()
-    weights |= {name: expected[name] for name in new_head}
-
-    theirs = dict(zip(expected, transformers_to_authors(expected), strict=True))
-    faults = list_faults(
-        missing=[theirs[name] for name in expected if name not in weights],
-        unexpected=[
-            *unexpected,
-            *transformers_to_authors(
-                {name: weight for name, weight in weights.items() if name not in expected}
-            ),
-        ],
-        mismatched={
-            theirs[name]: (weights[name].shape, tensor.shape)
-            for name, tensor in expected.items()
-            if name in weights and weights[name].shape != tensor.shape
-        },
-    )
-    if not allow_nonfinite:
-        faults += "".join(f"\n  {name} has NaN or infinity" for name in nonfinite(found))
-    if faults:
-        raise CheckpointError(f"the weights in {path} do not fit:{faults}")
     model.load_state_dict(weights)
-    imagenet = list(imagenet_classes().values())
-    if len(config.class_names) == len(imagenet) and config.class_names[0] == "LABEL_0":
-        config.class_names = imagenet
     return model
+
+
+def headless(path: str | Path) -> CheckpointError:
+    """The error for a file without a classifier, where one is needed."""
+    return CheckpointError(
+        f"{path} holds a model without a classifier: give num_labels for a new one, random until "
+        f"it is trained (`cvt convert {path} FOLDER --num-labels N`; `cvt train` does so)"
+    )
 
 
 def nonfinite(weights: Mapping[str, Tensor]) -> list[str]:
@@ -129,12 +203,12 @@ def recognise(weights: Mapping[str, Tensor]) -> CvtConfig:
             "the projections of a stage leave no weights, so it is avg or linear; say which in a "
             "config.json and name it with --config"
         )
-    head = weights.get("classifier.weight")
+    head = weights.get("classifier.weight", weights.get("classifier.bias"))
     first = weights.get(f"{stages}.0.embedding.convolution_embeddings.projection.weight")
     return CvtConfig.from_variant(
         name,
         num_channels=3 if first is None else first.shape[1],
         cls_token=[has(s, "cls_token") for s in everywhere],
         qkv_bias=[has(s, "projection_query.bias") for s in everywhere],
-        num_labels=1000 if head is None else len(head),
+        num_labels=0 if head is None else len(head),
     )

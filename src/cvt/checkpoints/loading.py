@@ -1,11 +1,13 @@
 """From whatever names a model to the model, its configuration and its preprocessing."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
 
 from cvt import hub
-from cvt.checkpoints.authors import load_authors
+from cvt.checkpoints import adapters
+from cvt.checkpoints.authors import load_authors, read_file
 from cvt.configuration import VARIANTS, CvtConfig
 from cvt.images import image_processor
 from cvt.modeling import CvtForImageClassification
@@ -36,15 +38,9 @@ def load_classifier(
         ValueError: its weights do not fit; lists every fault.
     """
     if Path(source).is_file():
-        known = None
-        if config is not None:
-            fields = CvtConfig._dict_from_json_file(config)
-            known = CvtConfig.from_dict(fields)
-            if "hidden_act" not in fields:
-                known.hidden_act = "quick_gelu"
         return load_authors(
             source,
-            config=known,
+            config=config,
             num_labels=num_labels,
             hidden_act=hidden_act,
             allow_nonfinite=allow_nonfinite,
@@ -53,9 +49,58 @@ def load_classifier(
         raise ValueError(f"a config is for authors' files; {source} brings its own")
     if not hub.published(source) and not Path(source).is_dir():
         raise unknown_model(source)
+    if adapters.is_adapter(source):
+        return load_adapted(Path(source), num_labels=num_labels, hidden_act=hidden_act)
     given = {"num_labels": num_labels, "hidden_act": hidden_act}
     given = {name: value for name, value in given.items() if value is not None}
     return CvtForImageClassification.from_pretrained(source, **given)
+
+
+def load_adapted(
+    folder: Path, *, num_labels: int | None = None, hidden_act: str | None = None
+) -> CvtForImageClassification:
+    """A trained classifier from a folder with an adapter, as PEFT saves it, merged with its base.
+
+    Its classes are those of the config.json beside it, if it has one, else its base's where their
+    number is the same.
+
+    Args:
+        folder: of the adapter.
+        num_labels: as in `load_classifier`.
+        hidden_act: the activation, if not the one it was trained with: that of the config.json
+            beside it, GELU if it was trained on a model of transformers, else its base's.
+
+    Raises:
+        ImportError: peft is not installed.
+        FileNotFoundError: its base is not here.
+        CheckpointError: it does not fit its base; lists every fault.
+        ValueError: the weights of its base do not fit.
+    """
+    adapters.require_peft(folder)
+    weights, config = adapters.read_adapter(folder), adapters.config_of(folder)
+    own = adapters.activation_of(folder)
+    with adapters.no_word_of_new_heads():
+        base = load_classifier(
+            adapters.base_of(folder),
+            num_labels=adapters.classes_of(weights),
+            hidden_act=hidden_act or own,
+        )
+    if config is not None and config.num_labels == base.config.num_labels:
+        base.config.class_names = config.class_names
+        base.config.problem_type = config.problem_type
+    model = adapters.merge(base, folder, weights)
+    if num_labels is None or num_labels == model.config.num_labels:
+        return model
+    logger.warning(
+        f"New classifier of {num_labels} classes: {folder} has {model.config.num_labels}. It is "
+        "random until trained."
+    )
+    config = copy.deepcopy(model.config)
+    config.num_labels = num_labels
+    changed = CvtForImageClassification(config).to(model.dtype)
+    kept = {name: w for name, w in model.state_dict().items() if name not in hub.CLASSIFIER}
+    changed.load_state_dict(changed.state_dict() | kept)
+    return changed
 
 
 def load_config(source: str | Path) -> CvtConfig:
@@ -65,8 +110,10 @@ def load_config(source: str | Path) -> CvtConfig:
         FileNotFoundError: `source` is none of these.
     """
     if Path(source).is_file():
-        return load_authors(source).config
+        return read_file(source).config
     if Path(source).is_dir():
+        if adapters.is_adapter(source):
+            return adapters.config_of(source) or load_adapted(Path(source)).config
         return CvtConfig.from_pretrained(source)
     if checkpoint := hub.published(source):
         return CvtConfig.from_variant(checkpoint.variant)
@@ -84,6 +131,8 @@ def load_processor(source: str | Path, config: CvtConfig, image_size: int | None
         image_size: height and width in pixels; else the source's, else told by the name of a
             published file, else 224, with a warning.
     """
+    if adapters.is_adapter(source) and not Path(source, "preprocessor_config.json").is_file():
+        return load_processor(adapters.base_of(source), config, image_size)
     if not Path(source).is_file():
         return image_processor(source, image_size=image_size)
     files = {checkpoint.authors_file: checkpoint for checkpoint in PUBLISHED.values()}

@@ -1,7 +1,7 @@
 """One table of parameter names, read in every direction."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 Weight = TypeVar("Weight")
@@ -43,6 +43,13 @@ _KERAS_TENSORS = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
+# What PyTorch puts into the names of modules that it compiles, shards or recomputes.
+_PYTORCH = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# The weight that every CvT has once, behind the names of the modules that hold the model.
+_FIRST = re.compile(
+    r"(?P<prefix>|.+?\.)(?:stage0\.patch_embed\.proj"
+    r"|(?:cvt\.)?encoder\.stages\.0\.embedding\.convolution_embeddings\.projection)\.weight"
+)
 _TENSOR = r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
 
 
@@ -61,9 +68,7 @@ def transformers_to_authors(state_dict: Mapping[str, Weight]) -> dict[str, Weigh
     Raises:
         ValueError: names that no CvT of transformers has; lists all of them.
     """
-    # A model without a head has its names without the prefix.
-    prefixed = {f"cvt.{k}" if k.startswith("encoder.") else k: v for k, v in state_dict.items()}
-    return _refusing(*_renamed(prefixed, _TABLE))
+    return _refusing(*_renamed(_prefixed(state_dict), _TABLE))
 
 
 def keras_to_transformers(path: str) -> str | None:
@@ -87,6 +92,35 @@ def keras_to_transformers(path: str) -> str | None:
 def rename_known(state_dict: Mapping[str, Weight]) -> tuple[dict[str, Weight], list[str]]:
     """As `authors_to_transformers`, and the names that no CvT of the authors has."""
     return _renamed(state_dict, {authors: ours for ours, authors in _TABLE.items()})
+
+
+def known_to_transformers(
+    state_dict: Mapping[str, Weight],
+) -> tuple[dict[str, Weight], list[str]]:
+    """The weights as `CvtForImageClassification` names them, and the names that no CvT has.
+
+    Args:
+        state_dict: of a `CvtForImageClassification` or a `CvtModel`, ours or transformers'.
+    """
+    prefixed = _prefixed(state_dict)
+    unknown = set(_renamed(prefixed, _TABLE)[1])
+    return {name: w for name, w in prefixed.items() if name not in unknown}, sorted(unknown)
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a weight without what torch.compile, FSDP and checkpointing add to it."""
+    return _PYTORCH.sub("", name)
+
+
+def prefixes(names: Iterable[str]) -> list[str]:
+    """What stands in front of the names of each CvT in a state dict: `""`, `module.`, `model.`."""
+    found = (_FIRST.fullmatch(name) for name in names)
+    return [match["prefix"] for match in found if match]
+
+
+def _prefixed(state_dict: Mapping[str, Weight]) -> dict[str, Weight]:
+    # A model without a head has its names without the prefix.
+    return {f"cvt.{k}" if k.startswith("encoder.") else k: v for k, v in state_dict.items()}
 
 
 def _refusing(renamed: dict[str, Weight], unknown: list[str]) -> dict[str, Weight]:

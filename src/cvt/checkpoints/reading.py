@@ -1,6 +1,8 @@
 """Reading weights from files that may be anything: nothing in them is ever run."""
 
+import argparse
 import io
+import logging
 import pickletools
 import re
 import warnings
@@ -8,16 +10,39 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-# What a checkpoint of tensors imports.
+from cvt.checkpoints.names import prefixes, without_wrappers
+from cvt.files import pointer_fault
+
+logger = logging.getLogger(__name__)
+
+# The entries of training checkpoints that hold weights, by timm, Lightning and many scripts; those
+# of averaged weights come before others, as where timm reads a checkpoint to evaluate it.
+AVERAGED = ("state_dict_ema", "model_ema", "ema")
+WRAPPERS = (
+    *AVERAGED,
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "module"),
+)
+PLAIN = (int, float, str, np.generic, type(None))  # beside weights: an epoch, an accuracy, a name
+
+# What a checkpoint of tensors imports, and one with numbers of NumPy or parsed arguments beside.
 TENSOR_PARTS = re.compile(
     r"collections\.OrderedDict|torch\._utils\._rebuild_\w+"
     r"|torch\.(\w+Storage|Size|device|\w*(float|int|bool)\w*)"
+    r"|numpy\._?core\.multiarray\.scalar|numpy\.dtype|_codecs\.encode|argparse\.Namespace"
 )
+_SCALAR: Any = np.float64(0).__reduce__()[0]  # what reads a NumPy number from its bytes
+PLAIN_GLOBALS = [
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdgU"},
+    argparse.Namespace,
+]
 
 
 class CheckpointError(ValueError):
@@ -25,27 +50,126 @@ class CheckpointError(ValueError):
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a .safetensors file or a PyTorch checkpoint, under the names they have.
+    """The weights in a .safetensors file or a PyTorch checkpoint, under the names of the model.
 
-    The authors' training checkpoints, `{"epoch", "state_dict", ...}`, and the `module.` prefix that
-    distributed training leaves are unwrapped.
+    A checkpoint of a training run is unwrapped, `{"epoch", "state_dict", ...}` of the authors and
+    all of `WRAPPERS`; where it has averaged weights, those are read. In front of the names,
+    `module.` of distributed training, `model.` of Lightning and the like are removed, and what
+    torch.compile adds. Numbers and texts beside the weights are left out; tensors are not, unless
+    a warning names them.
 
     Raises:
-        CheckpointError: the file is empty, truncated, asks for code to be run, or holds no weights.
+        CheckpointError: the file is empty, truncated, a pointer of git-lfs, asks for code to be
+            run, holds no weights, or holds several models.
         OSError: the file cannot be opened.
     """
     path = Path(path)
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path} is empty")
-    content = load_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    content = unwrapped(load_content(path), path)
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path} holds no weights, but {describe(content)}")
+    if any(isinstance(value, Tensor) for value in content.values()):
+        content = {key: v for key, v in content.items() if not isinstance(v, PLAIN)}
     alien = [f"{key!r} is {describe(v)}" for key, v in content.items() if not isinstance(v, Tensor)]
     if alien:
         raise CheckpointError(f"{path} holds things that are no weights:\n  " + "\n  ".join(alien))
-    return {str(name).removeprefix("module."): weight for name, weight in content.items()}
+    named = {without_wrappers(str(name)): weight for name, weight in content.items()}
+    if len(named) < len(content):
+        raise CheckpointError(f"{path} holds weights twice: compiled, under _orig_mod., and not")
+    return without_prefix(named, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that holds nothing else, under the names they have in it.
+
+    Raises:
+        CheckpointError: as `read_weights`.
+    """
+    content = load_content(path)
+    if not is_weights(content):
+        raise CheckpointError(f"{path} holds no weights, but {describe(content)}")
+    return content
+
+
+def load_content(path: Path) -> Any:
+    """What is in a .safetensors file or a PyTorch checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is empty")
+    if fault := pointer_fault(path):
+        raise CheckpointError(fault)
+    return load_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path)
+
+
+def unwrapped(content: Any, path: Path) -> Any:
+    """What a checkpoint of a training run holds of the model; anything else as it is.
+
+    Raises:
+        CheckpointError: it holds several, none of which is the average of the others.
+    """
+    while isinstance(content, dict):
+        inner = [key for key in WRAPPERS if isinstance(content.get(key), dict) and content[key]]
+        if not inner:
+            break
+        chosen = [key for key in inner if key in AVERAGED] or inner
+        if len(chosen) > 1:
+            raise CheckpointError(
+                f"{path} holds weights in each of {', '.join(map(repr, chosen))}: save one of them "
+                "to a file of its own, with torch.save"
+            )
+        beside = [key for key, v in content.items() if key not in chosen and is_weights(v)]
+        if beside:
+            logger.warning(
+                f"{path}: the weights are those in {chosen[0]!r}; not read: "
+                + ", ".join(map(repr, beside))
+            )
+        content = content[chosen[0]]
+    return content
+
+
+def is_weights(value: Any) -> bool:
+    """Whether a part of a checkpoint could be weights: an optimizer's state, for one, is none."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and value.ndim > 0  # no loss, and no state of a generator
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(weight, Tensor) for weight in value.values())
+    )
+
+
+def without_prefix(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights of the model among those of what holds it, under its own names of them.
+
+    Raises:
+        CheckpointError: there are several models, or one without a classifier and weights beside.
+    """
+    found = prefixes(weights)
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path} holds {len(found)} models, whose names begin with "
+            f"{', '.join(map(repr, found))}: save the state dict of one of them, with torch.save"
+        )
+    prefix = found[0] if found else "module."
+    named = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    beside = [name for name in weights if not name.startswith(prefix)]
+    if not found:  # no CvT: what it is, is said by whoever looks at the names
+        return named | {name: weights[name] for name in beside}
+    if not beside:
+        return named
+    names = ", ".join(beside[:5]) + (f" and {len(beside) - 5} more" if len(beside) > 5 else "")
+    if not {"head.weight", "classifier.weight"} & named.keys():
+        raise CheckpointError(
+            f"{path} holds a CvT without a classifier, whose names begin with {prefix!r}, and "
+            f"beside it {names}: save the state dict of the CvT alone, with torch.save, and give "
+            "num_labels for a new classifier"
+        )
+    logger.warning(
+        f"{path}: the weights are those whose names begin with {prefix!r}; not read: {names}"
+    )
+    return named
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -61,12 +185,13 @@ def load_pickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the error says it better
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(PLAIN_GLOBALS):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
         if asked := functions_asked_for(path):
             raise CheckpointError(
                 f"{path} was not read: it asks to run {', '.join(asked)}; only tensors and plain "
-                "containers are read from a checkpoint"
+                "containers are read from a checkpoint; save model.state_dict() alone"
             ) from error
         raise CheckpointError(f"{path} is no PyTorch checkpoint, or not a whole one") from error
 

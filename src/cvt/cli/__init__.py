@@ -65,7 +65,8 @@ def main() -> None:
             raise
         if isinstance(error, ModuleNotFoundError):
             error = OSError(f"{error.name} is not installed: pip install 'cvt-vision[train]'")
-        expected = isinstance(error, ValueError | OSError | ArithmeticError)
+        is_absent = isinstance(error, ImportError) and error.name is None  # said by ourselves
+        expected = is_absent or isinstance(error, ValueError | OSError | ArithmeticError)
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else "\nRun again with --debug for a traceback."
         typer.secho("Error: ", fg="red", bold=True, nl=False, err=True)

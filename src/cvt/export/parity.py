@@ -62,7 +62,8 @@ def compare(model: CvtForImageClassification, runtime: Runtime, pixels: Tensor) 
         runtime: of its export.
         pixels: normalised.
     """
-    expected, logits = model(pixels).logits, runtime(pixels)  # (B, K)
+    expected = model(pixels, return_dict=True).logits  # (B, K)
+    logits = runtime(pixels)
     tolerance = None
     if runtime.precision in TOLERANCES:
         absolute, relative = TOLERANCES[runtime.precision]

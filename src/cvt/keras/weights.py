@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 from cvt import hub
 from cvt.checkpoints.names import keras_to_transformers
 from cvt.configuration import CvtConfig
-from cvt.files import staged
+from cvt.files import pointer_fault, staged
 
 if TYPE_CHECKING:
     from cvt.keras.modeling import TFCvtPreTrainedModel
@@ -37,7 +37,6 @@ SAFETENSORS = {
     "BF16": ml_dtypes.bfloat16,
     "I64": np.int64,
 }
-COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm; nothing reads it
 
 
 # ------------------------------------------------------------------------------ models
@@ -63,6 +62,11 @@ def load(
             files = find(resolved, of_hub)
         found = {name: weight for file in files for name, weight in read(file).items()}
     model = make(config)
+    is_classifier = bool(hub.HEAD & named_variables(model).keys())
+    if os.path.isfile(source) and is_classifier and not (new_head or hub.CLASSIFIER & found.keys()):
+        from cvt.checkpoints.authors import headless
+
+        raise headless(str(source))
     assign(model, found, source, new_head)
     return model
 
@@ -89,7 +93,7 @@ def assign(
         for name, shape in shapes.items()
         if name not in missing and found[name].shape != shape
     }
-    unexpected = {name for name in found.keys() - variables.keys() if not name.endswith(COUNTER)}
+    unexpected = {name for name in found.keys() - variables.keys() if not name.endswith(hub.COUNTER)}
     if not hub.HEAD & variables.keys():
         unexpected -= hub.HEAD
     new = hub.new_weights(model, source, missing, unexpected, mismatched, new_head)
@@ -111,7 +115,7 @@ def save(model: "TFCvtPreTrainedModel", folder: str | Path) -> None:
         weights[name] = np.ascontiguousarray(to_torch(ops.convert_to_numpy(variable)))
         module, _, tensor = name.rpartition(".")
         if tensor == "running_mean":
-            weights[f"{module}.{COUNTER}"] = np.array(0, np.int64)
+            weights[f"{module}.{hub.COUNTER}"] = np.array(0, np.int64)
     config = copy.deepcopy(model.config)
     config.architectures = ["CvtModel" if headless else "CvtForImageClassification"]
     config.dtype = model.variable_dtype
@@ -171,8 +175,10 @@ def read(path: Path) -> Weights:
     """The weights in a .safetensors, .h5 or .bin file; those of a model without a head, too.
 
     Raises:
-        ValueError: the file is damaged, or holds what is no weight of a CvT.
+        ValueError: the file is damaged, a pointer of git-lfs, or holds what is no weight of a CvT.
     """
+    if fault := pointer_fault(path):
+        raise ValueError(fault)
     if path.suffix == ".h5":
         return read_h5(path)
     if path.suffix == ".bin":
@@ -232,10 +238,14 @@ def read_authors(path: Path, fields: dict[str, Any]) -> tuple[CvtConfig, Weights
         fields: of the config, to be set otherwise.
 
     Raises:
-        CheckpointError: the file cannot be read or does not fit; lists every fault.
+        CheckpointError: the file cannot be read, or holds NaN or infinity.
     """
-    from cvt.checkpoints.authors import load_authors
+    from cvt.checkpoints.authors import nonfinite, read_file
+    from cvt.checkpoints.reading import CheckpointError
 
-    model = load_authors(path, num_labels=fields.get("num_labels"))
-    config = CvtConfig.from_dict(model.config.to_dict(), **fields)
-    return config, {name: weight.numpy() for name, weight in model.state_dict().items()}
+    file = read_file(path, hidden_act=fields.get("hidden_act"))
+    if bad := nonfinite(file.weights):
+        raise CheckpointError(f"{path} has NaN or infinity in {', '.join(bad)}")
+    config = CvtConfig.from_dict(file.config.to_dict(), **fields)
+    found = {name: weight.float().numpy() for name, weight in file.weights.items()}
+    return config, found | {name: np.empty(0) for name in file.unexpected}

@@ -48,7 +48,8 @@ def open_runtime(
 
     Raises:
         FileNotFoundError: `source` names no model.
-        ValueError: an argument is illegal, or the runtime cannot do what is asked.
+        ValueError: an argument is illegal, or the runtime cannot do what is asked; weights are
+            offloaded, or pointers of git-lfs.
         ImportError: the runtime is not installed; says what to install.
     """
     from cvt.runtime.opening import open_export, open_model

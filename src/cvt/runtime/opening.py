@@ -9,6 +9,8 @@ from torch import nn
 
 from cvt.checkpoints import load_classifier
 from cvt.configuration import CvtConfig
+from cvt.files import pointer_fault
+from cvt.fused import refuse_offloaded
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime import OF_EXPORTS, available
 from cvt.runtime.base import Runtime
@@ -45,6 +47,7 @@ def open_model(
         runtime = fastest(device, precision)
     loaded = isinstance(source, CvtForImageClassification)
     model = source if isinstance(source, CvtForImageClassification) else load_classifier(source)
+    refuse_offloaded(model)
     model.eval()
     if runtime == "openvino":
         return OpenVinoRuntime.from_model(model, precision, threads)
@@ -80,6 +83,9 @@ def open_export(
     size = None if "size" in manifest.dynamic else manifest.image_size
     rest: Any = (threads, size, "batch" not in manifest.dynamic)
     graph, precision = folder / manifest.file, precision or manifest.precision
+    for file in sorted([*folder.glob(f"{graph.stem}.*"), *graph.rglob("*")]):  # model.bin, too
+        if fault := pointer_fault(file):
+            raise ValueError(fault)
     if own == "openvino":
         return OpenVinoRuntime.from_file(graph, config, precision, *rest)
     if own == "onnxruntime":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cvt.configuration import CvtConfig
-from cvt.fused import fuse
+from cvt.fused import fuse, refuse_offloaded
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import Runtime
 
@@ -28,9 +28,12 @@ class TorchRuntime(Runtime):
     """A classifier as it is, or what wraps one; on its device, in its precision, in eval mode.
 
     Args:
-        model: gives `.logits`.
+        model: takes pixels and `return_dict=True`, gives `.logits`.
         config: the classifier's, where the model does not have it.
         threads: for all of PyTorch in this process.
+
+    Raises:
+        ValueError: weights are offloaded.
     """
 
     name = "torch"
@@ -38,6 +41,7 @@ class TorchRuntime(Runtime):
     def __init__(
         self, model: nn.Module, config: CvtConfig | None = None, threads: int | None = None
     ) -> None:
+        refuse_offloaded(model)
         weight = next(chain(model.parameters(), model.buffers()))
         self.model, self.dtype = model, weight.dtype
         names = {dtype: name for name, dtype in DTYPES.items()}
@@ -50,7 +54,7 @@ class TorchRuntime(Runtime):
     @torch.no_grad()
     def _run(self, pixels: Tensor) -> Tensor:
         self.model.eval()  # it may have been trained since
-        return self.model(pixels.to(self.device, self.dtype)).logits.float().cpu()
+        return self.model(pixels.to(self.device, self.dtype), return_dict=True).logits.float().cpu()
 
 
 class FusedRuntime(TorchRuntime):
@@ -117,7 +121,7 @@ class CudaGraph:
     thread may replay this one, while no other runs that shares its memory.
 
     Args:
-        model: in eval mode, on the current GPU; gives `.logits`.
+        model: in eval mode, on the current GPU; takes `return_dict=True`, gives `.logits`.
         memory: a handle, from `torch.cuda.graph_pool_handle`.
         stream: to capture on, the same for all graphs that share memory.
         shape: of the pixels, (B, C, H, W).
@@ -133,10 +137,10 @@ class CudaGraph:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles; libraries make what they need when they are first used
-                model(self.pixels)
+                model(self.pixels, return_dict=True)
         # "thread_local": other threads may use the GPU meanwhile. The capture waits for `stream`.
         with CAPTURE, torch.cuda.graph(self.graph, memory, stream, "thread_local"):
-            self.logits = model(self.pixels).logits
+            self.logits = model(self.pixels, return_dict=True).logits
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """The logits, (B, K) in float32 on the CPU."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cvt.checkpoints.reading import load_pickle
-from cvt.files import sync
+from cvt.files import pointer_fault, sync
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
 def fault_of(path: Path) -> str:
     """Why a checkpoint cannot be used; empty if it can."""
     try:
+        if fault := pointer_fault(path / STATE):
+            return fault
         manifest = json.loads((path / MANIFEST).read_text())
         if sha256(path / STATE) != manifest["sha256"][STATE]:
             return f"{STATE} is damaged: its SHA-256 is not the manifest's"

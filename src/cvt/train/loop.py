@@ -385,7 +385,7 @@ class Run:
             pixels, targets = self.mixed(batch)
             with self.synchronised(turn == plan.accumulate - 1):
                 with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-                    logits = self.model(pixels).logits
+                    logits = self.model(pixels, return_dict=True).logits
                 smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
                 self.scaler.scale(loss / plan.accumulate).backward()

@@ -8,11 +8,11 @@ from torch import nn
 
 from cvt import hub
 from cvt.checkpoints import load_classifier, load_config
-from cvt.configuration import CvtConfig
+from cvt.configuration import VARIANTS, CvtConfig
 from cvt.modeling import CvtForImageClassification
 from cvt.train.recipe import Recipe
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", hub.ADAPTER)
 
 
 def classifier_for(
@@ -28,17 +28,13 @@ def classifier_for(
     Raises:
         FileNotFoundError: the name means none of these.
     """
-    has_weights = (
-        hub.published(name) is not None
-        or Path(name).is_file()
-        or any(file for pattern in WEIGHT_FILES for file in Path(name).glob(pattern))
-    )
-    if has_weights and not from_scratch:
+    if has_weights(name) and not from_scratch:
         model = load_classifier(name, num_labels=len(classes))
         _name_classes(model.config, classes)
         return model
     config = load_config(name)
     _name_classes(config, classes)
+    config.name_or_path = ""  # where the weights are from
     return CvtForImageClassification(config)
 
 
@@ -46,6 +42,15 @@ def _name_classes(config: CvtConfig, classes: list[str]) -> None:
     """The classifier of these classes that training makes, whatever the start was made for."""
     config.class_names = classes
     config.problem_type = None
+
+
+def has_weights(name: str | Path) -> bool:
+    """Whether a name means trained weights, and not a configuration alone."""
+    return (
+        hub.published(name) is not None
+        or Path(name).is_file()
+        or any(file for pattern in WEIGHT_FILES for file in Path(name).glob(pattern))
+    )
 
 
 def regularised(model: CvtForImageClassification, recipe: Recipe) -> CvtForImageClassification:
@@ -82,10 +87,25 @@ def trainable(model: CvtForImageClassification, recipe: Recipe) -> Any:
             target_modules=list(names),
             modules_to_save=["classifier"],
         )
-        return get_peft_model(model, adapters)
+        adapted = get_peft_model(model, adapters)
+        adapted.peft_config["default"].base_model_name_or_path = base_name(recipe)
+        return adapted
     for module in frozen(model, recipe):
         module.requires_grad_(False)
     return model
+
+
+def base_name(recipe: Recipe) -> str | None:
+    """How a run's adapters name the model that they were trained on; None if that is random.
+
+    A resumed run names it as before, wherever the model is by then.
+    """
+    if recipe.from_scratch:
+        return None
+    if checkpoint := hub.published(recipe.model):
+        return checkpoint.hub_id
+    is_config = Path(recipe.model).exists() and not has_weights(recipe.model)
+    return None if is_config or recipe.model in VARIANTS else str(recipe.model)
 
 
 def frozen(model: Any, recipe: Recipe) -> list[nn.Module]:

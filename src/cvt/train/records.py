@@ -125,6 +125,8 @@ def write_model(
         processor.save_pretrained(beside)
         if adapter is not None:
             adapter.save_pretrained(beside / "adapter")
+            for settings in (model.config, processor):  # so that it has its labels wherever it goes
+                settings.save_pretrained(beside / "adapter")
         (beside / "README.md").write_text(model_card(model.config, recipe, row), "utf-8")
 
 
