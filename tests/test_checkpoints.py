@@ -1,3 +1,4 @@
+import argparse
 import io
 import json
 import os
@@ -15,6 +16,8 @@ from cvt.checkpoints import (
     authors_to_transformers,
     convert,
     load_authors,
+    load_classifier,
+    load_config,
     read_weights,
     transformers_to_authors,
 )
@@ -246,7 +249,188 @@ def test_a_new_head_is_made_only_if_asked_for(authors_file, model, tmp_path, cap
     assert "New classifier" not in caplog.text
 
 
+# ------------------------------------------------------------------------------ files of others
+
+
+OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
+WRAPPED = {
+    "timm": lambda w: {"arch": "cvt", "args": argparse.Namespace(lr=np.float64(1)), "state_dict": w},
+    "Swin": lambda w: {"model": w, "optimizer": OPTIMIZER, "max_accuracy": np.float64(81.5)},
+    "tutorial": lambda w: {"epoch": np.int64(3), "model_state_dict": w, "loss": torch.tensor(0.5)},
+    "torchvision": lambda w: {"model_state": w, "best": np.float32(0.8), "last": np.bool_(True)},
+    "kuangliu": lambda w: {"net": w, "acc": np.float16(81), "rng": torch.get_rng_state()},
+    "deepspeed": lambda w: {"module": w},
+    "twice": lambda w: {"state": 1, "model": {"state_dict": w, "epoch": 3}},
+    "bare": lambda w: {**w, "epoch": np.int64(3), "best_acc": np.float64(0.8), "name": np.str_("x")},
+}  # fmt: skip
+
+
+def prefixed(weights, prefix):
+    return {prefix + name: weight for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_checkpoints_of_training_scripts_are_unwrapped_without_a_word(
+    model, tmp_path, wrap, caplog
+):
+    torch.save(wrap(transformers_to_authors(model.state_dict())), tmp_path / "a.pth")
+    torch.testing.assert_close(logits(load_authors(tmp_path / "a.pth")), logits(model))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["model.", "net.", "_orig_mod.", "module._orig_mod.", "model._orig_mod.", "net.module.vit."],
+)
+@pytest.mark.parametrize("dialect", [transformers_to_authors, dict])
+def test_what_stands_before_the_names_is_removed(model, tmp_path, prefix, dialect):
+    content = {"state_dict": prefixed(dialect(model.state_dict()), prefix), "hyper_parameters": {}}
+    torch.save(content, tmp_path / "last.ckpt")
+    found = load_authors(tmp_path / "last.ckpt", hidden_act="quick_gelu")
+    torch.testing.assert_close(logits(found), logits(model))
+
+
+def test_a_model_whose_blocks_were_compiled_is_read(model, tmp_path):
+    weights = {
+        name.replace("layers.0.", "layers.0._orig_mod.").replace("cvt.", "cvt._orig_mod."): weight
+        for name, weight in model.state_dict().items()
+    }
+    torch.save(weights, tmp_path / "a.pth")
+    found = load_authors(tmp_path / "a.pth", hidden_act="quick_gelu")
+    torch.testing.assert_close(logits(found), logits(model))
+
+
+@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "ema"])
+def test_of_several_weights_the_averaged_are_read_and_the_others_named(
+    model, tmp_path, name, caplog
+):
+    averaged = transformers_to_authors(model.state_dict())
+    others = {key: torch.zeros_like(weight) for key, weight in averaged.items()}
+    torch.save({"model": others, name: averaged, "epoch": 3}, tmp_path / "a.pth")
+    torch.testing.assert_close(logits(load_authors(tmp_path / "a.pth")), logits(model))
+    assert f"the weights are those in {name!r}; not read: 'model'" in caplog.text
+
+
+def test_what_lies_beside_the_model_is_named(model, tmp_path, caplog):
+    weights = prefixed(transformers_to_authors(model.state_dict()), "model.")
+    beside = {"criterion.weight": torch.ones(7)}
+    torch.save({"state_dict": weights | beside, "head": {"weight": torch.ones(7)}}, tmp_path / "a.pth")
+    torch.testing.assert_close(logits(load_authors(tmp_path / "a.pth")), logits(model))
+    assert "begin with 'model.'; not read: criterion.weight" in caplog.text
+    assert "those in 'state_dict'; not read: 'head'" in caplog.text
+
+
+def ambiguous(kind, weights):
+    body = {name: w for name, w in weights.items() if not name.startswith("head.")}
+    return {
+        "two models": prefixed(weights, "model.") | prefixed(weights, "teacher."),
+        "two dicts": {"model": weights, "net": weights},
+        "head elsewhere": prefixed(body, "backbone.") | {"fc.weight": weights["head.weight"]},
+        "unknown": prefixed(weights, "model.") | {"model.pos_embed": torch.ones(1)},
+        "compiled and not": weights | prefixed(weights, "_orig_mod."),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("two models", r"2 models, whose names begin with 'model\.', 'teacher\.': save the state"),
+        ("two dicts", r"weights in each of 'model', 'net': save one of them"),
+        ("head elsewhere", r"without a classifier.*'backbone\.'.*beside it fc\.weight: save"),
+        ("unknown", r"unexpected pos_embed"),
+        ("compiled and not", r"holds weights twice"),
+    ],
+)
+def test_what_is_not_plain_is_refused(model, tmp_path, kind, message):
+    torch.save(ambiguous(kind, transformers_to_authors(model.state_dict())), tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=rf"(?s)a\.pth .*{message}"):
+        load_authors(tmp_path / "a.pth")
+
+
+def test_transformers_names_need_their_activation(model, tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(model.state_dict(), path)
+    for load in (load_classifier, load_config):
+        with pytest.raises(CheckpointError, match=r"records the activation.*--hidden-act gelu`"):
+            load(path)
+    done = convert(path, tmp_path / "quick", hidden_act="quick_gelu")
+    torch.testing.assert_close(logits(done.model), logits(model))
+    stock = TransformersCvt(TransformersCvt.config_class(**TINY, num_labels=7))
+    stock.load_state_dict(model.state_dict())
+    stock.config.save_pretrained(tmp_path)  # says nothing of it: transformers computes GELU
+    done = convert(path, tmp_path / "gelu", config=tmp_path / "config.json")
+    assert done.model.config.hidden_act == "gelu"
+    torch.testing.assert_close(logits(done.model), logits(stock), rtol=0, atol=1e-5)
+
+
+def headless_files(model):
+    ours = model.state_dict()
+    body = {name: w for name, w in ours.items() if name.startswith("cvt.")}
+    theirs = transformers_to_authors(ours)
+    return {
+        "authors, no head": {name: w for name, w in theirs.items() if not name.startswith("head.")},
+        "authors, no norm": transformers_to_authors(body),
+        "CvtModel": {name.removeprefix("cvt."): w for name, w in body.items()},
+        "cvt.": body,
+    }
+
+
+@pytest.mark.parametrize("kind", ["authors, no head", "authors, no norm", "CvtModel", "cvt."])
+def test_a_model_without_a_head_gets_one_if_classes_are_given(model, tmp_path, kind, caplog):
+    path = tmp_path / "a.pth"
+    torch.save(headless_files(model)[kind], path)
+    with pytest.raises(CheckpointError, match=r"a\.pth holds a model without a classifier: give n"):
+        load_classifier(path, hidden_act="quick_gelu")
+    assert load_config(path).num_labels == 0 if kind.startswith("authors") else True
+    found = load_classifier(path, num_labels=4, hidden_act="quick_gelu")
+    assert "New classifier of 4 classes" in caplog.text
+    assert found.classifier.out_features == found.config.num_labels == 4
+    for name, weight in found.state_dict().items():
+        if name.startswith("cvt."):
+            torch.testing.assert_close(weight, model.state_dict()[name])
+
+
+def test_weights_that_lack_only_the_counters_of_batches_are_read(model, tmp_path):
+    weights = transformers_to_authors(model.state_dict())
+    weights = {name: w for name, w in weights.items() if not name.endswith("num_batches_tracked")}
+    torch.save(weights, tmp_path / "a.pth")
+    found = load_authors(tmp_path / "a.pth")
+    torch.testing.assert_close(logits(found), logits(model))
+    counters = {b.item() for name, b in found.named_buffers() if name.endswith("tracked")}
+    assert counters == {0}
+    del weights["stage0.blocks.0.attn.conv_proj_q.bn.running_mean"]
+    torch.save(weights, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"fit:\n  missing stage0.*running_mean$"):
+        load_authors(tmp_path / "a.pth")
+
+
 # ------------------------------------------------------------------------------ bad files
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 80113104\n"
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.bin", "a.ckpt", "model.safetensors"])
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path, name):
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(CheckpointError) as error:
+        load_classifier(tmp_path / name)
+    assert str(error.value) == (
+        f"{tmp_path / name} is a git-lfs pointer, not the weights: `git lfs pull` in its "
+        "repository gets it"
+    )
+
+
+def test_code_beside_numbers_of_numpy_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = {"state_dict": {}, "acc": np.float64(1), "args": argparse.Namespace(x=Evil())}
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"asks to run \w+\.system; only.*state_dict\(\) alone"):
+        read_weights(tmp_path / "a.pth")
+    assert not (tmp_path / "pwned").exists()
+    torch.save({"a": torch.zeros(2), "b": np.array([None])}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="multiarray._reconstruct"):
+        read_weights(tmp_path / "a.pth")
 
 
 class Evil:

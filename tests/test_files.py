@@ -1,10 +1,18 @@
 import os
 import signal
+import stat
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from small_models import make, tiny
 
+from cvt import image_processor
+from cvt.checkpoints import convert, transformers_to_authors
+from cvt.configuration import VARIANTS
 from cvt.files import locked, staged
 
 
@@ -87,3 +95,73 @@ def test_a_locked_folder_is_refused_to_other_processes_until_its_own_ends(tmp_pa
         with locked(tmp_path):
             pass
         os.killpg(holder.pid, signal.SIGKILL)
+
+
+# ------------------------------------------------------------------------------ permissions
+
+
+@contextmanager
+def umask(mask):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def modes(folder):
+    return {
+        str(path.relative_to(folder)): stat.S_IMODE(path.stat().st_mode)
+        for path in folder.rglob("*")
+    }
+
+
+MASKS = [0o022, 0o027, 0o077]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("mask", MASKS)
+def test_what_is_written_has_the_permissions_of_the_umask(tmp_path, mask):
+    with umask(mask):
+        with staged(tmp_path / "new") as folder:
+            (folder / "sub").mkdir(parents=True)
+            save_file({"a": torch.zeros(2)}, folder / "sub/a.safetensors")
+            (folder / "run.sh").touch(0o700)
+            (folder / "link").symlink_to("/")
+        with staged(tmp_path / "b.safetensors") as file:
+            save_file({"a": torch.zeros(2)}, file)
+    found = modes(tmp_path)
+    assert found.pop("new/link") == stat.S_IMODE(os.stat("/").st_mode)
+    assert found.pop("new/run.sh") == 0o700 | 0o666 & ~mask  # none is taken away
+    assert found == {
+        "new": 0o777 & ~mask,
+        "new/sub": 0o777 & ~mask,
+        "new/sub/a.safetensors": 0o666 & ~mask,
+        "b.safetensors": 0o666 & ~mask,
+    }
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.parametrize("mask", MASKS)
+def test_models_are_readable_by_the_umask(tmp_path, mask, monkeypatch):
+    model = make(tiny(hidden_act="quick_gelu"))
+    own = {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 3], "depth": [1, 2, 3], "mlp_ratio": [2] * 3}
+    monkeypatch.setitem(VARIANTS, "cvt-own", own)
+    torch.save(transformers_to_authors(model.state_dict()), tmp_path / "a.pth")
+    folder = tmp_path / "saved"
+    with umask(mask):
+        folder.mkdir()
+        save_file({"a": torch.zeros(2)}, folder / "private.safetensors")
+        model.save_pretrained(folder)
+        model.save_pretrained(folder / "sharded", max_shard_size="20KB")
+        image_processor(model.config).save_pretrained(folder)
+        convert(tmp_path / "a.pth", tmp_path / "converted", image_size=32)
+        convert(folder, tmp_path / "b.pth", to="authors")
+    found = modes(tmp_path)
+    assert found.pop("saved/private.safetensors") == 0o600  # not ours
+    del found["a.pth"]
+    assert len([name for name in found if name.endswith(".safetensors")]) > 3
+    folders = {"saved", "saved/sharded", "converted"}
+    assert found == {
+        name: (0o777 if name in folders else 0o666) & ~mask for name in found
+    }

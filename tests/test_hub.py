@@ -17,7 +17,9 @@ import torch
 import transformers
 from hub_server import HubServer
 
-from cvt import CvtForImageClassification, CvtModel, hub
+from small_models import images, make, tiny
+
+from cvt import CvtBackbone, CvtForImageClassification, CvtModel, hub
 from cvt.configuration import VARIANTS
 from cvt.zoo import PUBLISHED
 
@@ -348,3 +350,61 @@ def test_a_folder_comes_before_a_published_name(tmp_path, monkeypatch):
     Path("microsoft/cvt-21").mkdir(parents=True)
     Path("cvt-21").mkdir()
     assert hub.published("cvt-21") is hub.published("microsoft/cvt-21") is None
+
+
+# ------------------------------------------------------------------------------ files of weights
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 80113104\n"
+
+
+def save(model: torch.nn.Module, folder: Path, kind: str, weights: dict[str, torch.Tensor]) -> Path:
+    """Save a model with these weights in one of the formats that transformers reads."""
+    size = {"max_shard_size": "20KB"} if kind == "shards" else {}
+    model.save_pretrained(folder, state_dict=dict(weights), **size)  # which empties it
+    if kind == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["whole", "shards", "bin"])
+@pytest.mark.parametrize("cls", [CvtModel, CvtForImageClassification, CvtBackbone])
+def test_weights_that_lack_only_the_counters_of_batches_load(cls, kind, tmp_path):
+    model = make(tiny(depth=[1, 1, 1]), cls)
+    names = [name for name in model.state_dict() if not name.endswith("num_batches_tracked")]
+    weights = {name: model.state_dict()[name] for name in names}
+    loaded = cls.from_pretrained(save(model, tmp_path / "a", kind, weights)).eval()
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, weights[name] if name in weights else torch.tensor(0)), name
+    outputs = [each(images())[0] for each in (model, loaded)]
+    torch.testing.assert_close(*(o[0] if isinstance(o, tuple) else o for o in outputs))
+    variance = next(name for name in names if name.endswith("running_var"))
+    del weights[variance]
+    with pytest.raises(ValueError, match=rf"fit {cls.__name__}.*:\n  missing \S*{variance}$"):
+        cls.from_pretrained(save(model, tmp_path / "b", kind, weights))
+
+
+@pytest.mark.parametrize("kind", ["whole", "shards", "bin"])
+def test_a_pointer_of_git_lfs_in_place_of_weights_is_called_one(kind, tmp_path):
+    model = make(tiny(depth=[1, 1, 1]))
+    folder = save(model, tmp_path / "a", kind, model.state_dict())
+    file = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))[-1]
+    file.write_text(POINTER)
+    for cls in (CvtModel, CvtForImageClassification):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            cls.from_pretrained(folder)
+        assert str(error.value) == (
+            f"{file} is a git-lfs pointer, not the weights: `git lfs pull` in its repository gets "
+            "it"
+        )
+
+
+def test_a_pointer_that_is_not_read_does_no_harm(tmp_path):
+    model = make(tiny(depth=[1, 1, 1]))
+    model.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_text(POINTER)
+    (tmp_path / "tf_model.h5").write_text(POINTER)
+    CvtForImageClassification.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a git-lfs pointer"):
+        CvtForImageClassification.from_pretrained(tmp_path, use_safetensors=False)

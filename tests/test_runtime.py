@@ -319,6 +319,21 @@ def test_a_precision_that_the_processor_lacks_is_refused(model, exported, monkey
             open_runtime(source, "openvino", "bf16")
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*EXPORTS.items(), ("openvino", "model.bin"), ("onnx", "model.onnx.data")],
+)
+def test_a_pointer_of_git_lfs_in_place_of_a_graph_is_called_one(exported, tmp_path, kind, name):
+    shutil.copytree(exported[kind], tmp_path / "export")
+    file = tmp_path / "export" / name
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 8011\n")
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        open_runtime(tmp_path / "export")
+    assert str(error.value) == (
+        f"{file} is a git-lfs pointer, not the weights: `git lfs pull` in its repository gets it"
+    )
+
+
 def test_a_name_that_means_no_model_is_not_found(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model"):
         open_runtime(tmp_path / "nothing")
@@ -348,6 +363,40 @@ def test_a_wrapped_model_runs_in_eval_mode_whatever_was_done_with_it(model):
     for _ in range(2):
         torch.testing.assert_close(runtime(pixels), model(pixels).logits.detach())
         dropping.train()
+
+
+def answering_with_tuples(model):
+    model = copy.deepcopy(model)
+    model.config.return_dict = False
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_answers_with_tuples_runs(model, name):
+    tuples, pixels = answering_with_tuples(model), random_pixels(2, 3, 32, 32)
+    expected = model(pixels).logits.detach()
+    torch.testing.assert_close(open_runtime(tuples, name)(pixels), expected, rtol=0, atol=1e-4)
+    assert isinstance(tuples(pixels), tuple)
+    assert isinstance(fuse(tuples)(pixels), tuple)
+
+
+def test_a_model_that_answers_with_tuples_is_compiled(model):
+    pixels = random_pixels(2, 3, 32, 32)
+    with torch.compiler.set_stance("force_eager"):
+        logits = CompiledRuntime(answering_with_tuples(model))(pixels)
+    torch.testing.assert_close(logits, model(pixels).logits.detach())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("where", ["some", "all"])
+def test_an_offloaded_model_is_refused_in_one_sentence(model, name, where):
+    offloaded = copy.deepcopy(model)
+    (offloaded.cvt.encoder.stages[0].layers if where == "some" else offloaded).to("meta")
+    message = r"\d+ of the model's \d+ weights are offloaded \(on the meta device\), as cvt\."
+    for open_it in (fuse, lambda model: open_runtime(model, name), TorchRuntime):
+        with pytest.raises(ValueError, match=message) as error:
+            open_it(offloaded)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -452,6 +501,12 @@ def graphed(model, monkeypatch):
             lambda _, inputs: runtime.calls.append(tuple(inputs[0].shape[2:]))
         )
         yield runtime
+
+
+def test_a_model_that_answers_with_tuples_is_captured(graphed, model):
+    graphed.model.config = answering_with_tuples(model).config
+    pixels = random_pixels(2, 3, 32, 32)
+    torch.testing.assert_close(graphed(pixels), model(pixels).logits.detach())
 
 
 def test_a_shape_is_captured_when_it_is_met_and_replayed_while_it_is_kept(graphed, model):

@@ -512,6 +512,45 @@ def test_adapters_are_trained_alone_and_handed_out_merged_and_apart(photos, reci
     assert torch.allclose(best(pixels).logits, adapted(pixels).logits, atol=1e-5)
 
 
+def test_adapters_open_with_the_base_that_they_name(recipe, model_folder, tmp_path):
+    before = os.umask(0o027)
+    try:
+        train(recipe(model=str(model_folder), lora_r=2, epochs=1, steps=2, lr=0.1), tmp_path / "run")
+    finally:
+        os.umask(before)
+    adapter = tmp_path / "moved"
+    shutil.copytree(tmp_path / "run/best/adapter", adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(model_folder)
+    best, opened = load_classifier(tmp_path / "run/best"), load_classifier(adapter)
+    assert opened.config.class_names == best.config.class_names == ["blue", "green", "red"]
+    assert load_processor(adapter, opened.config).size == {"shortest_edge": 32}
+    for name, weight in best.state_dict().items():
+        torch.testing.assert_close(opened.state_dict()[name], weight)
+    start = load_classifier(model_folder).state_dict()
+    assert not torch.equal(best.state_dict()["classifier.weight"], start["classifier.weight"])
+    for path in (tmp_path / "run").rglob("*"):
+        wanted = 0o750 if path.is_dir() else 0o640
+        assert path.stat().st_mode & 0o777 == wanted, path
+
+
+def test_adapters_of_random_weights_name_no_base(recipe, model_folder, tmp_path):
+    settings = {"lora_r": 2, "epochs": 1, "steps": 1}
+    runs = {"config": {}, "scratch": {"model": str(model_folder), "from_scratch": True}}
+    for name, changes in runs.items():
+        train(recipe(**settings, **changes), tmp_path / "runs" / name)
+        with pytest.raises(ValueError, match="an adapter that does not name its base"):
+            load_classifier(tmp_path / "runs" / name / "best/adapter")
+
+
+def test_a_model_that_answers_with_tuples_is_trained_and_evaluated(recipe, model_folder, tmp_path):
+    model = CvtForImageClassification.from_pretrained(model_folder, return_dict=False)
+    model.save_pretrained(tmp_path / "tuples")
+    train(recipe(model=str(tmp_path / "tuples"), epochs=1, steps=2, ema_decay=0.5), tmp_path / "run")
+    best = CvtForImageClassification.from_pretrained(tmp_path / "run/best")
+    assert isinstance(best(torch.randn(1, 3, 32, 32)), tuple)
+
+
 def test_dropout_and_drop_path_are_the_recipes(model_folder):
     trained = CvtForImageClassification.from_pretrained(model_folder)
     model = regularised(trained, Recipe(drop_rate=0.2, drop_path=0.4))

@@ -204,6 +204,77 @@ def test_an_authors_file_is_read_and_may_be_given_a_new_classifier(
         TFCvtForImageClassification.from_pretrained(path)
 
 
+def test_an_authors_file_without_a_head_is_one_of_features(model, monkeypatch, tmp_path):
+    monkeypatch.setitem(VARIANTS, "cvt-one", ONE_STAGE)
+    path = tmp_path / "weights.pth"
+    theirs = transformers_to_authors(model.state_dict())
+    torch.save({name: w for name, w in theirs.items() if not name.startswith("head.")}, path)
+    found = saved_by(TFCvtModel.from_pretrained(path), tmp_path / "keras")
+    assert_equal(found, model.cvt.state_dict(), tolerance=0)
+    with pytest.raises(ValueError, match=r"weights\.pth holds a model without a classifier: give n"):
+        TFCvtForImageClassification.from_pretrained(path)
+    ours = TFCvtForImageClassification.from_pretrained(path, num_labels=3)
+    assert ours.classifier.units == 3
+    torch.save({**theirs, "norm.bias": torch.full((8,), float("nan"))}, path)
+    with pytest.raises(ValueError, match=r"weights\.pth has NaN or infinity in layernorm\.bias"):
+        TFCvtForImageClassification.from_pretrained(path)
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin", "weights.pth"])
+def test_weights_that_lack_only_the_counters_of_batches_load(
+    kind, folder, model, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(VARIANTS, "cvt-one", ONE_STAGE)
+    kept = {n: w for n, w in model.state_dict().items() if not n.endswith("num_batches_tracked")}
+    source = folder
+    if kind == "model.safetensors":
+        save_file(kept, folder / kind)
+    else:
+        (folder / "model.safetensors").unlink()
+        source = folder if kind.endswith(".bin") else folder / kind
+        torch.save(kept if source is folder else transformers_to_authors(kept), folder / kind)
+    found = saved_by(TFCvtForImageClassification.from_pretrained(source), tmp_path / "keras")
+    assert_equal(found, model.state_dict(), tolerance=0)
+
+
+@pytest.mark.parametrize("name", weights.FILES)
+def test_a_pointer_of_git_lfs_is_called_one(name, folder, model):
+    if name.endswith(".json"):
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size="2KB")
+        name = min(path.name for path in folder.glob("model-*"))
+    for path in folder.glob("model.safetensors"):
+        path.unlink()
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 8\n")
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        TFCvtForImageClassification.from_pretrained(folder)
+    assert str(error.value) == (
+        f"{folder / name} is a git-lfs pointer, not the weights: `git lfs pull` in its repository "
+        "gets it"
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_what_keras_writes_has_the_permissions_of_the_umask(folder, tmp_path):
+    ours = TFCvtForImageClassification.from_pretrained(folder)
+    before = os.umask(0o027)
+    try:
+        ours.save_pretrained(tmp_path / "keras")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "keras").iterdir()}
+    assert modes == {"config.json": 0o640, "model.safetensors": 0o640}
+
+
+def test_a_model_that_answers_with_tuples_is_trained_and_evaluated(folder):
+    ours = TFCvtForImageClassification.from_pretrained(folder, return_dict=False)
+    pixels = image("keras", (2, 9, 12))
+    assert isinstance(ours(pixels), tuple)
+    ours.compile("sgd")
+    ours.fit(pixels, np.zeros(2), verbose=0)
+    assert ours.predict(pixels, verbose=0).shape == (2, CLASSES)
+
+
 # ------------------------------------------------------------------------------ other models
 
 
