@@ -104,7 +104,7 @@ def test_an_adapter_is_taken_wherever_a_model_is(base, cvt, photos, tmp_path):
         expected = wrapped(pixels).logits
     classifier = Classifier("adapter", "fused")
     torch.testing.assert_close(classifier.runtime(pixels), expected, rtol=0, atol=1e-4)
-    assert [record["label"] for record in classifier(photos / "red/00.png")][0][:6] == "LABEL_"
+    assert {record["label"][:6] for record in classifier(photos / "red/00.png")} == {"LABEL_"}
     convert("adapter", "merged")
     merged = CvtForImageClassification.from_pretrained("merged")
     torch.testing.assert_close(logits(merged), logits(wrapped), rtol=0, atol=1e-5)
@@ -145,7 +145,7 @@ def test_the_base_is_found_from_here_from_the_adapter_and_by_its_published_name(
     ("name", "message"),
     [
         ("nowhere", r"adapter is an adapter of nowhere, which is no published model and no folder"),
-        ("someone/cvt", r"set base_model_name_or_path in adapter/adapter_config.json to its folder"),
+        ("someone/cvt", r"set base_model_name_or_path in adapter/adapter_config\.json to"),
         (None, r"adapter is an adapter that does not name its base: set base_model_name_or_path"),
         ("adapter", r"adapter is an adapter of adapter, which is no"),  # not for ever
     ],
@@ -193,7 +193,7 @@ def test_what_is_no_adapter_to_merge_is_said(base, monkeypatch):
         load_classifier("adapter")
     os.remove("adapter/model.safetensors")
     base.config.save_pretrained("adapter")
-    with pytest.raises(ValueError, match="adapter is an adapter: cvt.checkpoints.load_classifier"):
+    with pytest.raises(ValueError, match=r"adapter is an adapter: cvt\.checkpoints\.load_c"):
         CvtForImageClassification.from_pretrained("adapter")
     with open(f"adapter/{WEIGHTS}", "w") as file:
         file.write("version https://git-lfs.github.com/spec/v1\n")

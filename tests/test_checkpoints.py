@@ -254,14 +254,14 @@ def test_a_new_head_is_made_only_if_asked_for(authors_file, model, tmp_path, cap
 
 OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]}
 WRAPPED = {
-    "timm": lambda w: {"arch": "cvt", "args": argparse.Namespace(lr=np.float64(1)), "state_dict": w},
+    "timm": lambda w: {"args": argparse.Namespace(lr=np.float64(1)), "arch": "a", "state_dict": w},
     "Swin": lambda w: {"model": w, "optimizer": OPTIMIZER, "max_accuracy": np.float64(81.5)},
     "tutorial": lambda w: {"epoch": np.int64(3), "model_state_dict": w, "loss": torch.tensor(0.5)},
     "torchvision": lambda w: {"model_state": w, "best": np.float32(0.8), "last": np.bool_(True)},
     "kuangliu": lambda w: {"net": w, "acc": np.float16(81), "rng": torch.get_rng_state()},
     "deepspeed": lambda w: {"module": w},
     "twice": lambda w: {"state": 1, "model": {"state_dict": w, "epoch": 3}},
-    "bare": lambda w: {**w, "epoch": np.int64(3), "best_acc": np.float64(0.8), "name": np.str_("x")},
+    "bare": lambda w: {**w, "epoch": np.int64(3), "best": np.float64(0.8), "name": np.str_("x")},
 }  # fmt: skip
 
 
@@ -314,7 +314,8 @@ def test_of_several_weights_the_averaged_are_read_and_the_others_named(
 def test_what_lies_beside_the_model_is_named(model, tmp_path, caplog):
     weights = prefixed(transformers_to_authors(model.state_dict()), "model.")
     beside = {"criterion.weight": torch.ones(7)}
-    torch.save({"state_dict": weights | beside, "head": {"weight": torch.ones(7)}}, tmp_path / "a.pth")
+    content = {"state_dict": weights | beside, "head": {"weight": torch.ones(7)}}
+    torch.save(content, tmp_path / "a.pth")
     torch.testing.assert_close(logits(load_authors(tmp_path / "a.pth")), logits(model))
     assert "begin with 'model.'; not read: criterion.weight" in caplog.text
     assert "those in 'state_dict'; not read: 'head'" in caplog.text
@@ -425,11 +426,11 @@ def test_code_beside_numbers_of_numpy_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = {"state_dict": {}, "acc": np.float64(1), "args": argparse.Namespace(x=Evil())}
     torch.save(content, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"asks to run \w+\.system; only.*state_dict\(\) alone"):
+    with pytest.raises(CheckpointError, match=r"to run \w+\.system; only.*state_dict\(\) alone"):
         read_weights(tmp_path / "a.pth")
     assert not (tmp_path / "pwned").exists()
     torch.save({"a": torch.zeros(2), "b": np.array([None])}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match="multiarray._reconstruct"):
+    with pytest.raises(CheckpointError, match=r"multiarray\._reconstruct"):
         read_weights(tmp_path / "a.pth")
 
 

@@ -145,7 +145,8 @@ def test_what_is_written_has_the_permissions_of_the_umask(tmp_path, mask):
 @pytest.mark.parametrize("mask", MASKS)
 def test_models_are_readable_by_the_umask(tmp_path, mask, monkeypatch):
     model = make(tiny(hidden_act="quick_gelu"))
-    own = {"embed_dim": [8, 16, 24], "num_heads": [1, 2, 3], "depth": [1, 2, 3], "mlp_ratio": [2] * 3}
+    fields = ("embed_dim", "num_heads", "depth", "mlp_ratio")
+    own = {name: getattr(model.config, name) for name in fields}
     monkeypatch.setitem(VARIANTS, "cvt-own", own)
     torch.save(transformers_to_authors(model.state_dict()), tmp_path / "a.pth")
     folder = tmp_path / "saved"
@@ -162,6 +163,4 @@ def test_models_are_readable_by_the_umask(tmp_path, mask, monkeypatch):
     del found["a.pth"]
     assert len([name for name in found if name.endswith(".safetensors")]) > 3
     folders = {"saved", "saved/sharded", "converted"}
-    assert found == {
-        name: (0o777 if name in folders else 0o666) & ~mask for name in found
-    }
+    assert found == {name: (0o777 if name in folders else 0o666) & ~mask for name in found}

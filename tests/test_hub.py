@@ -16,7 +16,6 @@ import pytest
 import torch
 import transformers
 from hub_server import HubServer
-
 from small_models import images, make, tiny
 
 from cvt import CvtBackbone, CvtForImageClassification, CvtModel, hub

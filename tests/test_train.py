@@ -515,7 +515,8 @@ def test_adapters_are_trained_alone_and_handed_out_merged_and_apart(photos, reci
 def test_adapters_open_with_the_base_that_they_name(recipe, model_folder, tmp_path):
     before = os.umask(0o027)
     try:
-        train(recipe(model=str(model_folder), lora_r=2, epochs=1, steps=2, lr=0.1), tmp_path / "run")
+        settings = {"lora_r": 2, "epochs": 1, "steps": 2, "lr": 0.1}
+        train(recipe(model=str(model_folder), **settings), tmp_path / "run")
     finally:
         os.umask(before)
     adapter = tmp_path / "moved"
@@ -546,7 +547,8 @@ def test_adapters_of_random_weights_name_no_base(recipe, model_folder, tmp_path)
 def test_a_model_that_answers_with_tuples_is_trained_and_evaluated(recipe, model_folder, tmp_path):
     model = CvtForImageClassification.from_pretrained(model_folder, return_dict=False)
     model.save_pretrained(tmp_path / "tuples")
-    train(recipe(model=str(tmp_path / "tuples"), epochs=1, steps=2, ema_decay=0.5), tmp_path / "run")
+    settings = {"epochs": 1, "steps": 2, "ema_decay": 0.5}
+    train(recipe(model=str(tmp_path / "tuples"), **settings), tmp_path / "run")
     best = CvtForImageClassification.from_pretrained(tmp_path / "run/best")
     assert isinstance(best(torch.randn(1, 3, 32, 32)), tuple)
 

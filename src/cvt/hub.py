@@ -102,9 +102,9 @@ def load_strictly(
             file of them is a pointer of git-lfs, or those of an adapter are alone.
         OSError: there is no such model, or it cannot be reached.
     """
-    chosen = {key: kwargs[key] for key in ("subfolder", "variant", "use_safetensors") if key in kwargs}
-    if os.path.isdir(name):
-        files = weight_files(name, **chosen)
+    if name is not None and os.path.isdir(name):
+        choices = ("subfolder", "variant", "use_safetensors")
+        files = weight_files(name, **{each: kwargs[each] for each in choices if each in kwargs})
         if fault := next(filter(None, map(pointer_fault, files)), None):
             raise ValueError(fault)
         if not files and all(Path(name, file).is_file() for file in (ADAPTER, "config.json")):

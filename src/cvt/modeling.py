@@ -422,9 +422,7 @@ class CvtPreTrainedModel(PreTrainedModel):
         load = super().from_pretrained
         return hub.load_strictly(load, pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; whoever may read the config may read the weights."""
         hub.save_readable(super().save_pretrained, save_directory, *args, **kwargs)
 

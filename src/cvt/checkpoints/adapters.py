@@ -2,12 +2,13 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cvt import hub
@@ -56,7 +57,8 @@ def base_of(folder: str | Path) -> str | Path:
         if path.exists() and path.resolve() != Path(folder).resolve():
             return path
     raise FileNotFoundError(
-        f"{folder} is an adapter of {name}, which is no published model and no folder here: {change}"
+        f"{folder} is an adapter of {name}, which is no published model and no folder here: "
+        f"{change}"
     )
 
 
@@ -91,24 +93,34 @@ def merge(
     """
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
+    merged: Any = None
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
             raise ValueError(f"{config.peft_type.value} cannot be merged into weights")
         config.base_model_name_or_path = None  # get_peft_model takes it from the model
         adapted = get_peft_model(base, config)
-        loaded = set_peft_model_state_dict(adapted, weights)
+        loaded: Any = set_peft_model_state_dict(adapted, weights)
         missing = [name for name in loaded.missing_keys if ".default" in name]  # the adapter's name
         faults = hub.list_faults(missing, loaded.unexpected_keys, {})
-        merged = adapted.merge_and_unload(safe_merge=True) if not faults else None
+        if not faults:
+            merged = adapted.merge_and_unload(safe_merge=True)
     except KeyError as error:  # a weight that PEFT looks up
         faults = hub.list_faults(error.args, (), {})
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         faults = f"\n  {' '.join(str(error).split())}"
     if faults:
         raise CheckpointError(f"the adapter in {folder} does not fit its base:{faults}")
-    model = CvtForImageClassification(base.config).to(base.dtype)  # without what PEFT leaves
-    model.load_state_dict(merged.state_dict())
+    return of_config(base.config, merged.state_dict(), base.dtype)  # without what PEFT leaves
+
+
+def of_config(
+    config: CvtConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> CvtForImageClassification:
+    """A classifier with these weights; those that it lacks are random."""
+    model: Any = CvtForImageClassification(config)
+    model.to(dtype)
+    model.load_state_dict({**model.state_dict(), **weights})
     return model
 
 
@@ -156,7 +168,9 @@ def require_peft(folder: str | Path) -> None:
         ImportError: it is not; names the command that installs it.
     """
     if not find_spec("peft"):
-        raise ImportError(f"{folder} is an adapter, which needs peft: pip install 'cvt-vision[train]'")
+        raise ImportError(
+            f"{folder} is an adapter, which needs peft: pip install 'cvt-vision[train]'"
+        )
 
 
 @contextmanager

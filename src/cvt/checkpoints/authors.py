@@ -1,4 +1,4 @@
-"""Models from files of weights, the authors' above all: what the tensors tell, what does not fit."""
+"""Models from files of weights, as the authors': what the tensors tell, and what does not fit."""
 
 import copy
 import logging

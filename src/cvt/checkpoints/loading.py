@@ -97,10 +97,8 @@ def load_adapted(
     )
     config = copy.deepcopy(model.config)
     config.num_labels = num_labels
-    changed = CvtForImageClassification(config).to(model.dtype)
     kept = {name: w for name, w in model.state_dict().items() if name not in hub.CLASSIFIER}
-    changed.load_state_dict(changed.state_dict() | kept)
-    return changed
+    return adapters.of_config(config, kept, model.dtype)
 
 
 def load_config(source: str | Path) -> CvtConfig:

@@ -44,7 +44,7 @@ _KERAS_TENSORS = {
     "moving_variance": "running_var",
 }
 # What PyTorch puts into the names of modules that it compiles, shards or recomputes.
-_PYTORCH = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PYTORCH = re.compile(r"(?:(?<=\.)|^)_(?:orig_mod|(?:fsdp|checkpoint)_wrapped_module)\.")
 # The weight that every CvT has once, behind the names of the modules that hold the model.
 _FIRST = re.compile(
     r"(?P<prefix>|.+?\.)(?:stage0\.patch_embed\.proj"

@@ -37,7 +37,7 @@ TENSOR_PARTS = re.compile(
     r"|numpy\._?core\.multiarray\.scalar|numpy\.dtype|_codecs\.encode|argparse\.Namespace"
 )
 _SCALAR: Any = np.float64(0).__reduce__()[0]  # what reads a NumPy number from its bytes
-PLAIN_GLOBALS = [
+PLAIN_GLOBALS: list[Any] = [
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     np.dtype,
     *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdgU"},

@@ -93,7 +93,8 @@ def assign(
         for name, shape in shapes.items()
         if name not in missing and found[name].shape != shape
     }
-    unexpected = {name for name in found.keys() - variables.keys() if not name.endswith(hub.COUNTER)}
+    others = found.keys() - variables.keys()
+    unexpected = {name for name in others if not name.endswith(hub.COUNTER)}
     if not hub.HEAD & variables.keys():
         unexpected -= hub.HEAD
     new = hub.new_weights(model, source, missing, unexpected, mismatched, new_head)
