@@ -1,43 +1,49 @@
-# Every target sets up what it needs in .venv, from a bare Python 3.10 or newer.
+# Every target sets up what it needs in .venv, from a bare Python 3.11 or newer.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
 
-.PHONY: demo test test-tensorflow test-wheel lint bench clean
+.PHONY: demo test test-tensorflow test-oldest test-wheel lint bench clean
 
-demo: .venv/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
+demo: $(VENV)/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
 	$(BIN)/cvt demo --output runs/demo
 
 # The longest part first; two of them at a time.
-test: .venv/dev.stamp  ## every test that needs no GPU and no network; Keras' on every backend
+test: $(VENV)/dev.stamp  ## every test that needs no GPU and no network; Keras' on every backend
 	$(MAKE) --jobs 2 --output-sync test-torch test-tensorflow test-gpu_kernels \
 	  $(addprefix test-keras-,jax tensorflow torch)
 
-test-torch: .venv/dev.stamp
+test-torch: $(VENV)/dev.stamp
 	$(BIN)/pytest --ignore tests/keras --ignore tests/tensorflow --ignore tests/gpu_kernels
 
-test-tensorflow test-gpu_kernels: test-%: .venv/dev.stamp
+test-tensorflow test-gpu_kernels: test-%: $(VENV)/dev.stamp
 	$(BIN)/pytest tests/$*
 
-test-keras-%: .venv/dev.stamp
+test-keras-%: $(VENV)/dev.stamp
 	KERAS_BACKEND=$* $(BIN)/pytest tests/keras
 
 test-wheel:  ## build and install the wheel outside the checkout, and run the README's commands there
 	$(PYTHON) tests/wheel/check.py
 
-lint: .venv/dev.stamp  ## ruff, mypy and the import layers
+test-oldest:  ## the tests of `make test` with the oldest Python and libraries that are supported
+	mkdir -p .venv-oldest
+	$(PYTHON) tests/oldest_versions.py > .venv-oldest/constraints.txt
+	PIP_CONSTRAINT=.venv-oldest/constraints.txt $(MAKE) test VENV=.venv-oldest
+
+lint: $(VENV)/dev.stamp  ## ruff, mypy and the import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/train.stamp  ## the training step beside transformers'; leaves benchmarks/results/*.csv
+bench: $(VENV)/train.stamp  ## the training step beside transformers'; leaves benchmarks/results/*.csv
 	$(BIN)/python benchmarks/training.py
 
 clean:  ## remove what the targets above made, but never runs/
-	rm -rf .venv build dist
+	rm -rf .venv .venv-oldest build dist
 
 # One stamp an extra: the environment is made again only when the dependencies change.
-.venv/%.stamp: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+$(VENV)/%.stamp: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from oldest_versions import oldest, requirements
 
 # To `Finder`, what is in `absent` is not installed.
 PRELUDE = """
@@ -35,6 +36,7 @@ for name in ("TFCvtModel", "TFCvtForImageClassification"):
     except ImportError as error:
         print(error)
 """
+KERAS = next(pin for pin in oldest(requirements()) if pin.startswith("keras==")).partition("==")[2]
 INSTALL = "pip install 'cvt-vision[tensorflow]'"
 RUN_ON = "cvt's TF classes run on tensorflow, jax, torch: set KERAS_BACKEND to one of them"
 ELSE = f"which is not installed: {INSTALL}, or set KERAS_BACKEND to another of "
@@ -59,8 +61,11 @@ def run(script, backend="tensorflow", absent=(), **versions):
     ("situation", "message"),
     [
         ({"absent": ["keras"]}, f"cvt's TF classes need Keras 3 and TensorFlow: {INSTALL}"),
-        ({"keras": "2.15.0"}, f"cvt's TF classes need Keras 3.13, and this is 2.15.0: {INSTALL}"),
-        ({"keras": "3.9.2"}, f"cvt's TF classes need Keras 3.13, and this is 3.9.2: {INSTALL}"),
+        (
+            {"keras": "2.15.0"},
+            f"cvt's TF classes need Keras {KERAS}, and this is 2.15.0: {INSTALL}",
+        ),
+        ({"keras": "3.9.2"}, f"cvt's TF classes need Keras {KERAS}, and this is 3.9.2: {INSTALL}"),
         (
             {"absent": ["tensorflow"]},
             f"Keras' backend needs tensorflow, {ELSE}tensorflow, jax, torch",

@@ -1,20 +1,20 @@
 """`cvt convert`."""
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
-class Dialect(str, Enum):
+class Dialect(StrEnum):
     """What a checkpoint can be converted to."""
 
     transformers = "transformers"
     authors = "authors"
 
 
-class Activation(str, Enum):
+class Activation(StrEnum):
     """The activations a model can have."""
 
     gelu = "gelu"

@@ -93,7 +93,7 @@ def triton_kernels(tokens: Tensor) -> Any:
         return None
     try:
         from cvt.kernels import triton_projection
-    except ImportError:  # there is no Triton, or an old one
+    except ImportError:  # Triton is not installed
         return None
     return triton_projection
 

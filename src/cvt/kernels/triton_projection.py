@@ -24,12 +24,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
 from cvt.kernels.torch_projection import grids, keys_shape
-
-if TorchVersion(triton.__version__) < "3.6":
-    raise ImportError(f"the kernels need Triton 3.6 or newer, not {triton.__version__}")
 
 SIZES = ["turns", "cells", "H", "W", "h", "w"]  # one kernel serves all of them
 WARPS = 4

@@ -22,7 +22,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -49,7 +49,7 @@ def write_settings(output: Path, recipe: Recipe, plan: Plan, device: torch.devic
         settings = dataclasses.asdict(recipe)
         file.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
     entry = {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "projections": kernels.projections(),
