@@ -11,7 +11,7 @@ import math
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,6 @@ from cvt import hub, kernels
 from cvt.configuration import CvtConfig, StageConfig, check_queries
 from cvt.kernels import GELU, BatchNorm, QuickGELU
 from cvt.losses import classification_loss
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # ------------------------------------------------------------------------------ elementary layers
 
@@ -539,8 +536,8 @@ class CvtBackbone(BackboneMixin, CvtPreTrainedModel):
         self,
         pixel_values: Tensor,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         output_attentions: bool | None = None,
+        return_dict: bool | None = None,
     ) -> BackboneOutput | tuple:
         """Feature maps of the chosen stages, (B, C, H, W) each; arguments as in `CvtModel`."""
         output = self.encoder(pixel_values, True, output_attentions)

@@ -128,10 +128,10 @@ def classify(
     for (pixels, errors), batch in zip(prepared, batches, strict=True):
         try:
             of_batch = runtime(pixels, of_processor=True)
-        except PixelError as error:
+        except PixelError as refusal:
             if resizes:
                 raise
-            yield Result(batch[0], error=errors[0] or f"{batch[0]}: {error}")
+            yield Result(batch[0], error=errors[0] or f"{batch[0]}: {refusal}")
             continue
         for source, error, logits in zip(batch, errors, of_batch, strict=True):
             yield Result(source, error=error) if error else Result(source, logits)

@@ -4,10 +4,9 @@ The expected classes come from their own modules: `cvt.Classifier` might be Any.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, assert_type
 
 from transformers.image_processing_utils import BaseImageProcessor
-from typing_extensions import assert_type
 
 import cvt
 import cvt.train

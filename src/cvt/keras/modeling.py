@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import keras
 from keras import layers, ops
@@ -16,9 +16,6 @@ from cvt.configuration import CvtConfig
 from cvt.keras import weights
 from cvt.keras.layers import Stage, as_config, normal, register, uniform
 from cvt.keras.losses import ClassificationLoss, classification_loss
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 DATA_FORMATS = ("channels_first", "channels_last")
 
