@@ -74,10 +74,10 @@ def read_file(
         config = copy.deepcopy(config)
     elif not by_authors and hidden_act is None:
         raise CheckpointError(
-            f"{path} has transformers' names, with which no file records the activation: name the "
-            f"folder with its config.json instead, or run `cvt convert {path} FOLDER --hidden-act "
-            "gelu` for weights trained in transformers, which computes GELU whatever they were "
-            "made from, and quick_gelu for others, and use FOLDER"
+            f"{path} has transformers' names and does not record its activation: name the folder "
+            f"with its config.json instead, or run `cvt convert {path} FOLDER --hidden-act gelu` if "
+            "it was trained in transformers, which always computes GELU, else with quick_gelu, and "
+            "use FOLDER"
         )
     else:
         try:
