@@ -75,9 +75,9 @@ def read_file(
     elif not by_authors and hidden_act is None:
         raise CheckpointError(
             f"{path} has transformers' names and does not record its activation: name the folder "
-            f"with its config.json instead, or run `cvt convert {path} FOLDER --hidden-act gelu` if "
-            "it was trained in transformers, which always computes GELU, else with quick_gelu, and "
-            "use FOLDER"
+            f"with its config.json instead, or run `cvt convert {path} FOLDER --hidden-act gelu`, "
+            "if it was trained in transformers, which always computes GELU, else with quick_gelu, "
+            "and use FOLDER"
         )
     else:
         try:

@@ -27,7 +27,8 @@ def load_classifier(
     """A trained classifier.
 
     Args:
-        source: an authors' .pth file, a model folder or the name of a published checkpoint.
+        source: an authors' .pth file, a model folder, a folder with an adapter of PEFT, or the name
+            of a published checkpoint.
         config: a config.json for an authors' file that is no published variant.
         num_labels: make a new, random classifier for so many classes if the source's has others.
         hidden_act: the activation, if not the source's own.

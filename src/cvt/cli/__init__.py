@@ -41,7 +41,8 @@ def cvt(
 ) -> None:
     """CvT, the Convolutional vision Transformer: train, evaluate, predict, export, convert.
 
-    A MODEL is a published name (cvt-13, cvt-13-384, ...), a model folder, or an authors' .pth file.
+    A MODEL is a published name (cvt-13, cvt-13-384, ...), a model folder, a folder with a PEFT
+    adapter, or a file of weights, as the authors' .pth.
     """
 
 
