@@ -126,6 +126,15 @@ def test_a_view_depends_on_the_seed_and_its_place_alone():
     assert len({view.numpy().tobytes() for view in torch.cat([first.pixels, second.pixels])}) == 8
 
 
+def test_no_two_views_of_a_run_have_the_same_seed():
+    plan = Plan(images=6, batch_size=2, accumulate=1, rank=0, world=1, epochs=3)
+    for images in (numbered(6), Stream()):
+        seeds = [d.seed for batch in draws(images, Recipe(seed=5), plan, 0) for d in batch]
+        assert len(set(seeds)) == len(seeds) == 18
+        others = [d.seed for batch in draws(images, Recipe(seed=6), plan, 0) for d in batch]
+        assert not set(seeds) & set(others)
+
+
 def test_seeds_of_neighbouring_places_have_nothing_in_common():
     drawn = set()
     for numbers in ((0, 1), (1, 0), (0, 0, 1), (1,)):
@@ -177,9 +186,33 @@ def test_crops_keep_at_least_their_share(ramp):
 
 
 def test_erasing_puts_noise_on_its_share(ramp):
-    plain = changed(ramp)[0]
-    erased = (changed(ramp, random_erase=0.5) != plain).flatten(1).any(1)
+    plain, views = changed(ramp)[0], changed(ramp, random_erase=0.5)
+    erased = (views != plain).flatten(1).any(1)
     assert 8 < erased.sum() < 32
+    inside = [view[view != plain] for view in views[erased]]
+    assert all(len(pixels.unique()) == len(pixels) > 3 for pixels in inside)  # a number each
+
+
+def test_crops_are_resized_as_the_recipe_says():
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    image, processor = Image.fromarray(noise), image_processor(CvtConfig(), image_size=16)
+    mean, std = np.array(processor.image_mean), np.array(processor.image_std)
+    for name in ("bicubic", "bilinear"):
+        resized = image.resize((16, 16), Image.Resampling[name.upper()])
+        expected = ((np.asarray(resized) / 255 - mean) / std).transpose(2, 0, 1)
+        found = changed(image, interpolation=name)[0].numpy()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_crops_are_as_often_wide_as_tall():
+    """Of a picture brighter to the right, and greener to the bottom, both slopes are seen."""
+    rows, columns = np.mgrid[0:64, 0:64].astype("uint8") * 3
+    image = Image.fromarray(np.stack([columns, rows, rows], axis=2))
+    views = changed(image, crop_scale=0.5, crop_ratio=2.0)
+    slopes = views.diff(dim=3)[:, 0].mean((1, 2)), views.diff(dim=2)[:, 1].mean((1, 2))
+    ratios = (slopes[0] * 0.229) / (slopes[1] * 0.224)  # of a crop's width to its height
+    assert 0.4 < ratios.min() < 0.8
+    assert 1.25 < ratios.max() < 2.5
 
 
 def test_colours_jitter_and_policies_act(ramp):
@@ -211,3 +244,33 @@ def test_mixing_gives_every_class_its_share():
     same, classes = mixing(Recipe(), 5)(pixels, targets)
     assert same is pixels
     assert classes is targets
+
+
+def numbers(**settings):
+    """Of eight images of a constant each, 0 to 7, what each of their pixels is after mixing."""
+    seed_all(3)
+    recipe = Recipe(label_smoothing=0.0, **settings)
+    pixels = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 16, 16).clone()
+    mixed, shares = mixing(recipe, 8)(pixels, torch.arange(8))
+    return mixed.flatten(1), shares
+
+
+def test_mixup_blends_and_cutmix_pastes_the_image_at_the_same_place_from_the_end():
+    partner = torch.arange(7, -1, -1)
+    for settings in ({"mixup": 1.0}, {"mixup": 1.0, "cutmix": 1.0, "mixup_switch": 0.0}):
+        pixels, shares = numbers(**settings)
+        own = shares[torch.arange(8), torch.arange(8)]
+        expected = own * torch.arange(8) + (1 - own) * partner
+        torch.testing.assert_close(pixels, expected[:, None].expand_as(pixels))
+        assert 0 < own.min() < own.max() + 1e-6 < 1
+    for settings in ({"cutmix": 1.0}, {"mixup": 1.0, "cutmix": 1.0, "mixup_switch": 1.0}):
+        pixels, shares = numbers(**settings)
+        for i, row in enumerate(pixels):
+            assert set(row.tolist()) == {i, 7 - i}
+            assert (row == i).float().mean() == pytest.approx(shares[i, i].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("mode", "different"), [("batch", 1), ("pair", 4), ("elem", 8)])
+def test_what_mixes_alike_is_the_recipes(mode, different):
+    shares = numbers(mixup=1.0, mixup_mode=mode)[1][torch.arange(8), torch.arange(8)]
+    assert len({round(share, 5) for share in shares.tolist()}) == different

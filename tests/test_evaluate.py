@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.data.real_labels import RealLabelsImagenet
 from torch import nn
 from typer.testing import CliRunner
@@ -124,6 +125,28 @@ def test_the_loss_is_the_models_own(classifier, processor, images):
     assert evaluate(classifier, processor, images).loss == pytest.approx(expected, abs=1e-5)
 
 
+def test_scores_of_independent_labels_are_those_of_predict(photos, images):
+    model, processor = tiny(["blue", "green", "red"])
+    model.config.problem_type = "multi_label_classification"
+    evaluation = evaluate(model, processor, images)
+    predictions = predict(model, processor, images.sources, 1)
+    assert list(evaluation.counted["score"]) == [p.scores[0] for p in predictions]
+
+
+def test_large_photographs_are_decoded_whole(tmp_path):
+    """Predicting decodes them at a part of their size, which moves the loss a little."""
+    noise = np.random.default_rng(0).integers(0, 255, (512, 512, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "red.jpg")
+    model, processor = tiny(["blue", "green", "red"])
+    images = LabelledImages([tmp_path / "red.jpg"], ["red"])
+    whole, part = (
+        next(classify(model, processor, images.sources, exact=exact)).logits.log_softmax(0)[2]
+        for exact in (True, False)
+    )
+    assert evaluate(model, processor, images).loss == pytest.approx(-whole.item(), abs=1e-6)
+    assert whole.item() != pytest.approx(part.item(), abs=1e-5)
+
+
 def test_the_calibration_error_is_that_of_its_definition():
     generator = np.random.default_rng(0)
     scores = generator.uniform(0, 1, 500)
@@ -139,6 +162,14 @@ def test_the_calibration_error_is_that_of_its_definition():
         expected += inside.mean() * abs(right[inside].mean() - scores[inside].mean())
     assert evaluation.calibration_error == pytest.approx(expected, abs=1e-12)
     assert evaluation.reliability.images.sum() == 500
+
+
+def test_each_bin_has_its_mean_score_and_its_share_of_right_images():
+    rows = [(0, 0, 0.97), (0, 1, 0.95), (0, 1, 0.99), (0, 1, 0.51), (0, 0, 0.53)]
+    images, score, top1 = by_hand(["a", "b"], rows).reliability
+    assert images.nonzero()[0].tolist() == [7, 14]
+    assert score[[7, 14]] == pytest.approx([0.52, 0.97])
+    assert top1[[7, 14]] == pytest.approx([1 / 2, 1 / 3])
 
 
 def test_a_perfect_model_is_calibrated_and_empty_bins_count_nothing():
@@ -168,6 +199,16 @@ def test_the_best_five_of_fewer_classes_are_all(photos, classes):
     assert evaluation.top5 == 1.0 or classes > 5
     (prediction, *_) = predict(model, processor, images.sources, topk=1)
     assert evaluation.counted["score"][0] == prediction.scores[0]
+
+
+def test_the_fifth_class_is_among_the_best_five_and_the_sixth_is_not(photos):
+    model, processor = tiny("abcdefgh")
+    nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = torch.arange(8, 0, -1.0)  # every image ranks a, b, c, ...
+    paths = [photos / "red" / f"{i:02d}.png" for i in range(8)]
+    evaluation = evaluate(model, processor, LabelledImages(paths, [*"abcdefgh"]))
+    assert evaluation.counted["in_top5"].tolist() == [True] * 5 + [False] * 3
+    assert (evaluation.top5, evaluation.top1) == (5 / 8, 1 / 8)
 
 
 def test_ties_go_to_the_first_class_in_both(photos, images):
@@ -461,6 +502,17 @@ def test_real_labels_are_timms(imagenet, tmp_path):
     assert again.real_top1 == evaluation.real_top1
 
 
+def test_real_labels_are_matched_by_wordnet_id_where_a_model_has_another_order(imagenet):
+    _, _, images = imagenet
+    ids = list(imagenet_classes())
+    model, processor = tiny([*ids[1:], ids[0]])
+    logits = torch.stack([r.logits for r in classify(model, processor, images.sources)])
+    best = [(i + 1) % 1000 for i in logits.argmax(1).tolist()]  # as real.json counts them
+    real = [[label] if i % 3 else [(label + 1) % 1000] for i, label in enumerate(best)]
+    evaluation = evaluate(model, processor, images, real_labels=real)
+    assert evaluation.real_top1 == 8 / 12
+
+
 def test_without_real_labels_there_is_no_such_figure(imagenet):
     model, processor, images = imagenet
     for labels in (None, [[]] * 12):
@@ -529,6 +581,14 @@ def test_of_many_classes_only_the_cells_that_count_are_written(tmp_path):
         ["class 21840", "class 3", "2"],
     ]
     assert evaluation.mistaken_for("class 21840") == "class 3"
+
+
+def test_up_to_a_thousand_classes_are_a_matrix(tmp_path):
+    labels = [f"class {i}" for i in range(1000)]
+    write_evaluation(by_hand(labels, [(999, 3, 0.5), (999, 3, 0.6)]), tmp_path / "out")
+    header, *rows = read(tmp_path / "out/confusion_matrix.csv")
+    assert header[1:] == labels == [row[0] for row in rows]
+    assert rows[999][1:] == ["2" if i == 3 else "0" for i in range(1000)]
 
 
 # ------------------------------------------------------------------------------ cvt evaluate

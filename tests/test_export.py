@@ -1,7 +1,11 @@
 import importlib.util
 import json
+import math
+import zipfile
 from functools import partial
+from pathlib import Path
 
+import nncf
 import onnx
 import openvino
 import pytest
@@ -12,7 +16,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 import cvt.export
 from cvt import CvtConfig, CvtForImageClassification, graph, image_processor
 from cvt.datasets import open_training
-from cvt.export import export
+from cvt.export import export, quantization
 from cvt.export.parity import compare
 from cvt.export.quantization import preprocessed, two_halves
 from cvt.images import ImageError
@@ -151,7 +155,8 @@ def test_graphs_name_what_is_dynamic_and_the_classes(exported, classifier):
 
 
 @pytest.mark.parametrize(
-    ("to", "precision"), [("onnx", "fp16"), ("openvino", "bf16"), ("torch-export", "bf16")]
+    ("to", "precision"),
+    [("onnx", "fp16"), ("openvino", "bf16"), ("openvino", "fp16"), ("torch-export", "bf16")],
 )
 def test_sixteen_bits_halve_the_weights_within_the_tolerance(
     exported, small, tmp_path, to, precision
@@ -170,6 +175,15 @@ def test_weights_in_bfloat16_are_exported_in_fp32(small, tmp_path):
     image_processor(model.config, image_size=32).save_pretrained(tmp_path / "half")
     manifest = export(tmp_path / "half", tmp_path / "out", "torch-export")
     assert manifest.parity["largest_difference"] < 1e-5
+
+
+def test_an_export_has_no_path_of_this_machine(exported):
+    written = b""
+    with zipfile.ZipFile(exported["torch-export"][0] / "model.pt2") as file:
+        for name in file.namelist():
+            written += file.read(name)
+    assert b"pixel_values" in written
+    assert str(Path(cvt.__file__).parent).encode() not in written
 
 
 # ------------------------------------------------------------------------------ int8
@@ -208,6 +222,44 @@ def test_int8_below_the_agreement_asked_for_is_not_written(digits, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_int8_is_checked_with_images_that_did_not_calibrate_it(
+    small, photos, tmp_path, monkeypatch
+):
+    used = {}
+
+    def quantized(graph, images, processor):
+        used["calibrating"] = set(images)
+        return graph
+
+    def real_batches(images, *arguments):
+        used["checking"] = set(images)
+        return quantization.real_batches(images, *arguments)
+
+    monkeypatch.setattr(cvt.export, "quantized", quantized)
+    monkeypatch.setattr(cvt.export, "real_batches", real_batches)
+    arguments = {"precision": "int8", "calibration": photos, "calibration_images": 10}
+    manifest = export(small, tmp_path / "out", "onnx", **arguments, min_agreement=1.0)
+    assert [len(images) for images in used.values()] == [10, 10]
+    assert not used["calibrating"] & used["checking"]
+    assert (manifest.agreement, manifest.parity["images"]) == (1.0, 10)
+
+
+def test_every_image_calibrates_int8(small, photos, monkeypatch):
+    decoded, settings = [], {}
+
+    def quantize(graph, dataset, **named):
+        settings.update(named)
+        decoded.extend(dataset.get_inference_data())
+        return graph
+
+    monkeypatch.setattr(nncf, "quantize", quantize)
+    images, processor = sorted(photos.glob("*/0[0-2].png")), image_processor(small)
+    quantization.quantized(None, images, processor)
+    assert settings["subset_size"] == len(decoded) == len(images) == 9
+    pixels = torch.cat([torch.from_numpy(inputs["pixel_values"]) for inputs in decoded])
+    assert torch.equal(pixels, preprocessed(images, processor))
+
+
 def test_calibration_takes_turns_through_the_whole_folder(photos):
     calibrating, held_out = two_halves(photos, 6)
     assert (len(calibrating), len(held_out)) == (6, 6)
@@ -244,10 +296,8 @@ def test_a_converter_that_changes_a_weight_is_found_out(small, tmp_path, monkeyp
 class Fixed:
     """Gives the same logits for whatever pixels."""
 
-    precision = "fp32"
-
-    def __init__(self, *logits):
-        self.logits = torch.tensor([logits])
+    def __init__(self, *logits, precision="fp32"):
+        self.logits, self.precision = torch.tensor([logits]), precision
 
     def __call__(self, pixels):
         return self.logits
@@ -268,6 +318,26 @@ def test_a_check_asks_for_close_logits_and_the_same_class(expected, logits, pass
         return ImageClassifierOutput(logits=torch.tensor([expected]))
 
     assert compare(model, Fixed(*logits), pixels_of(1, 4, 4)).passed == passed
+
+
+@pytest.mark.parametrize(
+    ("precision", "share", "passed"),
+    [
+        ("bf16", 0.049, True),
+        ("bf16", 0.051, False),
+        ("fp16", 0.0099, True),
+        ("fp16", 0.0101, False),
+        ("int8", 0.3, True),  # the classes of all images together are what counts
+        ("int8", math.nan, False),
+        ("int8", math.inf, False),
+    ],
+)
+def test_logits_of_fewer_bits_may_differ_by_their_share_of_the_largest(precision, share, passed):
+    def model(pixels):
+        return ImageClassifierOutput(logits=torch.tensor([(-20.0, 10.0)]))
+
+    runtime = Fixed(-20.0 + 20.0 * share, 10.0, precision=precision)
+    assert compare(model, runtime, pixels_of(1, 4, 4)).passed == passed
 
 
 @pytest.mark.parametrize(

@@ -508,6 +508,7 @@ def test_adapters_are_trained_alone_and_handed_out_merged_and_apart(photos, reci
         if name in weights:
             weights[name].copy_(weight)
     adapted = PeftModel.from_pretrained(base, tmp_path / "run/best/adapter").eval()
+    assert adapted.peft_config["default"].lora_alpha == 2 * adapted.peft_config["default"].r == 4
     pixels = torch.randn(2, 3, 32, 32)
     assert torch.allclose(best(pixels).logits, adapted(pixels).logits, atol=1e-5)
 

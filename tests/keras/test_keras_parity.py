@@ -442,6 +442,7 @@ def test_every_rate_is_where_pytorch_has_it():
 
 @pytest.mark.parametrize("rate", RATES)
 def test_training_draws_anew_and_inference_does_not_draw(rate):
+    keras.utils.set_random_seed(0)  # else drop path may leave out the same branches twice
     theirs, ours = pair(mixed(depth=[1, 1, 2], **{rate: [0.0, 0.0, 0.5]}))
     pixels = images(batch=4, height=16, width=20)
     train = compiled(ours, lambda pixels: ours(pixels, training=True).logits)
@@ -449,6 +450,45 @@ def test_training_draws_anew_and_inference_does_not_draw(rate):
     assert np.abs(first - second).max() > 1e-3
     _, ours = pair(ours.config)  # training has moved the statistics
     equal(compiled(ours, lambda pixels: ours(pixels).logits)(pixels.numpy()), theirs(pixels).logits)
+
+
+def chances(model):
+    """The layers of a model that draw in training."""
+    for stage in model.cvt.encoder.stages:
+        yield stage.dropout
+        for block in stage.blocks:
+            yield from (block.attention.dropout, block.drop_path)
+            yield from (dense.dropout for dense in (block.merge, block.expand, block.reduce))
+
+
+# Of a stage and a block of it: the layer that draws, and one whose weights are 0. Drop path is one
+# layer in two branches: where the last Linear of a branch is 0, it acts in the other one alone.
+SITES = {
+    "none": lambda stage, block: (None, None),
+    "embedding": lambda stage, block: (stage.dropout, None),
+    "attention": lambda stage, block: (block.attention.dropout, None),
+    "merge": lambda stage, block: (block.merge.dropout, None),
+    "expand": lambda stage, block: (block.expand.dropout, None),
+    "reduce": lambda stage, block: (block.reduce.dropout, None),
+    "drop path of attention": lambda stage, block: (block.drop_path, block.reduce.dense),
+    "drop path of the MLP": lambda stage, block: (block.drop_path, block.merge.dense),
+}
+
+
+@pytest.mark.parametrize("site", SITES.values(), ids=SITES)
+def test_every_layer_that_draws_acts_alone_too(site):
+    keras.utils.set_random_seed(0)
+    _, ours = pair(mixed(depth=[2, 1, 1], **{name: [0.5] * 3 for name in RATES}))
+    stage = ours.cvt.encoder.stages[0]
+    drawing, silent = site(stage, stage.blocks[1])
+    for layer in chances(ours):
+        layer.rate = layer.rate if layer is drawing else 0
+    for variable in silent.variables if silent else ():
+        variable.assign(ops.zeros_like(variable))
+    pixels = images(batch=16, height=16, width=20)
+    train = compiled(ours, lambda pixels: ours(pixels, training=True).logits)
+    first, second = (np.array(ops.convert_to_numpy(train(pixels.numpy()))) for _ in range(2))
+    assert (np.abs(first - second).max() > 1e-3) == (drawing is not None)
 
 
 # ------------------------------------------------------------------------------ mixed precision

@@ -8,6 +8,7 @@ import pytest
 from small_models import tiny
 
 from cvt import TFCvtForImageClassification, TFCvtModel
+from cvt.keras.losses import ClassificationLoss
 
 import keras  # isort: skip  # behind cvt, which keeps Triton apart from TensorFlow
 from keras import losses, ops  # isort: skip
@@ -151,6 +152,16 @@ def test_the_loss_of_a_config_is_that_of_keras(num_labels, problem, labels_of, l
         value = float(model.train_on_batch(images, labels, sample_weight=weights))
         results.append([value, *numbers(model.variables)])
     same(*results, 1e-5)
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification", None])
+def test_a_saved_loss_is_that_of_its_problem(problem):
+    loss = ClassificationLoss(problem, CLASSES)
+    again = losses.deserialize(losses.serialize(loss))
+    labels, logits = independent(None), np.linspace(-2, 2, IMAGES * CLASSES, dtype="float32")
+    values = [float(each(labels, logits.reshape(labels.shape))) for each in (loss, again)]
+    assert values[0] == values[1]
+    assert (again.problem_type, again.num_labels) == (problem, CLASSES)
 
 
 @pytest.mark.parametrize("label", [-1, CLASSES])

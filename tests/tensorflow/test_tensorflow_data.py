@@ -114,6 +114,50 @@ def test_a_view_is_a_crop_of_its_image_perhaps_mirrored(tmp_path, little):
     assert np.std(unmirrored[:, 0]) > 5
 
 
+@pytest.fixture
+def noise(tmp_path):
+    """A folder of one square picture of noise, and the picture."""
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "a" / "noise.png")
+    return tmp_path, Image.fromarray(pixels)
+
+
+def test_a_view_is_cropped_and_resized_once_by_pillows_bicubic(noise, little):
+    folder, picture = noise  # of all of its area there is one crop: a square
+    ((pixels, _),) = image_dataset(folder, little, training=True, crop_scale=1.0, flip=0.0)
+    expected = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC)) / 255
+    expected = (expected.transpose(2, 0, 1) - np.reshape(little.image_mean, (3, 1, 1))) / DEVIATION
+    np.testing.assert_allclose(pixels[0], expected, rtol=0, atol=1e-5)
+
+
+def test_a_picture_has_another_view_each_time(noise, little):
+    folder, _ = noise
+    dataset = image_dataset(folder, little, training=True)
+    first, second = (next(iter(dataset))[0].numpy() for _ in range(2))
+    assert np.abs(first - second).max() > 0.1
+
+
+def test_crops_are_as_often_wide_as_tall(tmp_path, little):
+    (tmp_path / "a").mkdir()
+    rows, columns = np.mgrid[0:64, 0:64].astype("uint8") * 3
+    for i in range(64):  # redder to the right, greener to the bottom
+        Image.fromarray(np.stack([columns, rows, rows], axis=2)).save(tmp_path / "a" / f"{i}.png")
+    ((pixels, _),) = image_dataset(tmp_path, little, 64, training=True, crop_scale=0.5, flip=0.0)
+    values = pixels.numpy() * DEVIATION
+    ratios = np.diff(values[:, 0], axis=2).mean((1, 2)) / np.diff(values[:, 1], axis=1).mean((1, 2))
+    assert 0.7 < ratios.min() < 0.85
+    assert 1.15 < ratios.max() < 1.4  # of width to height, 4/3 at most
+
+
+def test_all_pictures_are_shuffled_however_many(photos, little):
+    first = set()
+    for seed in range(12):  # twelve blue ones lead the folder
+        dataset = image_dataset(photos, little, 1, training=True, seed=seed)
+        first.add(int(next(iter(dataset))[1][0]))
+    assert first == {0, 1, 2}
+
+
 def test_a_picture_too_narrow_for_any_crop_gives_a_square(tmp_path, little):
     (tmp_path / "a").mkdir()
     ramp = np.tile(np.arange(200, dtype="uint8"), (8, 1))
