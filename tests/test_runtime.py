@@ -392,6 +392,7 @@ def test_a_model_that_answers_with_tuples_is_compiled(model):
 def test_an_offloaded_model_is_refused_in_one_sentence(model, name, where):
     offloaded = copy.deepcopy(model)
     (offloaded.cvt.encoder.stages[0].layers if where == "some" else offloaded).to("meta")
+    offloaded.hf_device_map = {"": "disk"}  # as transformers notes it
     message = r"\d+ of the model's \d+ weights are offloaded \(on the meta device\), as cvt\."
     for open_it in (fuse, lambda model: open_runtime(model, name), TorchRuntime):
         with pytest.raises(ValueError, match=message) as error:

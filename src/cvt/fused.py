@@ -459,7 +459,9 @@ def fuse(
         )
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode; call model.eval() before fusing it")
-    refuse_offloaded(model)
+    is_offloaded = hasattr(model, "hf_device_map")  # else a model on meta was made to be counted
+    if is_offloaded or not all(parameter.is_meta for parameter in model.parameters()):
+        refuse_offloaded(model)
     dtype = dtype or model.dtype
     if not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype}: must be a floating point type")
