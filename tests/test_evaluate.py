@@ -149,19 +149,21 @@ def test_large_photographs_are_decoded_whole(tmp_path):
 
 def test_the_calibration_error_is_that_of_its_definition():
     generator = np.random.default_rng(0)
-    scores = generator.uniform(0, 1, 500)
+    scores = generator.uniform(0, 1, 75)  # few, so that scores are too high in some bins only
     scores[:4] = (0, 1 / 15, 1, 1)  # on the edges
-    right = generator.uniform(0, 1, 500) < scores**2
+    right = generator.uniform(0, 1, 75) < 0.5
     evaluation = by_hand(
         ["a", "b"], [(0, int(not r), s) for r, s in zip(right, scores, strict=True)]
     )
-    expected = 0.0
+    expected, images = 0.0, []
     for low in range(15):
         inside = (scores > low / 15) & (scores <= (low + 1) / 15)
         inside |= (low == 0) & (scores == 0)
         expected += inside.mean() * abs(right[inside].mean() - scores[inside].mean())
+        images.append(inside.sum())
     assert evaluation.calibration_error == pytest.approx(expected, abs=1e-12)
-    assert evaluation.reliability.images.sum() == 500
+    assert evaluation.reliability.images.tolist() == images
+    assert sum(images) == 75
 
 
 def test_each_bin_has_its_mean_score_and_its_share_of_right_images():
@@ -300,6 +302,17 @@ def test_shares_join_to_what_one_process_gives(
     assert set(calls) == {-(-len(with_broken) // (batch_size * world))}
 
 
+@pytest.mark.parametrize("kind", ["folder", "stream"])
+def test_an_image_has_the_neighbours_that_it_has_in_one_process(
+    classifier, processor, images, kind
+):
+    given = images if kind == "folder" else streamed(images, len(images))
+    for rank in range(3):
+        part = evaluate(classifier, processor, given, 4, rank=rank, world=3)
+        expected = [i for i in range(36) if i // 4 % 3 == rank]
+        assert part.counted["position"].tolist() == expected
+
+
 def test_a_share_may_be_broken_but_not_all(classifier, processor, photos, broken):
     images = LabelledImages([broken, photos / "red" / "00.png"], ["red", "red"])
     parts = [
@@ -421,10 +434,12 @@ def test_a_class_map_that_does_not_fit_is_refused(
     [
         ("map.json", '{"a, b": "x", "c": null, "d": ""}'),
         ("map.csv", '"a, b",x\n\nc,\nd,""\n'),
+        ("map.csv", '\ufeff"a, b",x\nc,\nd,\n'),  # as spreadsheets write UTF-8
+        ("map.json", '\ufeff{"a, b": "x", "c": null, "d": ""}'),
     ],
 )
 def test_class_maps_are_read(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     assert read_class_map(tmp_path / name) == {"a, b": "x", "c": None, "d": None}
 
 
