@@ -314,7 +314,7 @@ class Fixed:
     ],
 )
 def test_a_check_asks_for_close_logits_and_the_same_class(expected, logits, passed):
-    def model(pixels):
+    def model(pixels, return_dict):
         return ImageClassifierOutput(logits=torch.tensor([expected]))
 
     assert compare(model, Fixed(*logits), pixels_of(1, 4, 4)).passed == passed
