@@ -83,7 +83,7 @@ def build(name: str, config: CvtConfig) -> nn.Module:
 
 
 def opened(contestant: Contestant, options: argparse.Namespace) -> Callable[[Tensor], Tensor]:
-    """A contestant, ready to go from pixels (B, 3, H, W) to logits (B, K) on the CPU.
+    """What runs a model, from pixels (B, 3, H, W) to logits (B, K) on the CPU.
 
     Raises:
         ValueError: this processor does not compute in its precision.

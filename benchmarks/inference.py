@@ -19,7 +19,7 @@ Questions:
 - import: a new process that imports cvt, or prints `cvt --help`, beside one that imports
   transformers, or nothing.
 
-A contestant that this processor cannot run has a row that says why.
+What this processor cannot run has a row that says why.
 
 Those that are compared take turns in one process, so that a busy machine slows all; the ratio is
 the median of the turns' own ratios, and its spread their quartiles. Only memory is measured one
