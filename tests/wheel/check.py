@@ -29,9 +29,9 @@ SHORTER = {
     "--epochs 20": "--epochs 1",
     "--batch-sizes 1,32": "--batch-sizes 1,2 --seconds 0",
     "PHOTOS": "photos",
-    "--config photos": "--config photos --epochs 1",
+    "--config photos": "--config photos epochs=1 warmup_epochs=0",
     "--nproc-per-node 8": "--nproc-per-node 2",
-    "IMAGENET": "photos steps=1 batch_size=2 workers=0",
+    "IMAGENET": "photos steps=1 warmup_epochs=0 min_lr=0 batch_size=2 workers=0",
 }
 # What the README's Python takes for granted.
 PRELUDES = {
