@@ -333,7 +333,7 @@ def test_a_check_asks_for_close_logits_and_the_same_class(expected, logits, pass
     ],
 )
 def test_logits_of_fewer_bits_may_differ_by_their_share_of_the_largest(precision, share, passed):
-    def model(pixels):
+    def model(pixels, return_dict):
         return ImageClassifierOutput(logits=torch.tensor([(-20.0, 10.0)]))
 
     runtime = Fixed(-20.0 + 20.0 * share, 10.0, precision=precision)
