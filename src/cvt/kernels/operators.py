@@ -23,8 +23,7 @@ def is_cpu_bfloat16(x: Tensor) -> bool:
 def autocast(x: Tensor) -> Tensor:
     """`x` in the type that autocast, where it is on, would give every operator's copy of it."""
     device = x.device.type
-    # Not torch.amp.is_autocast_available: torch 2.10 does not trace it.
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device)) if x.dtype is torch.float32 else x
 
