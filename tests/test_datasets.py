@@ -41,7 +41,7 @@ TRAIN, TEST = range(12), range(100, 104)  # the images, by their red; odd ones a
 def library(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     # Its pause, 5 seconds, whenever a stream of parquet files ends or is left.
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.02, raising=False)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.02)
 
 
 def picture(red):

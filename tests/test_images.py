@@ -17,6 +17,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 import transformers
@@ -308,6 +309,7 @@ def ramps_of_16_bits():
     yield "I in memory", wide
 
 
+PILLOW = int(PIL.__version__.partition(".")[0])
 RAMPS = dict(ramps_of_16_bits())
 
 
@@ -506,7 +508,8 @@ def test_lab_ycbcr_and_hsv_are_the_colours_they_came_from():
     ycbcr = rgb.convert("YCbCr")
     hsv = rgb.convert("HSV")
     assert lab.mode == "LAB"
-    for source in (lab, encoded(lab, "TIFF"), ycbcr, encoded(ycbcr, "TIFF"), hsv):
+    files = [encoded(image, "TIFF") for image in ([lab, ycbcr] if PILLOW >= 13 else [lab])]
+    for source in (lab, ycbcr, hsv, *files):  # Pillow 12 cannot read the YCbCr that it writes
         assert abs(pixels(source).astype(int) - photo()).mean() < 3
 
 
@@ -898,6 +901,8 @@ NOISY = {
         "Invalid APNG",
     ),
 }
+if PILLOW < 13:
+    del NOISY["TIFF"]  # which it refuses
 
 
 @pytest.mark.parametrize("kind", NOISY)

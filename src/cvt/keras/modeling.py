@@ -3,6 +3,7 @@
 The same code runs on TensorFlow, JAX and PyTorch, as `KERAS_BACKEND` or Keras' own settings say.
 """
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -143,6 +144,11 @@ class TFCvtPreTrainedModel(keras.Model):
         self.config = as_config(config)
         self.config.validate()
         self.data_format = data_format
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Arguments of `call`, by position too: Keras itself takes none but tensors so."""
+        names = [*inspect.signature(self.call).parameters][1 : len(args)]
+        return super().__call__(*args[:1], **dict(zip(names, args[1:], strict=True)), **kwargs)
 
     @classmethod
     def from_pretrained(
