@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network by accident
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)  # two fight over two cores as soon as anything else runs
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 
