@@ -147,8 +147,10 @@ class TFCvtPreTrainedModel(keras.Model):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Arguments of `call`, by position too: Keras itself takes none but tensors so."""
-        names = [*inspect.signature(self.call).parameters][1 : len(args)]
-        return super().__call__(*args[:1], **dict(zip(names, args[1:], strict=True)), **kwargs)
+        if len(args) > 1:
+            names = [*inspect.signature(self.call).parameters][1 : len(args)]
+            kwargs = dict(zip(names, args[1:], strict=True), **kwargs)
+        return super().__call__(*args[:1], **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -158,7 +160,7 @@ class TFCvtPreTrainedModel(keras.Model):
         data_format: str = "channels_first",
         dtype: Any = None,
         **kwargs: Any,
-    ) -> "Self":
+    ) -> Self:
         """A trained model; its weights must fit, all of them.
 
         Args:
