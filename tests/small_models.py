@@ -80,6 +80,9 @@ def random_case(seed, portable=True):
             for kernel in range(1, 8)
             for stride in range(1, 5)
             for padding in range(kernel)
+            # oneDNN's AVX2 backward of a strided 1×1 convolution of 2 to 7 channels, channels last,
+            # writes past its memory (torch 2.14.1).
+            if kernel > 1 or stride == 1
             if all(conv_size(s, kernel, stride, padding) in range(1, 17) for s in size)
         ]
         patch = rng.choice(patches)
