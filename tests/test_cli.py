@@ -36,7 +36,7 @@ COMMANDS = {
     ],
     "train": [
         "words", "--config", "--output", "--resume",
-        "--test-data", "--classes", "--image-column", "--label-column", "--epoch-images",
+        "--val-data", "--classes", "--image-column", "--label-column", "--epoch-images",
         "--max-corrupt", "--workers",
         "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only",
         "--lora-r",

@@ -496,7 +496,7 @@ def test_a_stream_needs_a_test_half_and_the_names_of_its_classes(names, tmp_path
     shards = write_shards(tmp_path / "data")
     with pytest.raises(ValueError, match="numbers its classes, in cls"):
         open_training(shards)
-    with pytest.raises(ValueError, match="streams are not split: give test_data"):
+    with pytest.raises(ValueError, match="streams are not split: give val_data"):
         open_training(f"{shards}/train-*.tar", classes=names)
     write_shards(tmp_path / "named", "txt")
     with pytest.raises(ValueError, match="does not list the names of its classes, in txt"):

@@ -86,7 +86,7 @@ def test_two_processes_learn_what_one_does(one, two):
 
 
 def test_every_test_image_is_counted_once_and_by_the_model_that_is_kept(folder, two):
-    check_evaluation(folder, two[0], "test")
+    check_evaluation(folder, two[0], "val")
 
 
 def check_evaluation(folder, output, prefix):

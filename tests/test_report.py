@@ -41,15 +41,15 @@ def evaluation_of(classes, images=300, wrong=0.3, failures=()):
 
 
 def row(epoch, value, averaged=None):
-    names = ("train_loss", "test_loss", "test_top1", "ema_loss", "ema_top1")
+    names = ("train_loss", "val_loss", "val_top1", "ema_loss", "ema_top1")
     values = (2 - value, None if value > 0.6 else 2.2 - value, value, averaged, averaged)
     return {"epoch": epoch, **dict(zip(names, values, strict=True))}
 
 
 CURVES = {
-    "plain": [{"epoch": 1, "train_loss": 2.0, "test_loss": 2.1, "test_top1": 0.2}],
+    "plain": [{"epoch": 1, "train_loss": 2.0, "val_loss": 2.1, "val_top1": 0.2}],
     "averaged": [row(i + 1, i / 20, i / 19) for i in range(20)],
-    "untested": [row(1, 0.1) | {"test_loss": None, "test_top1": None}],
+    "untested": [row(1, 0.1) | {"val_loss": None, "val_top1": None}],
 }
 PICTURES = {
     **{

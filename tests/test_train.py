@@ -98,7 +98,7 @@ def final_state(run):
 def test_training_learns_and_leaves_a_run_folder(photos, recipe, tmp_path):
     run = tmp_path / "run"
     best = train(recipe(epochs=8), run)
-    assert best["test_top1"] > 0.9
+    assert best["val_top1"] > 0.9
     assert {path.name for path in run.iterdir()} == {
         ".lock", "best", "last", "checkpoints", "args.yaml", "environment.json", "results.csv",
         "speed.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "tensorboard",
@@ -106,7 +106,7 @@ def test_training_learns_and_leaves_a_run_folder(photos, recipe, tmp_path):
     with open(run / "results.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == list("12345678")
-    assert max(float(row["test_top1"]) for row in rows) == best["test_top1"]
+    assert max(float(row["val_top1"]) for row in rows) == best["val_top1"]
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     for picture in run.glob("*.png"):
         with Image.open(picture) as opened:
@@ -117,7 +117,7 @@ def test_training_learns_and_leaves_a_run_folder(photos, recipe, tmp_path):
     assert model.config.class_names == ["blue", "green", "red"]
     _, held_out = open_training(photos)
     again = evaluate(model, load_processor(run / "best", model.config), held_out, batch_size=8)
-    assert (again.top1, again.loss) == (best["test_top1"], best["test_loss"])
+    assert (again.top1, again.loss) == (best["val_top1"], best["val_loss"])
     assert "# CvT, trained from `config`" in (run / "best/README.md").read_text()
     assert load_classifier(run / "last").config.class_names == model.config.class_names
 
@@ -140,9 +140,9 @@ def test_tensorboard_reads_the_events(recipe, tmp_path):
     train(recipe(epochs=2), tmp_path / "run")
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
-    top1 = [event.value for event in events.Scalars("epoch/test_top1")]
+    top1 = [event.value for event in events.Scalars("epoch/val_top1")]
     history = final_state(tmp_path / "run")["history"]
-    assert top1 == pytest.approx([row["test_top1"] for row in history])
+    assert top1 == pytest.approx([row["val_top1"] for row in history])
 
 
 def test_what_a_run_says_names_the_batch_and_the_learning_rate(recipe, tmp_path):
@@ -189,12 +189,12 @@ def test_steps_end_the_run_instead_of_epochs(recipe, tmp_path):
 def test_evaluations_can_be_rarer_than_epochs(recipe, tmp_path):
     train(recipe(epochs=4, eval_every=3), tmp_path / "run")
     history = final_state(tmp_path / "run")["history"]
-    assert [row["test_top1"] is None for row in history] == [True, True, False, False]
+    assert [row["val_top1"] is None for row in history] == [True, True, False, False]
 
 
 def test_averaged_weights_are_evaluated_beside_the_others_and_handed_out(photos, recipe, tmp_path):
     best = train(recipe(epochs=2, ema_decay=0.9), tmp_path / "run")
-    assert best["ema_loss"] != best["test_loss"]
+    assert best["ema_loss"] != best["val_loss"]
     state = final_state(tmp_path / "run")
     last = load_classifier(tmp_path / "run/last").state_dict()
     equal(last, state["ema"])
@@ -247,7 +247,7 @@ def test_a_run_stopped_while_accumulating_finishes_the_step(recipe, tmp_path, mo
 def test_a_run_stopped_between_an_epochs_last_step_and_its_end_resumes(recipe, tmp_path):
     train(recipe(), tmp_path / "whole")
     with pytest.raises(Stopped):  # the signal comes during the evaluation of the first epoch
-        train(recipe(), tmp_path / "stopped", progress=Watcher(stop_after=2, during="test"))
+        train(recipe(), tmp_path / "stopped", progress=Watcher(stop_after=2, during="validation"))
     resume(tmp_path / "stopped")
     equal(final_state(tmp_path / "whole"), final_state(tmp_path / "stopped"))
 
@@ -403,7 +403,7 @@ def test_a_batch_without_a_readable_image_stops_the_run(photos, recipe, tmp_path
 def test_every_way_of_training_trains(recipe, tmp_path, changes):
     best = train(recipe(**{"epochs": 2, **changes}), tmp_path / "run")
     assert math.isfinite(best["train_loss"])
-    assert best["test_top1"] is not None
+    assert best["val_top1"] is not None
 
 
 @pytest.mark.gpu
@@ -414,7 +414,7 @@ def test_a_gpu_learns_too_and_a_stopped_run_goes_on(recipe, tmp_path, changes):
     settings = recipe(epochs=8, workers=2, **changes)
     with pytest.raises(Stopped):
         train(settings, tmp_path / "run", Watcher(stop_after=4))
-    assert resume(tmp_path / "run")["test_top1"] > 0.9
+    assert resume(tmp_path / "run")["val_top1"] > 0.9
 
 
 def test_it_does_not_matter_where_views_are_finished(recipe, tmp_path):

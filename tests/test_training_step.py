@@ -131,11 +131,11 @@ def test_the_figures_of_an_epoch_are_of_the_weights_that_they_name(recipe, folde
     model = CvtForImageClassification(CvtConfig.from_dict(state["config"]))
     processor = load_processor(tmp_path / "run/last", model.config)
     _, images = open_training(folder / "images")
-    for prefix, which in (("test", "model"), ("ema", "ema")):
+    for prefix, which in (("val", "model"), ("ema", "ema")):
         model.load_state_dict(state[which])
         found = evaluate(model, processor, images)
         assert row[f"{prefix}_loss"] == pytest.approx(found.loss, rel=1e-6)
-    assert row["test_loss"] != pytest.approx(row["ema_loss"], rel=1e-4)
+    assert row["val_loss"] != pytest.approx(row["ema_loss"], rel=1e-4)
 
 
 # ------------------------------------------------------------------------------ random numbers
@@ -275,7 +275,7 @@ def test_memory_is_saved_as_the_recipe_says(recipe, tmp_path, monkeypatch, on):
 
 def test_the_best_epoch_is_the_first_of_the_highest_top1_of_what_is_handed_out():
     def epoch(number, test, ema=None):
-        row = {"epoch": number, "test_top1": test}
+        row = {"epoch": number, "val_top1": test}
         return row if ema is None else row | {"ema_top1": ema}
 
     assert best([epoch(1, 0.4), epoch(2, 0.6), epoch(3, 0.6), epoch(4, 0.5)])["epoch"] == 2

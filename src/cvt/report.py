@@ -38,18 +38,18 @@ def plot_curves(history: Sequence[Mapping[str, float | None]], path: Path) -> No
     """Loss and top-1 over the epochs, of the averaged model too where there is one, as a PNG.
 
     Args:
-        history: for every epoch `epoch`, `train_loss`, `test_loss` and `test_top1`, and perhaps
+        history: for every epoch `epoch`, `train_loss`, `val_loss` and `val_top1`, and perhaps
             `ema_loss` and `ema_top1`; those of the test are None where there was none.
         path: the picture.
     """
     figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw(left, history, "train_loss", 1, GREY, "train")
-    _draw(left, history, "test_loss", 1, INK, "test")
+    _draw(left, history, "val_loss", 1, INK, "validation")
     _draw(left, history, "ema_loss", 1, BLUE, "test, averaged weights")
     left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
     left.legend(frameon=False)
-    points = _draw(right, history, "test_top1", 100, INK, "weights as trained")
+    points = _draw(right, history, "val_top1", 100, INK, "weights as trained")
     averaged = _draw(right, history, "ema_top1", 100, BLUE, "averaged weights")
     right.set(xlabel="epoch", ylabel="top-1, %", title="Test accuracy")
     if averaged:

@@ -103,7 +103,7 @@ class TrainingBars:
     def epoch(self, row: dict[str, float | None]) -> None:
         """Print the results of an epoch."""
         words = [f"epoch {row['epoch']:>3}  loss {row['train_loss']:.4f}"]
-        for prefix, name in (("test", "test"), ("ema", "averaged")):
+        for prefix, name in (("val", "val"), ("ema", "averaged")):
             if (top1 := row.get(f"{prefix}_top1")) is not None:
                 loss = row[f"{prefix}_loss"]
                 words.append(f"{name} loss {loss:.4f}  top-1 {100 * top1:.2f} %")

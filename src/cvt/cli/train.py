@@ -72,7 +72,7 @@ def train(
             best = loop.train(recipe, output, progress)
     if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
         return
-    top1 = 100 * float(best.get("ema_top1", best["test_top1"]) or 0.0)
+    top1 = 100 * float(best.get("ema_top1", best["val_top1"]) or 0.0)
     out.print(
         f"best top-1 {top1:.2f} %, after epoch {best['epoch']}; the model is {output / 'best'}"
     )

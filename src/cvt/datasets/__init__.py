@@ -15,7 +15,7 @@ What `data` may be, wherever this package asks for it:
 | `stream:hub:OWNER/NAME`, `stream:FOLDER` of parquet files or shards | the same, read one after the other | likewise, and never a fifth | of the `ClassLabel`, else the file `classes` |
 | folder of `.tar` files, `shards/train-{000..012}.tar`, `shards/*.tar` | webdataset shards, always streamed | by their names, as for parquet files | the file `classes` |
 
-A second such name, `test_data`, is the test half where it is given. A file of `classes`, one name per line, gives
+A second such name, `val_data`, is the test half where it is given. A file of `classes`, one name per line, gives
 the order of the classes, and the names of labels that are numbers. Of several test halves the one that comes first in
 `TEST_NAMES` is used.
 """  # noqa: E501
@@ -60,7 +60,7 @@ __all__ = [
 
 def open_training(
     data: str | Path,
-    test_data: str | Path | None = None,
+    val_data: str | Path | None = None,
     *,
     seed: int = 0,
     classes: Path | None = None,
@@ -71,7 +71,7 @@ def open_training(
 
     Args:
         data: what to train on; the module's table says what that may be.
-        test_data: what to test on, if it is not a part of `data`.
+        val_data: what to test on, if it is not a part of `data`.
         seed: draws the test half where the data has none.
         classes: a text file of class names, one per line, in the order of the classifier's outputs.
         image_column: the column of a table or csv file with the images, where it is not plain.
@@ -85,17 +85,17 @@ def open_training(
     """
     options = _Options(_names(classes), image_column, label_column)
     parts = _parts(data, options)
-    if test_data is not None:
+    if val_data is not None:
         train = _half(data, parts, TRAIN_NAMES)
-        test = _half(test_data, _parts(test_data, options), TEST_NAMES)
+        test = _half(val_data, _parts(val_data, options), TEST_NAMES)
     elif len(parts) > 1:
         train, test = _half(data, parts, TRAIN_NAMES), _half(data, parts, TEST_NAMES)
     else:
         whole = _half(data, parts, TRAIN_NAMES)
         if isinstance(whole, StreamedImages):
-            raise ValueError(f"{data} has no test half, and streams are not split: give test_data")
+            raise ValueError(f"{data} has no test half, and streams are not split: give val_data")
         train, test = split(whole, seed)
-    where = data if test_data is None else f"{data} and {test_data}"
+    where = data if val_data is None else f"{data} and {val_data}"
     if differing := sorted(set(train.classes) ^ set(test.classes)):
         raise ValueError(f"only one half of {where} has the class {', '.join(differing)}")
     for half, name in ((train, "training"), (test, "test")):

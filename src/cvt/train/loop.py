@@ -160,15 +160,15 @@ class Run:
             recipe = self.shared(recipe, state["batches_per_step"])
         recipe = replace(recipe, precision=precision(recipe.precision, self.device))
         self.recipe, self.dtype = recipe, DTYPES[recipe.precision]
-        self.train_images, self.test_images = open_training(
+        self.train_images, self.val_images = open_training(
             recipe.data,
-            recipe.test_data,
+            recipe.val_data,
             seed=recipe.seed,
             classes=Path(recipe.classes) if recipe.classes else None,
             image_column=recipe.image_column,
             label_column=recipe.label_column,
         )
-        self.digest = digest(self.train_images, self.test_images)
+        self.digest = digest(self.train_images, self.val_images)
         if state and state["images"] != self.digest:
             raise ValueError(f"the images in {recipe.data} are not those of the run in {output}")
         self.plan = Plan(
@@ -180,10 +180,10 @@ class Run:
             epochs=recipe.epochs + recipe.cooldown_epochs,
             only_steps=recipe.steps,
         )
-        test = self.test_images
+        test = self.val_images
         if isinstance(test, StreamedImages) and test.length is None and self.plan.world > 1:
             raise ValueError(
-                "test_data: processes cannot share a stream of unknown length; give a folder"
+                "val_data: processes cannot share a stream of unknown length; give a folder"
             )
         self.sharded = recipe.fsdp and self.plan.world > 1
         self.build(state)
@@ -478,7 +478,7 @@ class Run:
             "learning_rate": self.optimizer.param_groups[-1]["lr"],
             "train_loss": sum(self.losses) / len(self.losses),
         }
-        prefixes = ("test", "ema") if self.ema else ("test",)
+        prefixes = ("val", "ema") if self.ema else ("val",)
         names = [f"{prefix}_{what}" for prefix in prefixes for what in ("loss", "top1", "top5")]
         row |= dict.fromkeys(names)
         evaluation = None
@@ -508,13 +508,13 @@ class Run:
     def evaluated(self, which: str) -> Evaluation:
         """The evaluation of the weights in training, or of the averaged ones; every image once."""
         world = self.plan.world
-        model = self.plain if which == "test" else self.averaged
+        model = self.plain if which == "val" else self.averaged
         if world > 1:
             for buffer in model.buffers():  # the first process's, whose model is kept
                 torch.distributed.broadcast(buffer, 0)
-        images = self.test_images
+        images = self.val_images
         total = images.length if isinstance(images, StreamedImages) else len(images)
-        shown = self.progress.stage("test", total and -(-total // world))
+        shown = self.progress.stage("validation", total and -(-total // world))
 
         def step() -> None:
             shown()
@@ -636,7 +636,7 @@ def faster(recipe: Recipe, device: torch.device) -> list[str]:
 
 def best(history: list[Row]) -> Row:
     """The first row of the highest top-1, of the averaged weights where there are such."""
-    name = "ema_top1" if "ema_top1" in history[0] else "test_top1"
+    name = "ema_top1" if "ema_top1" in history[0] else "val_top1"
     return max(history, key=lambda row: -1.0 if row[name] is None else row[name] or 0.0)
 
 

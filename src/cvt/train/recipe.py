@@ -45,7 +45,7 @@ class Recipe:
     data: str = setting(
         "", "Training data: a folder, csv, parquet, cifar, hub:NAME, shards, digits.", group="Data"
     )
-    test_data: str | None = setting(None, "Evaluation data, where DATA does not hold both.")
+    val_data: str | None = setting(None, "Evaluation data, where DATA does not hold both.")
     classes: str | None = setting(None, "File of class names, a line each, for numeric labels.")
     image_column: str | None = setting(None, "Column of the images, in a table of several.")
     label_column: str | None = setting(None, "Column of the labels, in a table of several.")
@@ -164,7 +164,7 @@ class Recipe:
 
 
 # What a resumed run may be told anew, since the result does not depend on it.
-ANEW = ("data", "test_data", "workers", "max_corrupt", "save_steps", "keep")
+ANEW = ("data", "val_data", "workers", "max_corrupt", "save_steps", "keep")
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
 
 

@@ -140,10 +140,10 @@ def write_pictures(output: Path, evaluation: Evaluation) -> None:
 
 def model_card(config: Any, recipe: Recipe, row: Row) -> str:
     """A model card for the hub: what the model is, how good, how it was trained, how to use it."""
-    metrics = {name: value for name, value in row.items() if name.startswith(("test_", "ema_"))}
+    metrics = {name: value for name, value in row.items() if name.startswith(("val_", "ema_"))}
     name = Path(recipe.model).name
     shown = dataclasses.replace(
-        recipe, model=name, data="", test_data=None, classes=None
+        recipe, model=name, data="", val_data=None, classes=None
     )  # no paths of ours
     head = {
         "library_name": "cvt-vision",
