@@ -108,7 +108,7 @@ def test_an_adapter_is_taken_wherever_a_model_is(base, cvt, photos, tmp_path):
     convert("adapter", "merged")
     merged = CvtForImageClassification.from_pretrained("merged")
     torch.testing.assert_close(logits(merged), logits(wrapped), rtol=0, atol=1e-5)
-    started = classifier_for("adapter", ["ant", "bee"])
+    started, _ = classifier_for("adapter", ["ant", "bee"])
     assert started.config.class_names == ["ant", "bee"]
     name = "cvt.encoder.stages.0.layers.0.output.dense.weight"
     torch.testing.assert_close(started.state_dict()[name], merged.state_dict()[name])

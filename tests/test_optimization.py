@@ -17,15 +17,10 @@ def model(model_folder):
 
 def rates(recipe, steps_per_epoch, steps):
     """The learning rate of every step."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=recipe.lr)
     plan = Plan(steps_per_epoch, 1, 1, 0, 1, recipe.epochs + recipe.cooldown_epochs, recipe.steps)
-    schedule = Schedule(optimizer, recipe, plan)
+    schedule = Schedule(recipe, plan)
     assert plan.steps == steps
-    found = []
-    for step in range(steps):
-        schedule.set(step)
-        found.append(optimizer.param_groups[0]["lr"])
-    return found
+    return [schedule.rate(step) for step in range(steps)]
 
 
 def test_norms_biases_and_class_tokens_do_not_decay(model):
@@ -59,7 +54,7 @@ def test_layer_decay_falls_from_the_head_to_the_first_embedding(model):
         power = next(power for pattern, power in expected if re.match(pattern, name))
         assert scale == 0.5**power, name
     optimizer = optimizer_for(model, Recipe(layer_decay=0.5), lr=1.0)
-    Schedule(optimizer, Recipe(lr=1.0, epochs=4), Plan(1, 1, 1, 0, 1, 4)).set(1)
+    Schedule(Recipe(lr=1.0, epochs=4), Plan(1, 1, 1, 0, 1, 4)).set(optimizer, 1)
     rates = {group["lr_scale"]: group["lr"] for group in optimizer.param_groups}
     assert all(rate == pytest.approx(rates[1.0] * scale) for scale, rate in rates.items())
 
@@ -83,6 +78,33 @@ def test_the_learning_rate_warms_up_and_falls_along_half_a_cosine():
 def test_a_schedule_that_would_not_be_one_is_refused(changes, named):
     with pytest.raises(ValueError, match=named):
         rates(Recipe(epochs=10, lr=1.0, **changes), 10, changes.get("steps", 100))
+
+
+@pytest.mark.parametrize("updates", ["step", "epoch"])
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+def test_the_learning_rate_is_timms_bit_for_bit(updates, warmup):
+    from timm.scheduler import CosineLRScheduler
+
+    epochs, steps_per_epoch = 7, 5
+    recipe = Recipe(epochs=epochs, cooldown_epochs=2, lr=0.3, min_lr=1e-5, warmup_lr=1e-6,
+                    warmup_epochs=warmup, lr_updates=updates)  # fmt: skip
+    unit = 1 if updates == "step" else steps_per_epoch
+    length, warmup_t = epochs * steps_per_epoch // unit, warmup * steps_per_epoch // unit
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.3)
+    scheduler = CosineLRScheduler(
+        optimizer, length - (warmup_t if unit == 1 else 0), lr_min=1e-5, warmup_t=warmup_t,
+        warmup_prefix=unit == 1, warmup_lr_init=1e-6, t_in_epochs=False,
+    )  # fmt: skip
+    expected = []
+    for step in range(45):
+        scheduler.step_update(step // unit)
+        expected.append(optimizer.param_groups[0]["lr"])
+    assert rates(recipe, steps_per_epoch, 45) == expected
+
+
+def test_one_epoch_says_nothing(caplog):
+    rates(Recipe(epochs=1, lr=1.0, lr_updates="epoch", warmup_epochs=0), 3, 3)
+    assert not caplog.records
 
 
 def test_the_authors_change_the_rate_once_an_epoch_and_cool_down():

@@ -2,6 +2,8 @@ import csv
 import json
 import math
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -10,18 +12,21 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 from training_runs import equal
 
-from cvt import CvtConfig, CvtForImageClassification, kernels
+from cvt import CvtConfig, CvtForImageClassification, image_processor, kernels
 from cvt.checkpoints import load_classifier, load_processor, transformers_to_authors
 from cvt.configuration import VARIANTS
 from cvt.datasets import open_training
 from cvt.evaluate import evaluate
+from cvt.labels import imagenet_classes
 from cvt.train import Recipe, load_recipe, loop, resume, train
+from cvt.train.augmentation import augmentation
 from cvt.train.checkpointing import newest_checkpoint
 from cvt.train.loop import Stopped, faster, precision
 from cvt.train.models import classifier_for, regularised
@@ -293,8 +298,58 @@ def test_a_run_resumes_only_on_its_own_images(photos, recipe, tmp_path):
     (moved / "blue/00.png").rename(moved / "blue/new.png")
     with pytest.raises(ValueError, match=r"images in .*moved are not those of the run"):
         resume(tmp_path / "run", {"data": moved})
-    with pytest.raises(ValueError, match="lr: a resumed run keeps its own settings, but for data"):
-        resume(tmp_path / "run", {"lr": 1.0})
+    with pytest.raises(ValueError, match=r"lr = 1.0, but the run has 0.003: a resumed run keeps"):
+        resume(tmp_path / "run", {"lr": 1.0, "epochs": "1"})
+
+
+def test_the_same_command_starts_and_resumes(photos, config_folder, tmp_path, cvt):
+    settings = {"model": config_folder, "batch-size": 8, "image-size": 32, "epochs": 1, "steps": 2}
+    options = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    command = ["train", photos, *options, "--output", tmp_path / "run", "--resume"]
+    assert cvt(*command)[0] == 0
+    before = final_state(tmp_path / "run")
+    code, _, err = cvt(*command, "precision=auto")
+    assert (code, "2 steps done" in err) == (0, True)
+    equal(before, final_state(tmp_path / "run"))
+    code, _, err = cvt(*command, "lr=1")
+    assert (code, "lr = 1.0, but the run has None" in err) == (1, True)
+    assert cvt(*[word for word in command if word != "--resume"])[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("run", "more"),
+    [({"cooldown_epochs": 1, "min_lr": 1e-3}, {"cooldown_epochs": 2}),
+     ({"min_lr": 3e-3}, {"epochs": 5})],
+)  # fmt: skip
+def test_a_finished_run_is_trained_longer_where_the_steps_done_stay_the_same(
+    recipe, tmp_path, run, more
+):
+    train(recipe(**run), tmp_path / "run")
+    resume(tmp_path / "run", more)
+    train(recipe(**run | more), tmp_path / "whole")
+    for name in ("results.csv", "last/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_finished_run_is_not_trained_longer_on_another_cosine(recipe, tmp_path):
+    train(recipe(epochs=2), tmp_path / "run")
+    before = final_state(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"epochs = 4: the 6 steps done .*raise cooldown_epochs"):
+        resume(tmp_path / "run", {"epochs": 4})
+    equal(before, final_state(tmp_path / "run"))
+
+
+def test_an_edited_args_yaml_is_noticed(recipe, tmp_path):
+    train(recipe(epochs=1), tmp_path / "run")
+    args = tmp_path / "run/args.yaml"
+    text = args.read_text()
+    args.write_text(text.replace("lr: 0.003", "lr: 0.1"))
+    with pytest.raises(ValueError, match=r"args.yaml: lr = 0.1, but the run has 0.003"):
+        resume(tmp_path / "run")
+    args.write_text(text.replace("workers: 0", "workers: 1"))
+    resume(tmp_path / "run")
+    assert final_state(tmp_path / "run")["recipe"]["workers"] == 0  # nothing was left to save
+    assert load_recipe(args).workers == 1
 
 
 def test_a_run_is_neither_overwritten_nor_made_up(recipe, tmp_path):
@@ -520,10 +575,14 @@ def test_adapters_open_with_the_base_that_they_name(recipe, model_folder, tmp_pa
         train(recipe(model=str(model_folder), **settings), tmp_path / "run")
     finally:
         os.umask(before)
-    adapter = tmp_path / "moved"
-    shutil.copytree(tmp_path / "run/best/adapter", adapter)
+    adapter = tmp_path / "run/best/adapter"
     settings = json.loads((adapter / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(model_folder)
+    assert settings["base_model_name_or_path"] == os.path.relpath(model_folder, adapter)
+    for file in (file for file in adapter.iterdir() if file.suffix != ".safetensors"):
+        assert str(tmp_path) not in file.read_text(), file
+    card = (adapter / "README.md").read_text()
+    assert "3 classes: blue, green, red" in card
+    assert "More Information Needed" not in card
     best, opened = load_classifier(tmp_path / "run/best"), load_classifier(adapter)
     assert opened.config.class_names == best.config.class_names == ["blue", "green", "red"]
     assert load_processor(adapter, opened.config).size == {"shortest_edge": 32}
@@ -577,21 +636,122 @@ def test_a_fine_tuned_resolution_has_its_preprocessing_on_both_sides(recipe, tmp
     assert pixels[0, 0, 0, 188] < 0 < pixels[0, 0, 0, 196]
 
 
-def test_fine_tuning_keeps_the_body_and_makes_a_new_head(model_folder, caplog):
+def test_fine_tuning_keeps_the_body_and_makes_a_new_head(model_folder):
     trained = CvtForImageClassification.from_pretrained(model_folder)
-    model = classifier_for(model_folder, ["ant", "bee"])
+    model, sentence = classifier_for(model_folder, ["ant", "bee"])
+    assert sentence == "a new, random classifier: the start has none of the 2 classes"
     assert model.config.class_names == ["ant", "bee"]
     assert model.config.label2id == {"ant": 0, "bee": 1}
     assert torch.equal(model.layernorm.weight, trained.layernorm.weight)
     name = "cvt.encoder.stages.2.layers.0.intermediate.dense.weight"
     assert torch.equal(model.state_dict()[name], trained.state_dict()[name])
-    assert "New classifier of 2 classes" in caplog.text
-    fresh = classifier_for(model_folder, ["ant", "bee"], from_scratch=True)
+    assert model.classifier.weight.shape == (2, 32)
+    assert model.classifier.bias.abs().max() <= 32**-0.5
+    assert model(torch.zeros(1, 3, 32, 32), labels=torch.tensor([1])).logits.shape == (1, 2)
+    fresh, sentence = classifier_for(model_folder, ["ant", "bee"], from_scratch=True)
+    assert not sentence
     assert not torch.equal(fresh.state_dict()[name], trained.state_dict()[name])
 
 
+@pytest.mark.parametrize(
+    ("classes", "rows", "sentence"),
+    [
+        (["blue", "green", "red"], [0, 1, 2], "the classifier of 3 classes is the start's"),
+        (["red", "blue", "green"], [2, 0, 1], "the start's, its 3 rows ordered by class name"),
+        (["red", "blue"], [2, 0], "the start's, its 2 rows ordered by class name"),
+        (["ant", "red", "bee", "blue"], [None, 2, None, 0],
+         "2 of 4 rows .* by class name; new, random rows: ant, bee"),
+        (["ant", "bee", "cow"], [None] * 3, "a new, random classifier"),
+    ],
+)  # fmt: skip
+def test_a_head_is_reused_by_class_name(model_folder, classes, rows, sentence):
+    trained = CvtForImageClassification.from_pretrained(model_folder).classifier
+    model, said = classifier_for(model_folder, classes)
+    assert re.search(sentence, said), said
+    assert (model.config.class_names, model.config.num_labels) == (classes, len(classes))
+    for i, row in enumerate(rows):
+        same = (model.classifier.weight[i] == trained.weight).all(dim=1).tolist()
+        assert same == [j == row for j in range(3)]
+        assert row is None or model.classifier.bias[i] == trained.bias[row]
+
+
+def test_imagenets_head_is_reused_by_wordnet_id(model_folder, tmp_path):
+    config = CvtConfig.from_pretrained(model_folder)
+    config.class_names = list(imagenet_classes().values())
+    trained = CvtForImageClassification(config)
+    trained.save_pretrained(tmp_path / "imagenet")
+    names = list(imagenet_classes())
+    model, _ = classifier_for(tmp_path / "imagenet", [names[7], "bee", names[3]])
+    assert torch.equal(model.classifier.weight[[0, 2]], trained.classifier.weight[[7, 3]])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_start_in_half_precision_is_trained_in_fp32(recipe, model_folder, tmp_path, dtype):
+    half = CvtForImageClassification.from_pretrained(model_folder).to(dtype)
+    half.save_pretrained(tmp_path / "half")
+    image_processor(half.config, image_size=32).save_pretrained(tmp_path / "half")
+    start = {"model": str(tmp_path / "half"), "steps": 1, "epochs": 1, "lr": 2e-5}
+    train(recipe(**start, head_only=True), tmp_path / "run")
+    state = final_state(tmp_path / "run")
+    assert {weight.dtype for weight in state["model"].values() if weight.is_floating_point()} == {
+        torch.float32
+    }
+    assert torch.equal(state["model"]["layernorm.bias"], half.layernorm.bias.float()) is False
+    best = CvtForImageClassification.from_pretrained(tmp_path / "run/best")
+    assert best.dtype == torch.float32
+
+
+def test_the_starts_preprocessing_is_kept_unless_it_is_set(recipe, model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "start")
+    own = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "crop_pct": 0.5, "resample": 2}
+    processor = image_processor(model_folder, **own)
+    processor.save_pretrained(tmp_path / "start")
+    start = {"model": str(tmp_path / "start"), "epochs": 1, "steps": 1}
+
+    def kept(run):
+        found = json.loads((run / "best/preprocessor_config.json").read_text())
+        return {name: found[name] for name in own}
+
+    train(recipe(**start), tmp_path / "run")
+    assert kept(tmp_path / "run") == own
+    shutil.rmtree(tmp_path / "start")  # the run has all that it needs
+    resume(tmp_path / "run", {"steps": 2})
+    assert kept(tmp_path / "run") == own
+    shutil.copytree(model_folder, tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    train(recipe(**start, crop_pct=0.75), tmp_path / "set")
+    assert kept(tmp_path / "set") == own | {"crop_pct": 0.75}
+    view = augmentation(recipe(**start, flip=0), processor)(Image.new("RGB", (40, 40), "white"))
+    assert view.unique().tolist() == [2.0]
+    assert interpolations(recipe(), processor) == {"bilinear"}
+    assert interpolations(recipe(interpolation="bicubic"), processor) == {"bicubic"}
+
+
+def interpolations(recipe, processor):
+    crop = augmentation(recipe, processor).transforms[0]
+    return {crop.interpolation.value}
+
+
+def test_training_leaves_the_callers_state_alone(recipe, tmp_path):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    caller = Accelerator(cpu=True, gradient_accumulation_steps=7)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    try:
+        train(recipe(epochs=1, steps=1), tmp_path / "run")
+        assert before == (
+            random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        )  # fmt: skip
+        assert caller.gradient_accumulation_steps == 7
+        assert caller.state.num_processes == 1
+        assert Accelerator(cpu=True).state.__dict__ == caller.state.__dict__
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_a_variant_starts_from_scratch():
-    model = classifier_for("cvt-13", ["ant", "bee"], from_scratch=True)
+    model, _ = classifier_for("cvt-13", ["ant", "bee"], from_scratch=True)
     assert model.config.depth == [1, 2, 10]
     assert model.config.hidden_act == "quick_gelu"
     with pytest.raises(FileNotFoundError, match="no model cvt-99"):
@@ -603,7 +763,7 @@ def test_training_starts_from_an_authors_file_too(model_folder, tmp_path, monkey
     fields = {name: getattr(trained.config, name) for name in ("embed_dim", "num_heads", "depth")}
     monkeypatch.setitem(VARIANTS, "cvt-tiny", fields)
     torch.save(transformers_to_authors(trained.state_dict()), tmp_path / "weights.pth")
-    model = classifier_for(tmp_path / "weights.pth", ["ant", "bee"])
+    model, _ = classifier_for(tmp_path / "weights.pth", ["ant", "bee"])
     assert model.config.class_names == ["ant", "bee"]
     assert torch.equal(model.layernorm.weight, trained.layernorm.weight)
 

@@ -273,14 +273,20 @@ def test_memory_is_saved_as_the_recipe_says(recipe, tmp_path, monkeypatch, on):
 # ------------------------------------------------------------------------------ the best epoch
 
 
-def test_the_best_epoch_is_the_first_of_the_highest_top1_of_what_is_handed_out():
-    def epoch(number, test, ema=None):
-        row = {"epoch": number, "val_top1": test}
-        return row if ema is None else row | {"ema_top1": ema}
+def test_the_best_epoch_has_the_highest_top1_and_among_equals_the_lowest_loss():
+    def epoch(number, top1, loss=1.0, ema=None):
+        row = {"epoch": number, "val_top1": top1, "val_loss": loss}
+        return row if ema is None else row | {"ema_top1": ema[0], "ema_loss": ema[1]}
 
     assert best([epoch(1, 0.4), epoch(2, 0.6), epoch(3, 0.6), epoch(4, 0.5)])["epoch"] == 2
-    assert best([epoch(1, None), epoch(2, 0.0), epoch(3, None)])["epoch"] == 2
-    assert best([epoch(1, 0.9, 0.3), epoch(2, 0.5, 0.8), epoch(3, 0.7, 0.8)])["epoch"] == 2
+    assert best([epoch(1, 0.6, 0.9), epoch(2, 0.6, 0.7), epoch(3, 0.6, 0.8)])["epoch"] == 2
+    assert best([epoch(1, None, None), epoch(2, 0.0), epoch(3, None, None)])["epoch"] == 2
+    averaged = [
+        epoch(1, 0.9, 0.1, (0.3, 1)),
+        epoch(2, 0.5, 1, (0.8, 2)),
+        epoch(3, 0.7, 1, (0.8, 3)),
+    ]
+    assert best(averaged)["epoch"] == 2
 
 
 # ------------------------------------------------------------------------------ the run's images

@@ -211,16 +211,22 @@ def class_indices(names: Iterable[str], config: CvtConfig) -> dict[str, int]:
     Raises:
         ValueError: the classifier does not know a name; lists those and the nearest known.
     """
-    names, classes, imagenet = list(names), config.class_names, imagenet_classes()
-    indices = {name: i for i, name in enumerate(classes)}
-    if len(classes) == len(imagenet) and classes[0] == next(iter(imagenet.values())):
-        indices |= {wordnet_id: i for i, wordnet_id in enumerate(imagenet)}
-    counts = Counter(classes)
+    names, rows, counts = list(names), class_rows(config), Counter(config.class_names)
     if twice := [name for name in names if counts[name] > 1]:
         raise ValueError("the model has several classes called " + ", ".join(twice))
-    if unknown := [name for name in names if name not in indices]:
-        raise ValueError(f"the model does not know these classes: {_nearest(unknown, indices)}")
-    return indices
+    if unknown := [name for name in names if name not in rows]:
+        raise ValueError(f"the model does not know these classes: {_nearest(unknown, rows)}")
+    return rows
+
+
+def class_rows(config: CvtConfig) -> dict[str, int]:
+    """The classifier's row of every name that means one class; of ImageNet's, WordNet ids too."""
+    classes, imagenet = config.class_names, imagenet_classes()
+    counts = Counter(classes)
+    rows = {name: i for i, name in enumerate(classes) if counts[name] == 1}
+    if len(classes) == len(imagenet) and classes[0] == next(iter(imagenet.values())):
+        rows |= {wordnet_id: i for i, wordnet_id in enumerate(imagenet)}
+    return rows
 
 
 def match_classes(

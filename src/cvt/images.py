@@ -378,25 +378,38 @@ def image_processor(
     return processor
 
 
+def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and deviation of each channel that an image processor applies to pixels in [0, 1]."""
+    white = 255 * _scale(processor)
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if getattr(processor, "do_normalize", False):
+        mean, std = (
+            tuple(value) if isinstance(value, Iterable) else (value,) * 3
+            for value in (processor.image_mean, processor.image_std)
+        )
+    return tuple(value / white for value in mean), tuple(value / white for value in std)
+
+
+def _scale(processor: Any) -> float:
+    """What an image processor multiplies pixels of 0 to 255 by."""
+    is_scaled = getattr(processor, "do_rescale", True)
+    return getattr(processor, "rescale_factor", 1 / 255) if is_scaled else 1.0
+
+
 def check_range(processor: Any) -> None:
     """Make sure that an image processor is for decoded images, whose pixels are 0 to 255.
 
     Raises:
         ValueError: it is for others; names the setting.
     """
-    scale = getattr(processor, "rescale_factor", 1 / 255)
-    scale = scale if getattr(processor, "do_rescale", True) else 1
-    mean, std = [0.0], [1.0]
-    if getattr(processor, "do_normalize", False):
-        mean, std = (
-            list(value) if isinstance(value, Iterable) else [value]
-            for value in (processor.image_mean, processor.image_std)
-        )
+    mean, std = normalisation(processor)
     if min(std) <= 0:
-        raise ValueError(f"the image processor has image_std = {std}: must be above 0")
-    white = 255 * scale
-    reach = max(abs(value - m) / s for value in (0, white) for m, s in zip(mean, std, strict=True))
-    if white > LARGEST and reach > LARGEST:
+        raise ValueError(
+            f"the image processor has image_std = {processor.image_std}: must be above 0"
+        )
+    reach = max(abs(v - m) / s for v in (0, 1) for m, s in zip(mean, std, strict=True))
+    scale = _scale(processor)
+    if 255 * scale > LARGEST and reach > LARGEST:
         setting = f"rescale_factor = {scale:g}" if processor.do_rescale else "do_rescale = False"
         raise ValueError(
             f"the image processor has {setting}, as for pixels that are 0 to 1 already; those of "
@@ -438,6 +451,27 @@ def _saved_processor(
     from transformers import ImageProcessingMixin
 
     settings, _ = ImageProcessingMixin.get_image_processor_dict(folder)
+    return processor_of(settings, folder, backend, changes)
+
+
+def processor_of(
+    settings: Mapping[str, Any],
+    source: str,
+    backend: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> "BaseImageProcessor":
+    """The image processor of such settings, as `to_dict` of any version of transformers gives them.
+
+    Args:
+        settings: of a preprocessor_config.json.
+        source: how errors call where they are from.
+        backend: as in `image_processor`.
+        changes: settings that win.
+
+    Raises:
+        ValueError: no image processor has these settings; names the one that is wrong.
+    """
+    changes = changes or {}
     keys = ("image_processor_type", "feature_extractor_type")
     key = next((key for key in keys if settings.get(key)), keys[0])
     saved = str(settings.get(key) or CONVNEXT)
@@ -445,13 +479,13 @@ def _saved_processor(
     chosen = _processor_class(name, backend) if name.endswith("ImageProcessor") else None
     if chosen is None:
         raise ValueError(
-            f"{folder}: {key} = {saved!r}: transformers has no such image processor, and code "
+            f"{source}: {key} = {saved!r}: transformers has no such image processor, and code "
             f"in a folder is not run; that of a CvT is {CONVNEXT}"
         )
     # A null was written for the class's own default.
     settings = {n: value for n, value in settings.items() if value is not None and n not in keys}
     if name == CONVNEXT and "size" not in changes and "size" in settings:
-        settings["size"] = {"shortest_edge": _square(settings["size"], folder)}
+        settings["size"] = {"shortest_edge": _square(settings["size"], source)}
     return chosen.from_dict(settings, **changes)
 
 

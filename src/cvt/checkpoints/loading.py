@@ -121,7 +121,12 @@ def load_config(source: str | Path) -> CvtConfig:
     raise unknown_model(source)
 
 
-def load_processor(source: str | Path, config: CvtConfig, image_size: int | None = None) -> Any:
+def load_processor(
+    source: str | Path,
+    config: CvtConfig,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+) -> Any:
     """The image processor of whatever `load_classifier` takes.
 
     Args:
@@ -129,17 +134,18 @@ def load_processor(source: str | Path, config: CvtConfig, image_size: int | None
         config: the model's configuration.
         image_size: height and width in pixels; else the source's, else told by the name of a
             published file, else 224, with a warning.
+        crop_pct: see `cvt.image_processor`; else the source's.
     """
     if adapters.is_adapter(source) and not Path(source, "preprocessor_config.json").is_file():
-        return load_processor(adapters.base_of(source), config, image_size)
+        return load_processor(adapters.base_of(source), config, image_size, crop_pct)
     if not Path(source).is_file():
-        return image_processor(source, image_size=image_size)
+        return image_processor(source, image_size=image_size, crop_pct=crop_pct)
     files = {checkpoint.authors_file: checkpoint for checkpoint in PUBLISHED.values()}
     if image_size is None and (checkpoint := files.get(Path(source).name)):
         image_size = checkpoint.image_size
     if image_size is None:
         logger.warning(f"{source} does not tell its resolution; preprocessing is set for 224")
-    return image_processor(config, image_size=image_size)
+    return image_processor(config, image_size=image_size, crop_pct=crop_pct)
 
 
 def image_size_of(processor: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cvt.train.recipe import FIELDS, load_recipe, refuse_fixed, value_type
+from cvt.train.recipe import FIELDS, load_recipe, read_settings, value_type
 
 
 def train(
@@ -32,12 +32,16 @@ def train(
         Path | None,
         typer.Option(help="Run folder to make (default runs/ and the recipe's name, or train)."),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the run in the output folder.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(help="Resume the run in the output folder, or start it if there is none."),
+    ] = False,
     **options: Any,
 ) -> None:
     """Train or fine-tune a classifier; the best epoch is kept as a model folder, OUTPUT/best.
 
-    A stopped run goes on with --resume as if it had not been stopped. In several processes:
+    With --resume, the same command starts a run or resumes it, as if it had not been stopped. In
+    several processes:
     torchrun --nproc-per-node 8 -m cvt train ...
     """
     changes = {name: value for name, value in options.items() if value is not None}
@@ -49,25 +53,24 @@ def train(
         if name in changes:
             raise typer.BadParameter(f"{name} is given twice: {changes[name]} and {value}")
         changes[name] = value
-    if resume and config:
-        raise typer.BadParameter("a resumed run keeps its own", param_hint="--config")
     try:
-        if resume:
-            refuse_fixed(changes)
-        recipe = load_recipe(config, changes)
+        settings = read_settings(config, changes)
+        recipe = load_recipe(None, settings)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if not resume and not recipe.data:
-        raise typer.BadParameter("what to train on is missing", param_hint="DATA")
 
     from cvt.cli.console import TrainingBars, out, quiet_libraries
     from cvt.train import loop
+    from cvt.train.checkpointing import checkpoints
 
+    output = output or default_output(recipe.data, config.stem if config else "train")
+    resumes = resume and bool(checkpoints(output / "checkpoints"))
+    if not resumes and not recipe.data:
+        raise typer.BadParameter("what to train on is missing", param_hint="DATA")
     quiet_libraries()
-    output = output or Path("runs", config.stem if config else "train")
     with TrainingBars() as progress:
-        if resume:
-            best = loop.resume(output, changes, progress)
+        if resumes:
+            best = loop.resume(output, settings, progress)
         else:
             best = loop.train(recipe, output, progress)
     if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
@@ -77,6 +80,14 @@ def train(
         f"best top-1 {top1:.2f} %, after epoch {best['epoch']}; the model is {output / 'best'}"
     )
     out.print(f"next: cvt predict {output / 'best'} IMAGES...")
+
+
+def default_output(data: str, name: str) -> Path:
+    """`runs/NAME`; beside the data if that would be inside it, where it would be taken for data."""
+    output, folder = Path("runs", name), Path(data or "-").resolve()
+    if folder.is_dir() and folder in output.resolve().parents:
+        return folder.parent / output
+    return output
 
 
 def _options() -> list[inspect.Parameter]:

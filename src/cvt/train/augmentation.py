@@ -6,6 +6,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from cvt.images import normalisation
 from cvt.train.recipe import Recipe
 
 
@@ -16,13 +17,14 @@ def augmentation(recipe: Recipe, processor: Any) -> Callable[[Any], Tensor]:
 
     Args:
         recipe: its settings of the group Images.
-        processor: the image processor of evaluation; its mean and std are read.
+        processor: the image processor of evaluation; its mean, std and interpolation are read.
 
     Raises:
         ValueError: timm does not know the policy `auto_augment`.
     """
     from timm.data import auto_augment, create_transform
 
+    mean, std = normalisation(processor)
     try:
         transform = create_transform(
             recipe.image_size,
@@ -33,9 +35,9 @@ def augmentation(recipe: Recipe, processor: Any) -> Callable[[Any], Tensor]:
             vflip=recipe.vertical_flip,
             color_jitter=recipe.color_jitter,
             auto_augment=recipe.auto_augment,
-            interpolation=recipe.interpolation,
-            mean=tuple(processor.image_mean),
-            std=tuple(processor.image_std),
+            interpolation=recipe.interpolation or Image.Resampling(processor.resample).name.lower(),
+            mean=mean,
+            std=std,
             re_prob=recipe.random_erase,
             re_mode="pixel",
         )

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from cvt.images import ImageError, StoredImage, decode
+from cvt.images import ImageError, StoredImage, decode, normalisation
 from cvt.train.batches import Batch
 from cvt.train.recipe import Recipe
 from cvt.train.unfinished import Jpeg
@@ -198,8 +198,7 @@ class Finishing:
         self.device, self.side = device, recipe.image_size
         self.erases = recipe.random_erase > 0
         self.mean, self.std = (
-            torch.tensor([*values]).view(3, 1, 1).to(device)
-            for values in (processor.image_mean, processor.image_std)
+            torch.tensor([*values]).view(3, 1, 1).to(device) for values in normalisation(processor)
         )
         if recipe.decode_on_device:
             self.check_decoder()

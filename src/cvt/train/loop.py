@@ -5,6 +5,7 @@ import hashlib
 import logging
 import math
 import os
+import random
 import signal
 import threading
 import time
@@ -14,10 +15,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -33,17 +35,25 @@ from torch.distributed.fsdp import fully_shard
 from cvt.datasets import LabelledImages, StreamedImages, open_training
 from cvt.evaluate import Evaluation, evaluate
 from cvt.files import locked
-from cvt.images import image_processor
+from cvt.images import processor_of
 from cvt.modeling import Block
 from cvt.train import records
 from cvt.train.augmentation import augmentation, mixing
 from cvt.train.batches import Batch, Plan, batches, seed_all
 from cvt.train.checkpointing import checkpoints, newest_checkpoint, save_checkpoint
 from cvt.train.finishing import Finishing
-from cvt.train.models import classifier_for, frozen, merged, rebuilt, regularised, trainable
+from cvt.train.models import (
+    classifier_for,
+    frozen,
+    merged,
+    processor_for,
+    rebuilt,
+    regularised,
+    trainable,
+)
 from cvt.train.optimization import Schedule, optimizer_for
 from cvt.train.progress import Progress, Row, Silence
-from cvt.train.recipe import Recipe, load_recipe, refuse_fixed
+from cvt.train.recipe import LENGTH, Recipe, load_recipe, read_settings, resumed_recipe
 from cvt.train.unfinished import Drawing
 
 logger = logging.getLogger(__name__)
@@ -105,8 +115,9 @@ def resume(
 
     Args:
         output: the run folder.
-        changes: settings on which the result does not depend, `cvt.train.recipe.ANEW`, such as
-            where the images are now.
+        changes: settings. Those of `cvt.train.recipe.RESUME_OVERRIDES` may differ from the run's,
+            such as where the images are now; or the number of epochs, if the learning rate of the
+            steps done would have been the same.
         progress: as in `train`.
 
     Returns:
@@ -114,14 +125,18 @@ def resume(
 
     Raises:
         FileNotFoundError: there is no run in `output`.
-        ValueError: no checkpoint is whole, the images are not the run's, a change is not allowed;
-            else as `train`.
+        ValueError: no checkpoint is whole, the images are not the run's, a setting may not differ
+            or was edited in args.yaml; else as `train`.
     """
-    refuse_fixed(changes or {})
-    path, state = newest_checkpoint(Path(output) / "checkpoints")
-    recipe = load_recipe(None, {**state["recipe"], **(changes or {})})
+    output = Path(output)
+    path, state = newest_checkpoint(output / "checkpoints")
+    recipe = load_recipe(None, state["recipe"])
+    if (output / "args.yaml").is_file():  # what was edited in it counts, or is refused
+        edited = read_settings(output / "args.yaml")
+        recipe = resumed_recipe(recipe, edited, f"{output / 'args.yaml'}: ")
+    recipe = resumed_recipe(recipe, changes or {})
     opening = f"going on from {path}, {state['step']} steps done"
-    return _run(recipe, Path(output), state, progress, opening)
+    return _run(recipe, output, state, progress, opening)
 
 
 def _run(
@@ -131,15 +146,34 @@ def _run(
     progress: Progress | None,
     opening: str = "",
 ) -> Row:
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
-    try:
+    with isolated():
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
         shown = progress if progress and accelerator.is_main_process else Silence()
         if opening:
             shown.say(opening)
         return Run(recipe, output, state, shown, accelerator).finish()
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """Leaves the caller's accelerate state and random generators as they were."""
+    shared = [cls._shared_state for cls in (PartialState, AcceleratorState, GradientState)]
+    kept = [dict(state) for state in shared]
+    for state in shared:
+        state.clear()
+    drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        for state, before in zip(shared, kept, strict=True):
+            state.clear()
+            state.update(before)
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
+        torch.set_rng_state(drawn[2])
+        if on_gpu:
+            torch.cuda.set_rng_state_all(on_gpu)
 
 
 class Run:
@@ -156,9 +190,10 @@ class Run:
         self.output, self.progress, self.accelerator = output, progress, accelerator
         self.device, self.main = accelerator.device, accelerator.is_main_process
         self.step: int = state.get("step", 0)
+        recipe = replace(recipe, precision=precision(recipe.precision, self.device))
+        self.given = recipe  # with the batches a step of a process that the run began with
         if state:
             recipe = self.shared(recipe, state["batches_per_step"])
-        recipe = replace(recipe, precision=precision(recipe.precision, self.device))
         self.recipe, self.dtype = recipe, DTYPES[recipe.precision]
         self.train_images, self.val_images = open_training(
             recipe.data,
@@ -180,8 +215,10 @@ class Run:
             epochs=recipe.epochs + recipe.cooldown_epochs,
             only_steps=recipe.steps,
         )
-        test = self.val_images
-        if isinstance(test, StreamedImages) and test.length is None and self.plan.world > 1:
+        if state:
+            self.check_length(load_recipe(None, state["recipe"]))
+        images = self.val_images
+        if isinstance(images, StreamedImages) and images.length is None and self.plan.world > 1:
             raise ValueError(
                 "val_data: processes cannot share a stream of unknown length; give a folder"
             )
@@ -203,6 +240,26 @@ class Run:
             raise ValueError(f"{world} processes cannot share the run's {batches} batches a step")
         return replace(recipe, accumulate=batches // world)
 
+    def check_length(self, before: Recipe) -> None:
+        """Refuse another length of the run if the steps done would have been others.
+
+        Raises:
+            ValueError: they would; says what to do.
+        """
+        names = [n for n in LENGTH if getattr(before, n) != getattr(self.recipe, n)]
+        if not names:
+            return
+        old, new = Schedule(before, self.plan), Schedule(self.recipe, self.plan)
+        done = range(0, self.step, old.unit)
+        if all(old.rate(step) == new.rate(step) for step in done) and self.step <= self.plan.steps:
+            return
+        changed = ", ".join(f"{name} = {getattr(self.recipe, name)}" for name in names)
+        raise ValueError(
+            f"{changed}: the {self.step} steps done would have had another learning rate. To train "
+            f"on at min_lr = {before.min_lr:g}, raise cooldown_epochs; else start another run with "
+            f"model={self.output / 'last'}"
+        )
+
     def epoch_images(self) -> int:
         """How many images an epoch has."""
         if isinstance(self.train_images, LabelledImages):
@@ -217,13 +274,15 @@ class Run:
         seed_all(recipe.seed)
         if state:
             model = rebuilt(state["config"])
+            self.processor: Any = processor_of(state["processor"], str(self.output))
         else:
             classes = self.train_images.classes
-            model = classifier_for(recipe.model, classes, recipe.from_scratch)
+            model, sentence = classifier_for(recipe.model, classes, recipe.from_scratch)
+            if sentence:
+                self.progress.say(sentence)
             model = regularised(model, recipe)
+            self.processor = processor_for(recipe, model.config)
         self.config = model.config
-        size, crop_pct = recipe.image_size, recipe.crop_pct
-        self.processor: Any = image_processor(model.config, image_size=size, crop_pct=crop_pct)
         augment: Any = augmentation(recipe, self.processor)
         self.finishing = None
         if recipe.augment_on_device:
@@ -243,9 +302,8 @@ class Run:
             for block in [module for module in self.plain.modules() if isinstance(module, Block)]:
                 fully_shard(block)
             fully_shard(self.plain)
-        peak = recipe.peak_lr(self.plan.images_per_step)
-        self.optimizer = optimizer_for(self.plain, recipe, peak)
-        self.schedule = Schedule(self.optimizer, recipe, self.plan)
+        self.schedule = Schedule(recipe, self.plan)
+        self.optimizer = optimizer_for(self.plain, recipe, self.schedule.peak)
         self.wrapped = self.plain if self.sharded else accelerator.prepare_model(self.plain)
         # A graph for each number of images: an unreadable one would make all sizes share a slower.
         self.model = torch.compile(self.wrapped, dynamic=False) if recipe.compile else self.wrapped
@@ -289,7 +347,7 @@ class Run:
             if self.main:
                 self.output.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.output))
-                records.write_settings(self.output, self.recipe, self.plan, self.device)
+                records.write_settings(self.output, self.given, self.plan, self.device)
                 self.events = records.Events(self.output, self.step)
                 stack.callback(self.events.close)
             stack.callback(self.__dict__.pop, "batches")  # ends its workers
@@ -370,7 +428,7 @@ class Run:
     def train_step(self) -> News:
         """One step of the optimizer, on this process's batches of it."""
         recipe, plan, step = self.recipe, self.plan, self.step
-        self.schedule.set(step)
+        self.schedule.set(self.optimizer, step)
         losses: list[Tensor] = []
         failures: dict[str, str] = {}
         for turn in range(plan.accumulate):
@@ -443,11 +501,10 @@ class Run:
 
     def diverged(self, what: str, step: int) -> FloatingPointError:
         """The error of a run that left the finite numbers in a step, counted from 0."""
-        self.schedule.set(step)
         saved = checkpoints(self.output / "checkpoints")
         return FloatingPointError(
             f"{what} in step {step + 1}, epoch {step // self.plan.steps_per_epoch + 1}, at "
-            f"learning rate {self.optimizer.param_groups[-1]['lr']:.3g}; the last good state is "
+            f"learning rate {self.schedule.rate(step):.3g}; the last good state is "
             f"{saved[0] if saved else 'none'}. Try a lower lr, a longer warmup_epochs, "
             "clip_grad=1 or precision=fp32"
         )
@@ -556,8 +613,9 @@ class Run:
         if self.optimizer.state:  # else torch would take a step, to have something to save
             optimizer = get_optimizer_state_dict(self.plain, self.optimizer, options=FULL)
         return {
-            "recipe": asdict(self.recipe),
+            "recipe": asdict(self.given),
             "config": self.config.to_dict(),
+            "processor": self.processor.to_dict(),
             "images": self.digest,
             "batches_per_step": self.plan.batches_per_step,
             "step": self.step,
@@ -635,9 +693,14 @@ def faster(recipe: Recipe, device: torch.device) -> list[str]:
 
 
 def best(history: list[Row]) -> Row:
-    """The first row of the highest top-1, of the averaged weights where there are such."""
-    name = "ema_top1" if "ema_top1" in history[0] else "val_top1"
-    return max(history, key=lambda row: -1.0 if row[name] is None else row[name] or 0.0)
+    """The row of the highest top-1, among equals of the lowest loss; of averaged weights if any."""
+    which = "ema" if "ema_top1" in history[0] else "val"
+
+    def quality(row: Row) -> tuple[float, float]:
+        top1, loss = row[f"{which}_top1"], row[f"{which}_loss"]
+        return (-1.0, 0.0) if top1 is None or loss is None else (top1, -loss)
+
+    return max(history, key=quality)
 
 
 def digest(*halves: LabelledImages | StreamedImages) -> str:

@@ -4,11 +4,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from cvt import hub
-from cvt.checkpoints import load_classifier, load_config
+from cvt.checkpoints import adapters, load_classifier, load_config, load_processor
 from cvt.configuration import VARIANTS, CvtConfig
+from cvt.evaluate import class_rows
+from cvt.images import image_processor
 from cvt.modeling import CvtForImageClassification
 from cvt.train.recipe import Recipe
 
@@ -17,7 +20,7 @@ WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", hub.ADAPTER)
 
 def classifier_for(
     name: str | Path, classes: list[str], from_scratch: bool = False
-) -> CvtForImageClassification:
+) -> tuple[CvtForImageClassification, str]:
     """A classifier of these classes: trained weights where `name` has some, else random ones.
 
     Args:
@@ -25,23 +28,59 @@ def classifier_for(
         classes: their names, in the order of the classifier.
         from_scratch: random weights in any case.
 
+    Returns:
+        The classifier, in fp32 whatever its weights were saved in; and what became of the head that
+        `name` has, in a sentence.
+
     Raises:
         FileNotFoundError: the name means none of these.
     """
     if has_weights(name) and not from_scratch:
-        model = load_classifier(name, num_labels=len(classes))
-        _name_classes(model.config, classes)
-        return model
-    config = load_config(name)
-    _name_classes(config, classes)
-    config.name_or_path = ""  # where the weights are from
-    return CvtForImageClassification(config)
+        # An adapter brings the head that it was trained with.
+        own = None if adapters.is_adapter(name) else load_config(name).num_labels or len(classes)
+        model = load_classifier(name, num_labels=own).float()
+        model.config.dtype = torch.float32
+        sentence = adapt_head(model, classes)
+    else:
+        config = load_config(name)
+        config.name_or_path = ""  # where the weights are from
+        config.class_names = classes
+        model, sentence = CvtForImageClassification(config), ""
+    model.config.problem_type = None  # that of the task, whatever the start was trained for
+    return model, sentence
 
 
-def _name_classes(config: CvtConfig, classes: list[str]) -> None:
-    """The classifier of these classes that training makes, whatever the start was made for."""
-    config.class_names = classes
-    config.problem_type = None
+def adapt_head(model: Any, classes: list[str]) -> str:
+    """Give a model the head of these classes: its own row where it knows the name, else a new one.
+
+    Returns:
+        What was reused, in a sentence.
+    """
+    if model.config.class_names == classes:
+        return f"the classifier of {len(classes)} classes is the start's"
+    known = class_rows(model.config)
+    reused = {i: known[name] for i, name in enumerate(classes) if name in known}
+    new = [name for name in classes if name not in known]
+    if not new:
+        sentence = f"the classifier is the start's, its {len(classes)} rows ordered by class name"
+    elif reused:
+        sentence = (
+            f"{len(reused)} of {len(classes)} rows of the classifier are the start's, by class "
+            f"name; new, random rows: {', '.join(new[:20])}"
+            + (f" and {len(new) - 20} more" if len(new) > 20 else "")
+        )
+    else:
+        sentence = f"a new, random classifier: the start has none of the {len(classes)} classes"
+    old = model.classifier
+    model.classifier = nn.Linear(old.in_features, len(classes))
+    model._init_weights(model.classifier)
+    with torch.no_grad():
+        for i, row in reused.items():
+            model.classifier.weight[i] = old.weight[row]
+            model.classifier.bias[i] = old.bias[row]
+    model.config.class_names = classes
+    model.num_labels = len(classes)
+    return sentence
 
 
 def has_weights(name: str | Path) -> bool:
@@ -51,6 +90,13 @@ def has_weights(name: str | Path) -> bool:
         or Path(name).is_file()
         or any(file for pattern in WEIGHT_FILES for file in Path(name).glob(pattern))
     )
+
+
+def processor_for(recipe: Recipe, config: CvtConfig) -> Any:
+    """The start's image processor, at the recipe's size; CvT's own for random weights."""
+    if has_weights(recipe.model) and not recipe.from_scratch:
+        return load_processor(recipe.model, config, recipe.image_size, recipe.crop_pct)
+    return image_processor(config, image_size=recipe.image_size, crop_pct=recipe.crop_pct)
 
 
 def regularised(model: CvtForImageClassification, recipe: Recipe) -> CvtForImageClassification:

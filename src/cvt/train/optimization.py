@@ -17,8 +17,8 @@ def parameter_groups(
     """The trainable parameters, grouped for an optimizer.
 
     Norms, biases and class tokens do not decay. With a layer decay, the learning rate falls by that
-    factor from block to block, from the head, at 1, down to the embedding of the first stage;
-    timm's schedulers read the product as `lr_scale`.
+    factor from block to block, from the head, at 1, down to the embedding of the first stage; the
+    product is the group's `lr_scale`.
     """
     places = {name: _place(name) for name, _ in model.named_parameters()}
     order = sorted(set(places.values()), reverse=True)
@@ -49,36 +49,41 @@ def optimizer_for(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Op
 
 
 class Schedule:
-    """The learning rate: a linear warm-up, half a cosine, a cool-down.
+    """The learning rate: a linear warm-up, half a cosine, a cool-down; timm's formulas.
 
     Raises:
         ValueError: the warm-up is not shorter than the run, or ends below `min_lr`.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, recipe: Recipe, plan: Plan) -> None:
-        from timm.scheduler import CosineLRScheduler
-
+    def __init__(self, recipe: Recipe, plan: Plan) -> None:
+        self.peak = recipe.peak_lr(plan.images_per_step)
+        self.start, self.end = recipe.warmup_lr, recipe.min_lr
         # In units of updates: a step's or, as the authors have it, an epoch's.
         self.unit = plan.steps_per_epoch if recipe.lr_updates == "epoch" else 1
         per_epoch = plan.steps_per_epoch / self.unit
         length = recipe.steps / self.unit if recipe.steps else recipe.epochs * per_epoch
         asked = recipe.warmup_epochs
-        warmup = round(min(per_epoch, length / 2) if asked is None else asked * per_epoch)
-        if warmup >= max(1, length):
+        self.warmup = round(min(per_epoch, length / 2) if asked is None else asked * per_epoch)
+        if self.warmup >= max(1, length):
             raise ValueError(f"warmup_epochs = {asked}: must be shorter than the run")
-        if recipe.min_lr > optimizer.param_groups[0]["lr"]:
-            raise ValueError(f"min_lr = {recipe.min_lr}: is above the highest learning rate")
-        prefix = recipe.lr_updates == "step"  # the authors' cosine begins under the warm-up
-        self.scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=max(1, round(length) - warmup * prefix),
-            lr_min=recipe.min_lr,
-            warmup_t=warmup,
-            warmup_prefix=prefix,
-            warmup_lr_init=recipe.warmup_lr,
-            t_in_epochs=False,
-        )
+        if self.end > self.peak:
+            raise ValueError(f"min_lr = {self.end}: is above the highest learning rate")
+        # The authors' cosine begins under the warm-up.
+        self.cosine_start = self.warmup if recipe.lr_updates == "step" else 0
+        self.cosine_length = max(1, round(length) - self.cosine_start)
 
-    def set(self, step: int) -> None:
-        """Give the optimizer the learning rate of a step, counted from 0."""
-        self.scheduler.step_update(step // self.unit)
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0, where layer decay leaves it whole."""
+        update = step // self.unit
+        if update < self.warmup:
+            return self.start + update * ((self.peak - self.start) / self.warmup)
+        update -= self.cosine_start
+        if update >= self.cosine_length:
+            return self.end
+        share = 1 + math.cos(math.pi * update / self.cosine_length)
+        return self.end + 0.5 * (self.peak - self.end) * share
+
+    def set(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Give the optimizer the learning rates of a step, counted from 0."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate(step) * group["lr_scale"]

@@ -68,13 +68,18 @@ class Recipe:
     lora_r: int = setting(0, "Train low-rank adapters of rank N and the classifier.", least=0)
 
     image_size: int = setting(224, "Height and width in pixels.", group="Images", least=1)
-    crop_pct: float = setting(
-        0.875, "Centre crop of evaluation; none from 384 pixels.", above=0, most=1
+    crop_pct: float | None = setting(
+        None,
+        "Centre crop of evaluation, if not the start's or 0.875; none from 384 pixels.",
+        above=0,
+        most=1,
     )
     crop_scale: float = setting(0.35, "Smallest area of a training crop.", above=0, most=1)
     crop_ratio: float = setting(4 / 3, "Largest aspect ratio of a training crop.", least=1)
-    interpolation: str = setting(
-        "bicubic", "Of a training crop.", choices=("bicubic", "bilinear", "random")
+    interpolation: str | None = setting(
+        None,
+        "Interpolation of a training crop, if not the start's or bicubic.",
+        choices=("bicubic", "bilinear", "random"),
     )
     flip: float = setting(0.5, "Share of the images mirrored left to right.", least=0, most=1)
     vertical_flip: float = setting(0.0, "Share mirrored top to bottom.", least=0, most=1)
@@ -163,8 +168,12 @@ class Recipe:
         return self.lr_base * images / self.lr_base_size if self.lr is None else self.lr
 
 
-# What a resumed run may be told anew, since the result does not depend on it.
-ANEW = ("data", "val_data", "workers", "max_corrupt", "save_steps", "keep")
+# What a resumed run may be given anew: the result does not depend on it, or, for the length, only
+# where the steps done would have been the same.
+LENGTH = ("epochs", "steps", "cooldown_epochs")
+RESUME_OVERRIDES = (
+    "data", "val_data", "classes", "workers", "max_corrupt", "save_steps", "keep", *LENGTH,
+)  # fmt: skip
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
 
 
@@ -264,17 +273,14 @@ def find_recipe(name: str | Path) -> Path:
         raise FileNotFoundError(f"there is no file {name}, and {error}") from None
 
 
-def load_recipe(file: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe from a yaml file, or from the defaults, with some settings changed.
-
-    Args:
-        file: a yaml mapping of settings, or the name of a packaged one, see `find_recipe`; settings
-            that it leaves out keep their defaults. Paths in it are relative to the working folder.
-        changes: settings that win over the file; "none" in words is no value.
+def read_settings(
+    file: str | Path | None = None, changes: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The settings that a yaml file and changes to it give, by name, unchecked; see `load_recipe`.
 
     Raises:
         OSError: there is no such recipe, or the file cannot be read.
-        ValueError: a key is unknown (names the nearest), or a value does not fit.
+        ValueError: a key is unknown (names the nearest).
     """
     settings: dict[str, Any] = {}
     if file is not None:
@@ -296,7 +302,22 @@ def load_recipe(file: str | Path | None = None, changes: Mapping[str, Any] | Non
             and value_type(FIELDS[name])[1]
         ):
             settings[name] = None
-    return Recipe(**settings)
+    return settings
+
+
+def load_recipe(file: str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from a yaml file, or from the defaults, with some settings changed.
+
+    Args:
+        file: a yaml mapping of settings, or the name of a packaged one, see `find_recipe`; settings
+            that it leaves out keep their defaults. Paths in it are relative to the working folder.
+        changes: settings that win over the file; "none" in words is no value.
+
+    Raises:
+        OSError: there is no such recipe, or the file cannot be read.
+        ValueError: a key is unknown (names the nearest), or a value does not fit.
+    """
+    return Recipe(**read_settings(file, changes))
 
 
 def _refuse_unknown(names: Mapping[str, Any], prefix: str = "") -> None:
@@ -307,9 +328,28 @@ def _refuse_unknown(names: Mapping[str, Any], prefix: str = "") -> None:
             raise ValueError(f"{prefix}there is no setting {name}{hint}")
 
 
-def refuse_fixed(changes: Mapping[str, Any]) -> None:
-    """Raise a ValueError if a resumed run would be told something else than `ANEW`."""
-    if fixed := [name for name in changes if name not in ANEW]:
+def resumed_recipe(run: Recipe, given: Mapping[str, Any], source: str = "") -> Recipe:
+    """A run's recipe with the settings that are given anew, of `RESUME_OVERRIDES`.
+
+    Args:
+        run: the recipe of the run.
+        given: settings by name; those of others must be the run's.
+        source: where they are from, for errors.
+
+    Raises:
+        ValueError: another setting differs; names each.
+    """
+    if given.get("precision") == "auto":  # what it means here was settled when the run began
+        given = {name: value for name, value in given.items() if name != "precision"}
+    new = load_recipe(None, {**dataclasses.asdict(run), **given})
+    differing = [
+        f"{name} = {getattr(new, name)}, but the run has {getattr(run, name)}"
+        for name in given
+        if name not in RESUME_OVERRIDES and getattr(new, name) != getattr(run, name)
+    ]
+    if differing:
         raise ValueError(
-            f"{', '.join(fixed)}: a resumed run keeps its own settings, but for {', '.join(ANEW)}"
+            f"{source}{'; '.join(differing)}: a resumed run keeps its own settings, but for "
+            + ", ".join(RESUME_OVERRIDES)
         )
+    return new

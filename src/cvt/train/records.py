@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -124,10 +125,20 @@ def write_model(
         model.save_pretrained(beside)
         processor.save_pretrained(beside)
         if adapter is not None:
+            settings = adapter.peft_config["default"]
+            base = settings.base_model_name_or_path
+            if base and (Path(base).is_absolute() or Path(base).exists()):
+                # An absolute path means nothing on another machine, and says what is on this one.
+                settings.base_model_name_or_path = os.path.relpath(base, folder / "adapter")
             adapter.save_pretrained(beside / "adapter")
-            for settings in (model.config, processor):  # so that it has its labels wherever it goes
-                settings.save_pretrained(beside / "adapter")
-        (beside / "README.md").write_text(model_card(model.config, recipe, row), "utf-8")
+            for saved in (model.config, processor):  # so that it has its labels wherever it goes
+                saved.save_pretrained(beside / "adapter")
+            settings.base_model_name_or_path = base
+        card = model_card(model.config, recipe, row)
+        for file in beside.rglob("README.md"):  # PEFT's, of which most is left to fill in
+            file.unlink()
+        for place in (beside, *beside.glob("adapter")):
+            (place / "README.md").write_text(card, "utf-8")
 
 
 def write_pictures(output: Path, evaluation: Evaluation) -> None:
@@ -163,7 +174,7 @@ def model_card(config: Any, recipe: Recipe, row: Row) -> str:
 
 Classifies images into {config.num_labels} classes: {classes}.
 
-After epoch {row["epoch"]:.0f}, on the held-out images:
+After epoch {row["epoch"]:.0f}, on the validation images:
 
 | measure | value |
 |---|---|
