@@ -379,7 +379,7 @@ def image_processor(
 
 
 def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The mean and deviation of each channel that an image processor applies to pixels in [0, 1]."""
+    """Mean and deviation of each channel, as an image processor applies them to pixels in 0–1."""
     white = 255 * _scale(processor)
     mean, std = (0.0,) * 3, (1.0,) * 3
     if getattr(processor, "do_normalize", False):

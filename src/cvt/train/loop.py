@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import logging
 import math
 import os
@@ -615,7 +616,7 @@ class Run:
         return {
             "recipe": asdict(self.given),
             "config": self.config.to_dict(),
-            "processor": self.processor.to_dict(),
+            "processor": json.loads(self.processor.to_json_string()),
             "images": self.digest,
             "batches_per_step": self.plan.batches_per_step,
             "step": self.step,

@@ -130,7 +130,7 @@ def write_model(
             if base and (Path(base).is_absolute() or Path(base).exists()):
                 # An absolute path means nothing on another machine, and says what is on this one.
                 settings.base_model_name_or_path = os.path.relpath(base, folder / "adapter")
-            adapter.save_pretrained(beside / "adapter")
+            adapter.save_pretrained(beside / "adapter", save_embedding_layers=False)
             for saved in (model.config, processor):  # so that it has its labels wherever it goes
                 saved.save_pretrained(beside / "adapter")
             settings.base_model_name_or_path = base
