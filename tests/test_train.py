@@ -115,7 +115,7 @@ def test_training_learns_and_leaves_a_run_folder(photos, recipe, tmp_path):
     # What training reports is what evaluating the model folder gives.
     model = load_classifier(run / "best")
     assert model.config.class_names == ["blue", "green", "red"]
-    _, held_out = open_training(photos)
+    _, held_out, _ = open_training(photos)
     again = evaluate(model, load_processor(run / "best", model.config), held_out, batch_size=8)
     assert (again.top1, again.loss) == (best["val_top1"], best["val_loss"])
     assert "# CvT, trained from `config`" in (run / "best/README.md").read_text()
@@ -352,7 +352,7 @@ def damaged(photos, tmp_path):
         copy = tmp_path / "damaged" / file.relative_to(photos)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes())
-    train_images, _ = open_training(tmp_path / "damaged")
+    train_images, _, _ = open_training(tmp_path / "damaged")
     broken = [train_images[i][0] for i in (3, 17)]
     for path in broken:
         path.write_bytes(path.read_bytes()[:60])

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cvt.configuration import CvtConfig
 from cvt.datasets import images_below
+from cvt.datasets.folder import Skipped, unreadable
 from cvt.images import ImageError, Source, StoredImage, check_range, decode, pixels_needed
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import PixelError, Runtime
@@ -77,13 +78,25 @@ def _found(source: str | Path) -> Iterator[Path]:
         return iter([path])
     if path.is_dir():
         images, fault = images_below(path), "has no images in it"
+    elif os.path.lexists(path):
+        raise FileNotFoundError(f"{source} is none of the files that are read: {unreadable(path)}")
     else:
-        matches = sorted(glob.iglob(str(source), recursive=True))
-        images = (Path(match) for match in matches if os.path.isfile(match))
+        images = _matching(str(source))
     first = next(images, None)
     if first is None:
         raise FileNotFoundError(f"{source} {fault}")
     return chain([first], images)
+
+
+def _matching(pattern: str) -> Iterator[Path]:
+    """The files that match a pattern, sorted; what is neither a file nor a folder is logged."""
+    skipped = Skipped(pattern)
+    for match in map(Path, sorted(glob.iglob(pattern, recursive=True))):
+        if match.is_file():
+            yield match
+        elif not match.is_dir():
+            skipped.add(unreadable(match), str(match))
+    skipped.log()
 
 
 def classify(

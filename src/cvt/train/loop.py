@@ -160,7 +160,7 @@ class Run:
             recipe = self.shared(recipe, state["batches_per_step"])
         recipe = replace(recipe, precision=precision(recipe.precision, self.device))
         self.recipe, self.dtype = recipe, DTYPES[recipe.precision]
-        self.train_images, self.val_images = open_training(
+        self.train_images, self.val_images, _ = open_training(
             recipe.data,
             recipe.val_data,
             seed=recipe.seed,
