@@ -399,7 +399,7 @@ def test_a_class_may_be_called_train_and_have_folders_in_it(tmp_path):
 def test_parquet_files_whose_names_may_be_splits_are_refused(tmp_path):
     for name in ("mytrain", "myval"):
         table().to_parquet(tmp_path / f"{name}.parquet")
-    with pytest.raises(ValueError, match="mytrain, myval may be splits or not; .* as val_data"):
+    with pytest.raises(ValueError, match=r"mytrain, myval may be splits or not; .* as val_data"):
         open_training(tmp_path)
     train, validation, _ = open_training(tmp_path / "mytrain.parquet", tmp_path / "myval.parquet")
     assert len(train) == len(validation) == len(TRAIN)
@@ -483,11 +483,11 @@ def test_links_are_followed_and_what_is_not_read_is_named_once(tmp_path, caplog,
     assert Counter(images.labels) == {"cat": 8, "dog": 6}
     (message,) = caplog.messages
     assert message == (
-        f"{data}: not read: 1 links to a folder that they are in (cat/loop); 3 broken links "
-        "(cat/itself.png, dog/gone.png, fox); 4 images without the suffix of one (dog/3.jpg.1, "
-        "dog/4, dog/5.jpg~, ...); 1 of the suffix .ico (dog/2.ico); 1 of the suffix .jxl "
-        "(dog/1.jxl); 1 pipes, sockets or devices (dog/pipe.png); 1 outside the folders of the "
-        "classes (loose.png)"
+        f"{data}: not read: 3 broken links (cat/itself.png, dog/gone.png, fox); 4 images without the "
+        "suffix of one (dog/3.jpg.1, dog/4, dog/5.jpg~, ...); 1 links to a folder that they are "
+        "in (cat/loop); 1 of the suffix .ico (dog/2.ico); 1 of the suffix .jxl (dog/1.jxl); 1 "
+        "outside the folders of the classes (loose.png); 1 pipes, sockets or devices "
+        "(dog/pipe.png)"
     )
     caplog.clear()
     monkeypatch.setenv("RANK", "1")  # of several processes one logs

@@ -109,8 +109,9 @@ def open_training(
     if is_held_out and (Path(data).is_dir() or "hub:" in os.fspath(data)):
         raise ValueError(f"{data} has the split {name} alone, and none to train on")
     source, others = (data, splits) if val_data is None else (val_data, _splits(val_data, options))
-    train = splits[name]()
+    train: Images = splits[name]()
     _check_names(data, train.classes)
+    validation: Images
     validating = name
     if val_data is None and len(splits) == 1:
         if isinstance(train, StreamedImages):
@@ -164,7 +165,7 @@ def _check_names(data: str | Path, classes: list[str]) -> None:
             name.encode()
         except UnicodeEncodeError:
             raise ValueError(
-                f"{data} has a class whose name is not UTF-8, {ascii(name)}; rename it"
+                f"{data} has a class whose name is not UTF-8, {name!a}; rename it"
             ) from None
     if pairs := [repr(name) for names in alike.values() if len(names) > 1 for name in names]:
         raise ValueError(f"{data} has classes that differ in spaces alone: {', '.join(pairs)}")

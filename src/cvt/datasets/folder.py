@@ -85,7 +85,7 @@ class Skipped:
             kinds = [
                 f"{count} {reason} ({', '.join(self.names[reason])}"
                 f"{', ...' if count > SHOWN else ''})"
-                for reason, count in self.counts.items()
+                for reason, count in sorted(self.counts.items())
             ]
             logger.warning("%s: not read: %s", self.root, "; ".join(kinds))
 
@@ -115,7 +115,7 @@ def _names_below(
     above = (*above, _identity(folder))
     names, folders = [], set()
     with os.scandir(folder) as entries:
-        for entry in entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name[0] == ".":
                 continue
             if _is_folder(entry):
@@ -125,7 +125,7 @@ def _names_below(
                 skipped.add(reason, prefix + entry.name)
             elif _suffix(entry.name) in IMAGE_SUFFIXES:
                 names.append(entry.name)
-    for name in sorted(names):
+    for name in names:
         if name in folders:
             yield from _names_below(os.path.join(folder, name), f"{prefix}{name}/", skipped, above)
         else:
