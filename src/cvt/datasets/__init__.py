@@ -32,7 +32,7 @@ from cvt.datasets.cifar import cifar_splits, is_cifar
 from cvt.datasets.columns import find_columns
 from cvt.datasets.csv_file import csv_splits
 from cvt.datasets.digits import digits_splits, write_digits
-from cvt.datasets.folder import folder_splits, image_folder, images_below
+from cvt.datasets.folder import folder_splits, image_folder, images_below, oversized
 from cvt.datasets.huggingface import (
     SAVED,
     by_split,
@@ -65,6 +65,7 @@ __all__ = [
     "images_below",
     "open_labelled",
     "open_training",
+    "oversized",
     "read_split",
     "split",
     "without_trained",

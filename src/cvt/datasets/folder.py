@@ -6,7 +6,9 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from cvt.datasets.labelled import (
     resembles_splits,
     split_name,
 )
-from cvt.images import IMAGE_SUFFIXES, is_image
+from cvt.images import IMAGE_SUFFIXES, is_image, oversize
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ OTHER_SUFFIXES = (
 _INNER_SUFFIX = re.compile(rf"({'|'.join(map(re.escape, IMAGE_SUFFIXES))})[^a-z0-9]", re.IGNORECASE)
 OUTPUTS = "folders of runs and models"
 HELD_OUT_NAMES = VALIDATION_NAMES + TEST_NAMES
+HEADERS_AT_ONCE = 10_000
 SHOWN = 3  # names that a message lists for each reason
 
 
@@ -227,6 +230,28 @@ def image_folder(root: str | Path) -> LabelledImages:
     if not classes:
         raise ValueError(f"{root} has no folder per class in it")
     return LabelledImages(Files(root, names), labels, classes)
+
+
+def oversized(
+    images: LabelledImages, max_pixels: int, rank: int = 0, world: int = 1
+) -> Iterator[str]:
+    """Why files of labelled images have too many pixels to be decoded, by their headers alone.
+
+    Args:
+        images: those of tables and archives are not looked at, which would mean reading them all.
+        max_pixels: the pixels that an image may have.
+        rank: whose share of the images, from 0 to `world` - 1.
+        world: how many processes share.
+
+    Returns:
+        A sentence for each that names it.
+    """
+    files = (images.sources[i] for i in range(rank, len(images), world))
+    with ThreadPoolExecutor() as pool:
+        for paths in iter(lambda: list(islice(files, HEADERS_AT_ONCE)), []):
+            if not isinstance(paths[0], Path):
+                return
+            yield from filter(None, pool.map(partial(oversize, max_pixels=max_pixels), paths))
 
 
 def folder_splits(root: Path) -> SplitReaders:
