@@ -218,7 +218,7 @@ def test_only_a_jpeg_that_all_decoders_see_alike_is_left_to_the_device(content, 
 
 
 @pytest.mark.parametrize(
-    ("limit", "value"), [("MAX_PIXELS", 1999), ("MAX_ASPECT", 1.2), ("MAX_SCANS", 0)]
+    ("limit", "value"), [("LARGE_PIXELS", 1999), ("MAX_ASPECT", 1.2), ("MAX_SCANS", 0)]
 )
 def test_a_jpeg_beyond_a_limit_goes_to_the_decoder_that_refuses_it(monkeypatch, limit, value):
     monkeypatch.setattr(unfinished, limit, value)

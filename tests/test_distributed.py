@@ -90,7 +90,7 @@ def test_every_test_image_is_counted_once_and_by_the_model_that_is_kept(folder, 
 
 
 def check_evaluation(folder, output, prefix):
-    _, images = open_training(folder / "data/pictures")
+    _, images, _ = open_training(folder / "data/pictures")
     model = load_classifier(output / "best")
     found = evaluate(model, load_processor(output / "best", model.config), images, batch_size=4)
     assert (found.images, len(found.failures)) == (20, 1)

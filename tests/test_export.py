@@ -60,7 +60,7 @@ def classifier(small):
 def digits(tmp_path_factory):
     """A folder of the digits held out, and a model folder that has learned the others."""
     torch.manual_seed(0)
-    train, test = open_training("digits")
+    train, test, _ = open_training("digits")
     config = CvtConfig(embed_dim=[32, 64], depth=[1, 1], **TWO_STAGES)
     config.class_names = train.classes
     processor = image_processor(config, image_size=16, crop_pct=1.0)

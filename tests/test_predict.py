@@ -154,13 +154,17 @@ def test_what_cannot_be_sent_to_a_worker_is_an_error(classifier, processor):
         list(classify(classifier, processor, [source], workers=1))
 
 
-def test_a_worker_without_shared_memory_is_an_error(classifier, processor, photos, monkeypatch):
+def test_workers_do_without_shared_memory(classifier, processor, photos, monkeypatch, caplog):
     def fail(tensor):
         raise RuntimeError("no space")
 
+    paths = [photos / "red" / "00.png", photos / "red" / "01.png"]
+    expected = list(classify(classifier, processor, paths, 1))
     monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
-    with pytest.raises(RuntimeError, match="no space"):
-        list(classify(classifier, processor, [photos / "red" / "00.png"], workers=1))
+    sys.modules["cvt.predict"]._warn_of_shared_memory.cache_clear()
+    found = list(classify(classifier, processor, paths, 1, workers=1))
+    assert all(torch.equal(a.logits, b.logits) for a, b in zip(expected, found, strict=True))
+    assert len([line for line in caplog.messages if "shared memory" in line]) == 1
 
 
 def lose_a_connection(start):

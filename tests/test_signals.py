@@ -103,6 +103,30 @@ def slow_second_batch():
     quick, loop.seed_all = loop.seed_all, seed
 
 
+def stuck_worker():
+    from cvt.train import batches
+
+    def read(source, **limits):
+        if source.name == "train-red-03.png":
+            print("stuck", flush=True)
+            time.sleep(1000)
+        return decode(source, **limits)
+
+    decode, batches.decode, batches.POLL_SECONDS = batches.decode, read, 0.2
+
+
+def test_a_signal_is_heard_while_a_worker_is_stuck(folder, words, whole):
+    output = folder / "stuck"
+    words = [*words, "workers=2", "--output", str(output)]
+    process = Process(words, folder / "stuck.log", stuck_worker)
+    process.wait_for("stuck").send(signal.SIGTERM)
+    assert process.exit_code() == 143
+    assert f"stopped and saved after {newest(output)['step']} steps" in process.printed
+    resumed = Process(["--resume", "--output", str(output)], folder / "stuck.log")
+    assert resumed.exit_code() == 0
+    equal(newest(output) | {"recipe": None}, whole | {"recipe": None})  # workers differ
+
+
 @pytest.mark.parametrize(
     ("number", "is_saved"), [(signal.SIGTERM, True), (signal.SIGINT, False)], ids=["TERM", "INT"]
 )

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 import math
@@ -120,7 +121,7 @@ def test_training_learns_and_leaves_a_run_folder(photos, recipe, tmp_path):
     # What training reports is what evaluating the model folder gives.
     model = load_classifier(run / "best")
     assert model.config.class_names == ["blue", "green", "red"]
-    _, held_out = open_training(photos)
+    _, held_out, _ = open_training(photos)
     again = evaluate(model, load_processor(run / "best", model.config), held_out, batch_size=8)
     assert (again.top1, again.loss) == (best["val_top1"], best["val_loss"])
     assert "# CvT, trained from `config`" in (run / "best/README.md").read_text()
@@ -407,7 +408,7 @@ def damaged(photos, tmp_path):
         copy = tmp_path / "damaged" / file.relative_to(photos)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(file.read_bytes())
-    train_images, _ = open_training(tmp_path / "damaged")
+    train_images, _, _ = open_training(tmp_path / "damaged")
     broken = [train_images[i][0] for i in (3, 17)]
     for path in broken:
         path.write_bytes(path.read_bytes()[:60])
@@ -423,21 +424,85 @@ def test_an_unreadable_image_is_left_out_counted_and_named(damaged, recipe, tmp_
     for path in broken:
         assert sum(f"left out: {path}" in line for line in watcher.said) == 1
         assert str(path) in (tmp_path / "run/corrupt.txt").read_text()
-    assert final_state(tmp_path / "run")["corrupt"].keys() == {str(path) for path in broken}
+    names = {str(path.relative_to(data)) for path in broken}
+    assert final_state(tmp_path / "run")["corrupt"].keys() == names
 
 
-def test_too_many_unreadable_images_stop_the_run(damaged, recipe, tmp_path):
-    with pytest.raises(ValueError, match="2 training images cannot be read, more than max_corrupt"):
-        train(recipe(data=str(damaged[0]), max_corrupt=1), tmp_path / "run")
+@pytest.mark.parametrize(("share", "stops"), [(0.01, True), (0.05, True), (0.07, False)])
+def test_a_share_of_unreadable_images_stops_the_run(
+    damaged, recipe, tmp_path, monkeypatch, share, stops
+):
+    monkeypatch.setattr(loop, "CORRUPT_ALWAYS_ALLOWED", 1)
+    settings = recipe(data=str(damaged[0]), max_corrupt=share, epochs=1)
+    expected = pytest.raises(
+        ValueError,
+        match=f"2 of 30 training images cannot be read, more than max_corrupt = {share} and more",
+    )
+    with expected if stops else contextlib.nullcontext():
+        train(settings, tmp_path / "run")
 
 
-def test_a_batch_without_a_readable_image_stops_the_run(photos, recipe, tmp_path):
+def test_a_few_unreadable_images_never_stop_the_run(damaged, recipe, tmp_path):
+    train(recipe(data=str(damaged[0]), max_corrupt=0, epochs=1), tmp_path / "run")
+
+
+def test_an_unreadable_image_is_counted_once_though_the_data_moves(damaged, recipe, tmp_path):
+    data, broken = damaged
+    with pytest.raises(Stopped):
+        train(recipe(data=str(data)), tmp_path / "run", progress=Watcher(stop_after=4))
+    moved = data.rename(tmp_path / "moved")
+    resume(tmp_path / "run", {"data": str(moved)})
+    names = {str(path.relative_to(data)) for path in broken}
+    assert final_state(tmp_path / "run")["corrupt"].keys() == names
+    assert len((tmp_path / "run/corrupt.txt").read_text().splitlines()) == len(names)
+
+
+def break_images(photos, folder, count=None):
+    """A copy of the photos; the first images of each class are no images, by default all."""
     for file in photos.rglob("*.png"):
-        copy = tmp_path / "broken" / file.relative_to(photos)
+        copy = folder / file.relative_to(photos)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"no image of a batch can be read, as .*\.png"):
-        train(recipe(data=str(tmp_path / "broken")), tmp_path / "run")
+        number = int(file.stem)
+        copy.write_bytes(b"no image" if count is None or number < count else file.read_bytes())
+    return str(folder)
+
+
+def test_a_batch_without_a_readable_image_counts_nothing(photos, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CORRUPT_ALWAYS_ALLOWED", 100)
+    data = break_images(photos, tmp_path / "some", 5)
+    norms = []
+    kept = loop.statistics_kept
+
+    @contextlib.contextmanager
+    def watched(model):
+        with kept(model):
+            before = [buffer.clone() for buffer in model.buffers()]
+            yield
+            norms.append(all(map(torch.equal, before, model.buffers())))
+
+    monkeypatch.setattr(loop, "statistics_kept", watched)
+    train(recipe(data=data, batch_size=2, image_size=48, epochs=1), tmp_path / "run")
+    state = final_state(tmp_path / "run")
+    assert norms
+    assert all(norms)
+    assert 0.5 < state["history"][0]["train_loss"] < 3  # no batch of loss 0 in the mean
+    with pytest.raises(ValueError, match=r"no training image of epoch 1 can be read; .*corrupt"):
+        train(recipe(data=break_images(photos, tmp_path / "broken")), tmp_path / "none")
+
+
+def test_images_of_too_many_pixels_are_named_before_the_first_epoch(photos, recipe, tmp_path):
+    data = break_images(photos, tmp_path / "data", 0)
+    image = Image.new("RGB", (100, 100))
+    for name in ("red/00.png", "green/00.png", "blue/00.png", "blue/01.png"):
+        image.save(tmp_path / "data" / name)
+    watcher = Watcher()
+    train(recipe(data=data, max_pixels=9999, epochs=1), tmp_path / "run", progress=watcher)
+    named = [line for line in watcher.said if line.startswith("not used in ")]
+    assert len(named) == 4
+    assert f"{data}/red/00.png: is 100 x 100 pixels; at most 9999 are decoded" in "".join(named)
+    assert watcher.said.index(named[-1]) < watcher.said.index(
+        next(line for line in watcher.said if line.startswith("left out"))
+    )
 
 
 # ------------------------------------------------------------------------------ on what and how

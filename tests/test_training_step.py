@@ -130,7 +130,7 @@ def test_the_figures_of_an_epoch_are_of_the_weights_that_they_name(recipe, folde
     state = newest(tmp_path / "run")
     model = CvtForImageClassification(CvtConfig.from_dict(state["config"]))
     processor = load_processor(tmp_path / "run/last", model.config)
-    _, images = open_training(folder / "images")
+    _, images, _ = open_training(folder / "images")
     for prefix, which in (("val", "model"), ("ema", "ema")):
         model.load_state_dict(state[which])
         found = evaluate(model, processor, images)
@@ -181,7 +181,7 @@ def test_the_loss_is_cross_entropy_with_the_recipes_smoothing(recipe, folder, tm
     state = state_after(tmp_path / "run", 0)
     model = CvtForImageClassification(CvtConfig.from_dict(state["config"])).train()
     model.load_state_dict(state["model"])
-    images, _ = open_training(folder / "images")
+    images, _, _ = open_training(folder / "images")
     processor = load_processor(tmp_path / "run/last", model.config)
     pixels = processor([Image.open(file) for file in images.sources], return_tensors="pt")
     with torch.no_grad():

@@ -343,6 +343,7 @@ def evaluate(
     world: int = 1,
     config: CvtConfig | None = None,
     exact: bool = True,
+    max_pixels: int | None = None,
 ) -> Evaluation:
     """Classify labelled images and compare; classes are matched by name.
 
@@ -364,6 +365,7 @@ def evaluate(
         world: how many processes share.
         config: the classifier's, where `model` does not have it.
         exact: decode every image whole, see `cvt.predict.classify`.
+        max_pixels: the pixels that an image may have, likewise.
 
     Returns:
         The evaluation; with `world` > 1 the share of this rank, for `Evaluation.joined`.
@@ -392,7 +394,9 @@ def evaluate(
     mistakes: list[Mistake] = []  # a heap
     failures: list[Failure] = []
     share, sent = tee(_share(images, indices, batch_size, rank, world))
-    results = classify(runtime, processor, (s for _, (s, _) in sent), batch_size, workers, exact)
+    results = classify(
+        runtime, processor, (s for _, (s, _) in sent), batch_size, workers, exact, max_pixels
+    )
     for result, (position, (source, label)) in zip(results, share, strict=True):
         if position is None:
             continue

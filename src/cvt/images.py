@@ -4,7 +4,8 @@
 
 | kind | what becomes of it |
 |---|---|
-| JPEG, MPO, PNG, WebP, BMP, GIF, TIFF, PPM, AVIF | decoded; told by content, not by suffix; AVIF and WebP where Pillow was built with them |
+| JPEG, MPO, PNG, WebP, BMP, GIF, TIFF, PPM, AVIF | decoded; recognised by content, not by suffix; AVIF and WebP where Pillow was built with them |
+| HEIC and HEIF | likewise, where `pillow-heif` is installed (the extra `heif`) |
 | JPEG, where the caller says how few pixels are enough | at a half, a quarter or an eighth of its size, where that divides both sides: else every pixel would be displaced |
 | any other format (EPS, PDF, PSD, ICO, SVG, ...) | refused unread, so that nothing is ever executed for it |
 | EXIF orientation | applied (XMP's where there is no EXIF); unreadable EXIF is ignored, as viewers do |
@@ -13,11 +14,12 @@
 | 32-bit integers beyond 0 to 65535, floating point | refused: what is white in them is not known |
 | 16-bit RGB, and 16-bit greyscale with alpha | the high byte: Pillow reads no more of them |
 | palette | its colours |
-| transparency: RGBA, LA, PA, palette, one transparent colour | laid over white |
+| transparency: RGBA, LA, PA, palette, one transparent colour | laid over white; of 16-bit RGB the colour is compared by its high bytes |
 | CMYK, YCCK, YCbCr, LAB, HSV | converted to RGB by Pillow's formulas |
 | embedded colour profile, gamma | ignored, as in the authors' evaluation |
 | animated GIF, WebP, PNG, AVIF; TIFF pages; MPO views | the first, for PNG the default image |
-| more than `MAX_PIXELS` pixels by its header | refused before a pixel is decoded |
+| JPEG of more than `LARGE_PIXELS` pixels in training | likewise, whatever divides its sides, while the smallest crop keeps 1.5 times the pixels of the view |
+| more than `max_pixels` pixels by its header, by default Pillow's limit, 178,956,970 | refused before a pixel is decoded |
 | more than `MAX_ASPECT` times as long as wide | refused likewise: it would grow so much when resized |
 | a JPEG of more than `MAX_SCANS` scans | refused likewise: a small file could take hours |
 | truncated, damaged, empty, missing, a folder, a pipe | refused |
@@ -28,6 +30,7 @@ a limit below ours that was set in Pillow still holds for TIFF and WebP, and lib
 """  # noqa: E501
 
 import contextlib
+import importlib.util
 import io
 import logging
 import operator
@@ -55,14 +58,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
 # Pillow's names of the formats that are decoded; it opens MPO, as phones write it, as a JPEG.
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+IMAGE_FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF"),
+    *(("HEIF",) if HAS_HEIF else ()),
+)
 # The suffixes, in lower case, of the files that a folder is searched for.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm", ".avif"),
+    *((".heic", ".heif", ".hif") if HAS_HEIF else ()),
 )
-MAX_PIXELS = 2**27
+MAX_PIXELS = 178_956_970  # as Pillow's `DecompressionBombError`: twice its MAX_IMAGE_PIXELS
+LARGE_PIXELS = 2**25  # 100 MB as RGB
 MAX_ASPECT = 1000  # resizing the short side to 256 pixels would make gigabytes of the long one
 MAX_SCANS = 100  # of a JPEG, as in libtiff; encoders make about ten
 JPEG_SCALES = (8, 4, 2)  # by which a JPEG can be decoded smaller
@@ -128,16 +137,29 @@ if hasattr(os, "register_at_fork"):  # another thread may have held it, and is n
 
 
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Keeps Pillow's warnings from the user; one thread at a time, as `catch_warnings` demands."""
+def _without_warnings(max_pixels: int | None = None) -> Iterator[None]:
+    """Keeps Pillow's warnings from the user; one thread at a time, as `catch_warnings` demands.
+
+    With `max_pixels`, that is Pillow's limit meanwhile; it raises an error above twice its setting.
+    """
     with _filters_lock, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+        limit = Image.MAX_IMAGE_PIXELS
+        if max_pixels is not None:
+            Image.MAX_IMAGE_PIXELS = ceil(max_pixels / 2)
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def decode(
     source: str | os.PathLike | bytes | IO[bytes] | Image.Image | StoredImage,
     least: int | None = None,
+    *,
+    max_pixels: int | None = None,
+    least_of_large: int | None = None,
 ) -> Image.Image:
     """An image as 8-bit RGB, upright; the module's table says what becomes of each kind.
 
@@ -147,6 +169,9 @@ def decode(
         least: the pixels that a JPEG's short side must keep; it may be decoded at a half, a quarter
             or an eighth of its size, which takes a third of the time. `pixels_needed` says how many
             an image processor needs. By default images are decoded whole.
+        max_pixels: the pixels that an image may have; `MAX_PIXELS` by default.
+        least_of_large: the pixels that the short side of an image of more than `LARGE_PIXELS` must
+            keep: it is made smaller, by a whole factor, so that it takes little memory.
 
     Returns:
         A new PIL image of mode RGB, without metadata.
@@ -155,15 +180,20 @@ def decode(
         ImageError: the image cannot be read or is refused; names the file.
         TypeError: `source` is none of these.
     """
-    name = _name(source)
+    name, limit = _name(source), MAX_PIXELS if max_pixels is None else max_pixels
     content = source.content if isinstance(source, StoredImage) else source
     try:
         if callable(content):
             content = content()
         if isinstance(content, Image.Image):
-            return _upright_rgb(content, name)
+            return _upright_rgb(content, name, limit)
         with _file(content, name) as file:
-            return _upright_rgb(_opened(file, name), name, least)
+            if _scans(file, name) > MAX_SCANS:
+                raise ImageError(
+                    f"{name}: has more than {MAX_SCANS} scans, which would take very long"
+                )
+            image = _opened(file, name, limit)
+            return _upright_rgb(image, name, limit, least, least_of_large)
     except ImageError:
         raise
     except Exception as error:  # Pillow raises nearly everything on damaged files
@@ -205,15 +235,50 @@ def _file(source: Any, name: str) -> IO[bytes]:
     return io.BytesIO(data)
 
 
-def _opened(file: IO[bytes], name: str) -> Image.Image:
-    """The image, its header read: as `Image.open` does, for our formats and without its limit."""
-    image_format = _format(file.read(16), name)
-    if image_format == "JPEG" and _scans(file) > MAX_SCANS:
-        raise ImageError(f"{name}: has more than {MAX_SCANS} scans, which would take very long")
+def _opened(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
+    """The image, its header read: as `Image.open` does, for our formats and with our limit."""
     file.seek(0)
-    with _without_warnings():
+    image_format = _format(file.read(16), name)
+    file.seek(0)
+    with _without_warnings(max_pixels):
         factory, _ = Image.OPEN[image_format]
         return factory(file, "")  # without a name, Pillow maps no file into memory
+
+
+def is_image(prefix: bytes) -> bool:
+    """Whether these are the first 16 bytes of an image of a known format."""
+    try:
+        return bool(_format(prefix, ""))
+    except ImageError:
+        return False
+
+
+def oversize(path: Path, max_pixels: int) -> str | None:
+    """Why a file that is an image has too many pixels to be decoded, by its header.
+
+    Args:
+        path: the file.
+        max_pixels: the pixels that an image may have.
+
+    Returns:
+        A sentence that names the file; None for other files, whatever else is wrong with them.
+    """
+    name = str(path)
+    try:
+        with _file(path, name) as file:
+            image = _opened(file, name, max_pixels)
+    except Image.DecompressionBombError as error:
+        return f"{name}: {error}"
+    except Exception:  # `decode` will say what is wrong
+        return None
+    return _too_many_pixels(image.size, name, max_pixels)
+
+
+def _too_many_pixels(size: tuple[int, int], name: str, max_pixels: int) -> str | None:
+    width, height = size
+    if 0 < width * height <= max_pixels:
+        return None
+    return f"{name}: is {width} x {height} pixels; at most {max_pixels} are decoded (max_pixels)"
 
 
 def _format(prefix: bytes, name: str) -> str:
@@ -221,6 +286,10 @@ def _format(prefix: bytes, name: str) -> str:
     if not prefix:
         raise ImageError(f"{name}: is empty")
     Image.init()
+    if HAS_HEIF and "HEIF" not in Image.OPEN:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     for image_format in IMAGE_FORMATS:
         _, accept = Image.OPEN.get(image_format, (None, None))
         accepted = accept and accept(prefix)
@@ -231,8 +300,10 @@ def _format(prefix: bytes, name: str) -> str:
     raise ImageError(f"{name}: is not an image of a known format ({', '.join(IMAGE_FORMATS)})")
 
 
-def _scans(file: IO[bytes]) -> int:
-    """The scans of a JPEG: 200 bytes of one can cost a pass over all its pixels."""
+def _scans(file: IO[bytes], name: str) -> int:
+    """The scans of a JPEG, 0 of others: 200 bytes of one can cost a pass over all its pixels."""
+    if _format(file.read(16), name) != "JPEG":
+        return 0
     file.seek(0)
     data = file.read()
     scans, position = data.count(b"\xff\xda"), 2
@@ -245,35 +316,63 @@ def _scans(file: IO[bytes]) -> int:
     return scans
 
 
-def _upright_rgb(image: Image.Image, name: str, least: int | None = None) -> Image.Image:
+def _upright_rgb(
+    image: Image.Image,
+    name: str,
+    max_pixels: int,
+    least: int | None = None,
+    least_of_large: int | None = None,
+) -> Image.Image:
     if image.format and image.format not in IMAGE_FORMATS:
         raise ImageError(
             f"{name}: is {image.format}, which is not decoded; "
             f"the formats are {', '.join(IMAGE_FORMATS)}"
         )
+    if fault := _too_many_pixels(image.size, name, max_pixels):
+        raise ImageError(fault)
     width, height = image.size
-    if not 0 < width * height <= MAX_PIXELS:
-        raise ImageError(f"{name}: is {width} x {height} pixels; at most {MAX_PIXELS} are decoded")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(
             f"{name}: is {width} x {height} pixels; at most {MAX_ASPECT} times as long as wide "
             "is decoded"
         )
-    if least and isinstance(image, JpegImagePlugin.JpegImageFile):
+    large = least_of_large if width * height > LARGE_PIXELS else None
+    if isinstance(image, JpegImagePlugin.JpegImageFile):
         for scale in JPEG_SCALES:
-            if width % scale == height % scale == 0 and min(width, height) >= scale * least:
+            divides = width % scale == height % scale == 0
+            keeps = large or (divides and least)
+            if keeps and min(width, height) >= scale * keeps:
                 image.draft(None, (width // scale, height // scale))
                 break
-    with _without_warnings() if image.format == "TIFF" else contextlib.nullcontext():
+    transparency = _transparency(image)
+    with _without_warnings(max_pixels) if image.format == "TIFF" else contextlib.nullcontext():
         image.load()
+    if transparency is not None:
+        image = image.copy()
+        image.info["transparency"] = transparency
     transposition = None
     with _without_warnings(), contextlib.suppress(Exception):  # unreadable EXIF
         transposition = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     rgb = _rgb(image, name)
+    if large and (factor := min(rgb.size) // large) > 1:
+        rgb = rgb.reduce(factor)
     if transposition is not None:
         rgb = rgb.transpose(transposition)
     rgb.info = {}  # the orientation in it would be applied again by whoever reads it next
     return rgb
+
+
+def _transparency(image: Image.Image) -> int | tuple[int, ...] | None:
+    """The transparent colour of a PNG whose samples Pillow scales, in its scale; else None."""
+    colour = image.info.get("transparency")
+    if image.format != "PNG" or colour is None or not (tiles := getattr(image, "tile", [])):
+        return None
+    scale = {"L;2": 85, "L;4": 17}.get(tiles[0].args)
+    if scale and isinstance(colour, int):
+        return colour * scale
+    if tiles[0].args == "RGB;16B":
+        return tuple(value >> 8 for value in colour)
+    return None
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

@@ -1,6 +1,7 @@
 """Class names: ImageNet's, and those a user brings in a file."""
 
 import json
+from collections import Counter
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,8 +20,10 @@ def imagenet_classes() -> dict[str, str]:
 def read_labels(path: str | Path, classes: int | None = None) -> list[str]:
     """Class names in the order of the classifier, from a text file or a JSON list or id2label map.
 
+    A text that begins with a bracket is JSON.
+
     Args:
-        path: a text file with one name per line, or a .json file.
+        path: a text file with one name per line, or JSON.
         classes: how many there must be, if that is known.
 
     Raises:
@@ -31,7 +34,8 @@ def read_labels(path: str | Path, classes: int | None = None) -> list[str]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    if Path(path).suffix == ".json":
+    # A list on one line is no name, whatever the file is called.
+    if Path(path).suffix.lower() == ".json" or text.lstrip()[:1] in ("[", "{"):
         try:
             found = json.loads(text)
         except json.JSONDecodeError as error:
@@ -49,6 +53,6 @@ def read_labels(path: str | Path, classes: int | None = None) -> list[str]:
         raise ValueError(f"{path} must hold a list of names or a map from class index to name")
     if classes is not None and len(labels) != classes:
         raise ValueError(f"{path} has {len(labels)} names; the classifier has {classes} classes")
-    if repeated := sorted({label for label in labels if labels.count(label) > 1}):
+    if repeated := sorted(label for label, count in Counter(labels).items() if count > 1):
         raise ValueError(f"{path} names classes twice: {', '.join(repeated)}")
     return labels

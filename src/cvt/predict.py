@@ -1,18 +1,20 @@
 """From images to labels and scores."""
 
 import glob
+import logging
 import os
 import pickle
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain, islice, tee
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -20,11 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from cvt.configuration import CvtConfig
 from cvt.datasets import images_below
+from cvt.datasets.folder import Skipped, unreadable
 from cvt.images import ImageError, Source, StoredImage, check_range, decode, pixels_needed
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import PixelError, Runtime
 from cvt.runtime.torch_runtime import TorchRuntime
 
+logger = logging.getLogger(__name__)
 BLANK = Image.new("RGB", (32, 32), "grey")  # in the place of what cannot be decoded
 
 
@@ -77,13 +81,25 @@ def _found(source: str | Path) -> Iterator[Path]:
         return iter([path])
     if path.is_dir():
         images, fault = images_below(path), "has no images in it"
+    elif os.path.lexists(path):
+        raise FileNotFoundError(f"{source} is none of the files that are read: {unreadable(path)}")
     else:
-        matches = sorted(glob.iglob(str(source), recursive=True))
-        images = (Path(match) for match in matches if os.path.isfile(match))
+        images = _matching(str(source))
     first = next(images, None)
     if first is None:
         raise FileNotFoundError(f"{source} {fault}")
     return chain([first], images)
+
+
+def _matching(pattern: str) -> Iterator[Path]:
+    """The files that match a pattern, sorted; what is neither a file nor a folder is logged."""
+    skipped = Skipped(pattern)
+    for match in map(Path, sorted(glob.iglob(pattern, recursive=True))):
+        if match.is_file():
+            yield match
+        elif not match.is_dir():
+            skipped.add(unreadable(match), str(match))
+    skipped.log()
 
 
 def classify(
@@ -93,6 +109,7 @@ def classify(
     batch_size: int = 32,
     workers: int = 0,
     exact: bool = False,
+    max_pixels: int | None = None,
 ) -> Iterator[Result]:
     """Classify images, batch by batch, in their order.
 
@@ -113,7 +130,8 @@ def classify(
         batch_size: images run through the model at a time; one where the processor does not resize,
             so that they may be of different sizes.
         workers: processes that decode and preprocess; with 0, threads of this one decode.
-        exact: decode every image whole.
+        exact: decode every image whole, but for those of more than `cvt.images.LARGE_PIXELS`.
+        max_pixels: the pixels that an image may have, see `cvt.images.decode`.
 
     Raises:
         ValueError: the processor is not for decoded images; names its setting.
@@ -122,7 +140,9 @@ def classify(
     check_range(processor)
     resizes = getattr(processor, "do_resize", True)
     batch_size = batch_size if resizes else 1
-    prepare = partial(_Prepare, processor, None if exact else pixels_needed(processor))
+    needed = pixels_needed(processor)
+    read = partial(decode, max_pixels=max_pixels, least_of_large=needed)
+    prepare = partial(_Prepare, processor, read if exact else partial(read, least=needed))
     batches, sent = tee(_batches(sources, batch_size))
     prepared = _prepared(prepare, sent, workers)
     for (pixels, errors), batch in zip(prepared, batches, strict=True):
@@ -151,15 +171,17 @@ def _prepared(
         # The data set's indices are the batches themselves: they travel to the workers one by one.
         # They are pickled here: of what cannot be, the loader would never hear again.
         # Of its own generator the loader draws a seed; the global one stays where it was.
-        yield from DataLoader(
-            prepare(),
-            sampler=(pickle.dumps([*map(_portable, batch)]) for batch in batches),
+        each = prepare()
+        loader = DataLoader(
+            each,
+            sampler=(pickle.dumps([_portable(s, each.read) for s in batch]) for batch in batches),
             batch_size=None,
             collate_fn=_unchanged,
             num_workers=workers,
             worker_init_fn=answer_nothing,
             generator=torch.Generator(),
         )
+        yield from ((received(pixels), errors) for pixels, errors in loader)
     else:
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
             prepared = prepare(pool.map)
@@ -169,30 +191,59 @@ def _prepared(
 class _Prepare(Dataset):
     """What decodes and preprocesses a batch."""
 
-    def __init__(self, processor: Callable, least: int | None, each: Callable = map) -> None:
-        self.processor, self.least, self.each = processor, least, each
+    def __init__(self, processor: Callable, read: Callable, each: Callable = map) -> None:
+        self.processor, self.read, self.each = processor, read, each
 
-    def __getitem__(self, batch: list[Source] | bytes) -> tuple[Tensor, list[str | None]]:
+    def __getitem__(
+        self, batch: list[Source] | bytes
+    ) -> tuple[Tensor | np.ndarray, list[str | None]]:
         in_worker = isinstance(batch, bytes)
         sources = pickle.loads(batch) if isinstance(batch, bytes) else batch
         images, errors = zip(*self.each(self.decoded, sources), strict=True)
         pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
-        # Shared here: where there is no memory for it, the queue would lose the batch unheard.
-        return pixels.share_memory_() if in_worker else pixels, list(errors)
+        return shared(pixels) if in_worker else pixels, list(errors)
 
     def decoded(self, source: Source) -> tuple[Image.Image, str | None]:
         try:
-            return decode(source, self.least), None
+            return self.read(source), None
         except ImageError as error:
             return BLANK, str(error)
 
 
-def _portable(source: Source) -> Source:
+def shared(tensor: Tensor) -> Tensor | np.ndarray:
+    """A tensor for another process: in shared memory, or as an array, which needs none.
+
+    To be called in the worker: where there is no memory left, its queue would lose the tensor
+    without an error.
+    """
+    try:
+        return tensor.share_memory_()
+    except RuntimeError:  # /dev/shm is full, which is small in a container
+        return tensor.numpy()
+
+
+@cache
+def _warn_of_shared_memory() -> None:
+    logger.warning(
+        "shared memory (/dev/shm) is full: workers send images through pipes, which is slower; in "
+        "a container give more, as by docker run --shm-size=1g"
+    )
+
+
+def received(value: Tensor | np.ndarray) -> Tensor:
+    """The tensor of `shared`, in the process that receives it."""
+    if isinstance(value, Tensor):
+        return value
+    _warn_of_shared_memory()
+    return torch.from_numpy(value)
+
+
+def _portable(source: Source, read: Callable) -> Source:
     """A source for a worker: Pillow forgets the format of an image that it pickles."""
     if not isinstance(source, StoredImage) or not isinstance(source.content, Image.Image):
         return source
     try:
-        return replace(source, content=decode(source))
+        return replace(source, content=read(source))
     except ImageError as error:
         return replace(source, content=partial(_raise, error))
 
@@ -254,6 +305,7 @@ def predict(
     batch_size: int = 32,
     workers: int = 0,
     exact: bool = False,
+    max_pixels: int | None = None,
 ) -> Iterator[Prediction | Result]:
     """The best classes of images; one without finite scores gives a `Result` with the error.
 
@@ -265,6 +317,7 @@ def predict(
         batch_size: as in `classify`.
         workers: as in `classify`.
         exact: as in `classify`.
+        max_pixels: as in `classify`.
 
     Raises:
         ValueError: the model has no classes.
@@ -274,7 +327,7 @@ def predict(
         raise ValueError("num_labels = 0: the model has no classes to name")
     count = scores_per_image(topk, model.config)
     are_values = model.config.problem_type == "regression"
-    for result in classify(model, processor, sources, batch_size, workers, exact):
+    for result in classify(model, processor, sources, batch_size, workers, exact, max_pixels):
         if result.logits is None:
             yield result
             continue

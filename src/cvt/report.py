@@ -2,6 +2,7 @@
 
 import base64
 import io
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ def _plot_sheet(shown: Sequence[tuple[Source, str, float, str]], title: str, pat
 
 def _thumbnail(source: Source) -> Image.Image:
     """The middle of an image, a square of `SIDE` pixels; the pixels of a tiny one stay sharp."""
-    image = decode(source)
+    image = decode(source, max_pixels=sys.maxsize, least_of_large=SIDE)  # it was decoded before
     tiny = min(image.size) < SIDE / 2
     method = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
     return ImageOps.fit(image, (SIDE, SIDE), method)

@@ -191,7 +191,7 @@ def test_illegal_arguments_are_refused(photos, little, options, message):
 def test_a_folder_of_halves_is_no_folder_of_classes(tmp_path, little):
     for half in ("train", "val"):
         (tmp_path / half / "cat").mkdir(parents=True)
-    with pytest.raises(ValueError, match="has halves, train, val: name one of them"):
+    with pytest.raises(ValueError, match="has the splits train, val: name one of them"):
         image_dataset(tmp_path, little)
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from cvt.cli.predict import Device, Precision, RuntimeName, Threads
+from cvt.cli.predict import Device, MaxPixels, Precision, RuntimeName, Threads
+from cvt.images import MAX_PIXELS
 
 
 def evaluate(
@@ -15,7 +16,7 @@ def evaluate(
         str,
         typer.Argument(
             help="Folder with a sub-folder per class, .csv, .parquet, hub:NAME, CIFAR, digits; "
-            "of data in halves, the test half."
+            "of data with splits, the validation split."
         ),
     ],
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
@@ -24,6 +25,7 @@ def evaluate(
     precision: Precision = None,
     device: Device = "auto",
     threads: Threads = None,
+    max_pixels: MaxPixels = MAX_PIXELS,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -59,7 +61,7 @@ def evaluate(
 
     from cvt.checkpoints import load_processor
     from cvt.cli.console import bar, err, out, quiet_libraries
-    from cvt.datasets import StreamedImages, open_labelled
+    from cvt.datasets import LabelledImages, StreamedImages, open_labelled, without_trained
     from cvt.evaluate import evaluate as evaluate_images
     from cvt.evaluate import read_class_map, read_real_labels, write_evaluation
     from cvt.files import staged
@@ -69,6 +71,17 @@ def evaluate(
     images = open_labelled(
         data, classes=classes, image_column=image_column, label_column=label_column
     )
+    split_file = Path(model).resolve().parent / "split.csv"
+    if isinstance(images, LabelledImages) and split_file.is_file():  # of the run that the model is
+        whole, (images, trained) = images, without_trained(images, split_file)
+        if images is not whole:
+            err.print(f"the {len(images)} validation images of {len(whole)}, by {split_file}")
+        if trained:
+            err.print(
+                f"{trained} of the {len(images)} images have the names of images that the model "
+                f"was trained on, by {split_file}: it may be less accurate on others",
+                style="yellow",
+            )
     total = images.length if isinstance(images, StreamedImages) else len(images)
     mapped = read_class_map(class_map) if class_map else None
     real = read_real_labels(real_labels) if real_labels else None
@@ -93,6 +106,7 @@ def evaluate(
                 class_map=mapped,
                 subset=subset,
                 real_labels=real,
+                max_pixels=max_pixels,
             )
         if folder:
             write_evaluation(result, folder)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cvt.images import MAX_PIXELS
+
 if TYPE_CHECKING:
     from cvt.predict import Prediction
     from cvt.runtime.base import Runtime
@@ -22,6 +24,10 @@ Precision = Annotated[
     typer.Option(help="Of the numbers; fp32, or an export's own, unless given."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is CUDA where there is.")]
+MaxPixels = Annotated[
+    int,
+    typer.Option(min=1, help="Pixels that an image may have; larger ones are skipped."),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads that run the model on a CPU.")]
 
 
@@ -40,6 +46,7 @@ def predict(
     exact_decoding: Annotated[
         bool, typer.Option("--exact-decoding", help="Decode large JPEGs whole, which is slower.")
     ] = False,
+    max_pixels: MaxPixels = MAX_PIXELS,
     output: Annotated[
         Path | None, typer.Option(help="Write .csv (a row per class) or .jsonl (a line per image).")
     ] = None,
@@ -72,14 +79,19 @@ def predict(
         processor = load_processor(model, classifier.config)
         topk = scores_per_image(topk, classifier.config)
         if results:
-            settings = {"topk": topk, "exact_decoding": exact_decoding}
+            settings = {
+                "topk": topk,
+                "exact_decoding": exact_decoding,
+                "max_pixels": max_pixels,
+            }
             paths = results.missing(paths, identity(model, classifier) | settings)
             if results.count:
                 err.print(f"{results.count} images are classified already")
         try:
             with bar("predict", None) as step:
                 for result in predict_files(
-                    classifier, processor, paths, topk, batch_size, workers, exact_decoding
+                    *(classifier, processor, paths, topk, batch_size, workers, exact_decoding),
+                    max_pixels=max_pixels,
                 ):
                     step()
                     if not isinstance(result, Prediction):

@@ -2,22 +2,23 @@
 
 What `data` may be, wherever this package asks for it:
 
-| data | what it is | the test half | classes |
+| data | what it is | the validation split | classes |
 |---|---|---|---|
 | `digits` | scikit-learn's 1,797 digits | a fifth, always the same | 0 to 9 |
 | folder of a folder per class | an image folder | a fifth of every class, by `seed` | the folders, sorted |
-| folder with `train/` and `val/` or `test/` | two image folders | `val/`, else `test/` | the folders, sorted |
+| folder with `train/` and `val/` or `test/` | image folders | `val/`, else `test/` | the folders, sorted |
 | `FILE.csv` | lines of path and label; the path is relative to the csv file | its column `split`, else a fifth by `seed` | the labels, sorted |
-| folder or `.tar.gz` of CIFAR-10 or CIFAR-100 | python or binary version | its own | its own order; fine labels |
-| folder written by `save_to_disk` | a `Dataset` or `DatasetDict` of the library `datasets` | its split `validation` or `test`, else a fifth | of the `ClassLabel`, else the labels, sorted |
-| `FILE.parquet`, folder of parquet files | tables of encoded images; `train-*` and `validation-*` or `test-*` tell the splits | likewise | likewise |
+| folder or `.tar.gz` of CIFAR-10 or CIFAR-100 | python or binary version | its test images | its own order; fine labels |
+| folder written by `save_to_disk` | a `Dataset` or `DatasetDict` of the library `datasets` | its split `validation`, else `test`, else a fifth | of the `ClassLabel`, else the labels, sorted |
+| `FILE.parquet`, folder of parquet files | tables of encoded images; `train-*` and `validation-*` or `test-*` name the splits | likewise | likewise |
 | `hub:OWNER/NAME`, and `:CONFIG` or `@SPLIT` behind it | a data set of the Hugging Face hub | likewise | likewise |
 | `stream:hub:OWNER/NAME`, `stream:FOLDER` of parquet files or shards | the same, read one after the other | likewise, and never a fifth | of the `ClassLabel`, else the file `classes` |
 | folder of `.tar` files, `shards/train-{000..012}.tar`, `shards/*.tar` | webdataset shards, always streamed | by their names, as for parquet files | the file `classes` |
 
-A second such name, `val_data`, is the test half where it is given. A file of `classes`, one name per line, gives
-the order of the classes, and the names of labels that are numbers. Of several test halves the one that comes first in
-`TEST_NAMES` is used.
+A second such name, `val_data`, is the validation split where it is given. A file of `classes`, one name per line,
+gives the order of the classes, and the names of labels that are numbers. The names of splits are those in
+`TRAIN_NAMES`, `VALIDATION_NAMES` and `TEST_NAMES`. Where there are a validation and a test split, the test split is
+held out; where there is a test split alone, it validates.
 """  # noqa: E501
 
 import os
@@ -27,34 +28,49 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cvt.datasets.cifar import cifar_parts, is_cifar
+from cvt.datasets.cifar import cifar_splits, is_cifar
 from cvt.datasets.columns import find_columns
-from cvt.datasets.csv_file import csv_parts
-from cvt.datasets.digits import digits_parts, write_digits
-from cvt.datasets.folder import folder_parts, image_folder, images_below
-from cvt.datasets.huggingface import SAVED, by_split, file_parts, files_of, hub_parts, saved_parts
+from cvt.datasets.csv_file import csv_splits
+from cvt.datasets.digits import digits_splits, write_digits
+from cvt.datasets.folder import folder_splits, image_folder, images_below, oversized
+from cvt.datasets.huggingface import (
+    SAVED,
+    by_split,
+    file_splits,
+    files_of,
+    hub_splits,
+    saved_splits,
+)
 from cvt.datasets.labelled import (
     TEST_NAMES,
     TRAIN_NAMES,
+    VALIDATION_NAMES,
     Images,
     LabelledImages,
-    Parts,
+    SplitReaders,
+    Splits,
     StreamedImages,
     label_map,
     split,
 )
+from cvt.datasets.split_file import read_split, without_trained, write_split
 from cvt.labels import read_labels
 
 __all__ = [
     "Images",
     "LabelledImages",
+    "Splits",
     "StreamedImages",
     "image_folder",
     "images_below",
     "open_labelled",
     "open_training",
+    "oversized",
+    "read_split",
     "split",
+    "without_trained",
     "write_digits",
+    "write_split",
 ]
 
 
@@ -66,47 +82,94 @@ def open_training(
     classes: Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-) -> tuple[Images, Images]:
-    """The images to train on and those to test on, of the same classes.
+) -> Splits:
+    """The images to train on, those that validate, of the same classes, and those held out.
 
     Args:
         data: what to train on; the module's table says what that may be.
-        val_data: what to test on, if it is not a part of `data`.
-        seed: draws the test half where the data has none.
+        val_data: what to validate with, if it is not a split of `data`.
+        seed: draws the validation images where the data has no split for them.
         classes: a text file of class names, one per line, in the order of the classifier's outputs.
         image_column: the column of a table or csv file with the images, where it is not plain.
         label_column: the column with the labels, likewise.
 
+    Returns:
+        The splits `train`, `validation` and `test`. A test split without a validation split beside
+        it validates, and `test` is then None.
+
     Raises:
-        ValueError: there is only one class, a class has no images, the halves differ in their
+        ValueError: there is only one class, a class has no images, the splits differ in their
             classes, or the data is malformed.
         OSError: a file is missing or cannot be read, or the hub cannot be reached.
         ImportError: a library that this kind of data needs is not installed.
     """
     options = _Options(_names(classes), image_column, label_column)
-    parts = _parts(data, options)
-    if val_data is not None:
-        train = _half(data, parts, TRAIN_NAMES)
-        test = _half(val_data, _parts(val_data, options), TEST_NAMES)
-    elif len(parts) > 1:
-        train, test = _half(data, parts, TRAIN_NAMES), _half(data, parts, TEST_NAMES)
+    splits = _splits(data, options)
+    name = _chosen(data, splits, TRAIN_NAMES)
+    is_held_out = name in VALIDATION_NAMES + TEST_NAMES
+    if is_held_out and (Path(data).is_dir() or "hub:" in os.fspath(data)):
+        raise ValueError(f"{data} has the split {name} alone, and none to train on")
+    source, others = (data, splits) if val_data is None else (val_data, _splits(val_data, options))
+    train: Images = splits[name]()
+    _check_names(data, train.classes)
+    validation: Images
+    validating = name
+    if val_data is None and len(splits) == 1:
+        if isinstance(train, StreamedImages):
+            raise ValueError(
+                f"{data} has no validation split, and streams are not split: give val_data"
+            )
+        train, validation = split(train, seed)
     else:
-        whole = _half(data, parts, TRAIN_NAMES)
-        if isinstance(whole, StreamedImages):
-            raise ValueError(f"{data} has no test half, and streams are not split: give val_data")
-        train, test = split(whole, seed)
-    where = data if val_data is None else f"{data} and {val_data}"
-    if differing := sorted(set(train.classes) ^ set(test.classes)):
-        raise ValueError(f"only one half of {where} has the class {', '.join(differing)}")
-    for half, name in ((train, "training"), (test, "test")):
-        labels = half.labels if isinstance(half, LabelledImages) else half.classes
-        if empty := sorted(set(half.classes) - set(labels)):
+        validating = _chosen(source, others, VALIDATION_NAMES, TEST_NAMES)
+        validation = others[validating]()
+    held_out = [
+        read
+        for of in (splits, others)
+        for key, read in of.items()
+        if key in TEST_NAMES and (of, key) not in ((splits, name), (others, validating))
+    ]
+    test = held_out[0]() if held_out else None
+    where = str(data) if val_data is None else f"{data} and {val_data}"
+    _check(where, train, validation, test)
+    return Splits(train, validation, test)
+
+
+def _check(where: str, train: Images, validation: Images, test: Images | None) -> None:
+    """Raise a ValueError if the splits differ in their classes, or one has no images of a class."""
+    if differing := sorted(set(train.classes) ^ set(validation.classes)):
+        raise ValueError(
+            f"of the training and the validation split of {where} only one has the class "
+            f"{', '.join(differing)}"
+        )
+    if test is not None and (unknown := sorted(set(test.classes) - set(train.classes))):
+        raise ValueError(
+            f"{where}: only the test split has the class {', '.join(unknown)}, which is not "
+            "trained on"
+        )
+    for images, name in ((train, "training"), (validation, "validation")):
+        labels = images.labels if isinstance(images, LabelledImages) else images.classes
+        if empty := sorted(set(images.classes) - set(labels)):
             raise ValueError(f"{where} has classes without {name} images: {', '.join(empty)}")
     if len(train.classes) < 2:
         raise ValueError(
-            f"{data} has a single class, {', '.join(train.classes)}; at least two are needed"
+            f"{where} has a single class, {', '.join(train.classes)}; at least two are needed"
         )
-    return train, test
+
+
+def _check_names(data: str | Path, classes: list[str]) -> None:
+    """Raise a ValueError if class names cannot be told apart by eye, or written as text."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(" ".join(name.split()), []).append(name)
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{data} has a class whose name is not UTF-8, {name!a}; rename it"
+            ) from None
+    if pairs := [repr(name) for names in alike.values() if len(names) > 1 for name in names]:
+        raise ValueError(f"{data} has classes that differ in spaces alone: {', '.join(pairs)}")
 
 
 def open_labelled(
@@ -116,7 +179,7 @@ def open_labelled(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Images:
-    """The images to evaluate with: the test half, if `data` has halves, else all of them.
+    """The images to evaluate with: the validation split, else the test split, else all of them.
 
     Args:
         data: the module's table says what that may be.
@@ -130,7 +193,10 @@ def open_labelled(
         ImportError: a library that this kind of data needs is not installed.
     """
     options = _Options(_names(classes), image_column, label_column)
-    return _half(data, _parts(data, options), TEST_NAMES)
+    splits = _splits(data, options)
+    images = splits[_chosen(data, splits, VALIDATION_NAMES, TEST_NAMES)]()
+    _check_names(data, images.classes)
+    return images
 
 
 @dataclass(frozen=True)
@@ -141,22 +207,25 @@ class _Options:
 
 
 def _names(file: Path | None) -> list[str] | None:
-    """The class names in a text file, however many they are."""
-    if file is None:
-        return None
-    lines = Path(file).read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    return read_labels(file, sum(bool(line.strip()) for line in lines))
+    """The class names in a file, however many they are."""
+    return None if file is None else read_labels(file)
 
 
-def _half(data: str | Path, parts: Parts, names: tuple[str, ...]) -> Images:
-    """The first of `names`, or the only part there is."""
-    chosen = next((name for name in names if name in parts), None)
-    if chosen is None and len(parts) > 1:
-        raise ValueError(f"{data} has the splits {', '.join(parts)} and none of {', '.join(names)}")
-    return parts[next(iter(parts)) if chosen is None else chosen]()
+def _chosen(data: str | Path, splits: SplitReaders, *names: tuple[str, ...]) -> str:
+    """The name of the split that has one of the first of `names`; else of the only one there is."""
+    for of_split in names:
+        chosen = [name for name in splits if name in of_split]
+        if len(chosen) > 1:
+            raise ValueError(f"{data} has two splits of one kind: {', '.join(chosen)}")
+        if chosen:
+            return chosen[0]
+    if len(splits) > 1:
+        asked = ", ".join(name for of_split in names for name in of_split)
+        raise ValueError(f"{data} has the splits {', '.join(splits)} and none of {asked}")
+    return next(iter(splits))
 
 
-def _parts(data: str | Path, options: _Options) -> Parts:
+def _splits(data: str | Path, options: _Options) -> SplitReaders:
     """The splits of `data`, by the reader of its kind."""
     name = os.fspath(data)
     streaming = name.startswith("stream:")
@@ -170,33 +239,38 @@ def _parts(data: str | Path, options: _Options) -> Parts:
         label_column=options.label_column,
     )
     if name.startswith("hub:"):
-        return hub_parts(name.removeprefix("hub:"), find, streaming)
+        return hub_splits(name.removeprefix("hub:"), find, streaming)
     if shards := files_of("tar", name):
-        return file_parts("webdataset", by_split(shards), find, streaming=True)
+        return file_splits("webdataset", by_split(shards), find, streaming=True)
     if tables := files_of("parquet", name):
-        return file_parts("parquet", by_split(tables), find, streaming)
+        return file_splits("parquet", by_split(tables), find, streaming)
     if streaming:
         raise ValueError(f"{data}: neither shards nor parquet files nor hub:OWNER/NAME to stream")
     if any((path / file).is_file() for file in SAVED):
-        return saved_parts(path, find)
-    if path.suffix == ".csv" and path.is_file():
-        return _renamed(csv_parts(path, *columns), options.names, path)
+        return saved_splits(path, find)
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return _renamed(csv_splits(path, *columns), options.names, path)
     if any(columns):
         raise ValueError(
             f"{data} has no columns to choose from: leave image_column and label_column out"
         )
-    return _renamed(_plain_parts(name), options.names, path)
+    return _renamed(_plain_splits(name), options.names, path)
 
 
-def _plain_parts(name: str) -> Parts:
+def _plain_splits(name: str) -> SplitReaders:
     path = Path(name)
     if name == "digits":
-        return digits_parts()
+        if path.is_dir():
+            raise ValueError(
+                "digits is scikit-learn's data set, and a folder here: for the folder write "
+                "./digits; for the data set, start in another folder"
+            )
+        return digits_splits()
     if path.is_dir():
         is_packed = is_cifar([file.name for file in path.iterdir() if file.is_file()])
-        return cifar_parts(path) if is_packed else folder_parts(path)
+        return cifar_splits(path) if is_packed else folder_splits(path)
     if path.is_file() and name.endswith((".tar.gz", ".tgz")):
-        return cifar_parts(path)
+        return cifar_splits(path)
     if path.is_file():
         raise ValueError(
             f"{path} is neither a .csv nor a .parquet file, nor an archive of CIFAR or shards"
@@ -207,14 +281,14 @@ def _plain_parts(name: str) -> Parts:
     raise FileNotFoundError(f"{path} is not a folder, nor a file{hint}")
 
 
-def _renamed(parts: Parts, names: list[str] | None, path: Path) -> Parts:
+def _renamed(splits: SplitReaders, names: list[str] | None, path: Path) -> SplitReaders:
     """The same with the classes `names`, if there are any."""
     if names is None:
-        return parts
+        return splits
     known = label_map(names)
 
-    def renamed(part: Callable[[], Images]) -> LabelledImages:
-        images = part()
+    def renamed(read: Callable[[], Images]) -> LabelledImages:
+        images = read()
         assert isinstance(images, LabelledImages)
         if unknown := sorted(set(images.labels) - known.keys()):
             raise ValueError(
@@ -222,4 +296,4 @@ def _renamed(parts: Parts, names: list[str] | None, path: Path) -> Parts:
             )
         return LabelledImages(images.sources, [known[label] for label in images.labels], names)
 
-    return {name: partial(renamed, part) for name, part in parts.items()}
+    return {name: partial(renamed, read) for name, read in splits.items()}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cvt.datasets.labelled import LabelledImages, Parts
+from cvt.datasets.labelled import LabelledImages, SplitReaders
 from cvt.images import StoredImage
 
 PIXELS = 3 * 32 * 32  # of an image, a byte each: red, green, blue
@@ -65,7 +65,7 @@ def is_cifar(files: Collection[str]) -> bool:
     return any(len(version.files.intersection(files)) > 1 for version in VERSIONS)
 
 
-def cifar_parts(path: Path) -> Parts:
+def cifar_splits(path: Path) -> SplitReaders:
     """The `train` and `test` images in a folder or an archive (.tar.gz) of CIFAR, fine labels.
 
     Raises:
@@ -79,7 +79,7 @@ def cifar_parts(path: Path) -> Parts:
     if missing := sorted(version.files - read.keys()):
         raise ValueError(f"{path} is not all of CIFAR-{version.classes}: no {', '.join(missing)}")
 
-    def part(files: Sequence[str]) -> LabelledImages:
+    def read_split(files: Sequence[str]) -> LabelledImages:
         names = _names(read[version.names](), version, f"{path}: {version.names}")
         batches = [_batch(read[file](), version, f"{path}: {file}") for file in files]
         images = [
@@ -90,7 +90,10 @@ def cifar_parts(path: Path) -> Parts:
         labels = [names[label] for _, found in batches for label in found]
         return LabelledImages(images, labels, names)
 
-    return {"train": lambda: part(version.train), "test": lambda: part([version.test])}
+    return {
+        "train": lambda: read_split(version.train),
+        "test": lambda: read_split([version.test]),
+    }
 
 
 def _members(archive: Path) -> dict[str, Callable[[], bytes]]:

@@ -6,16 +6,16 @@ from functools import partial
 from pathlib import Path
 
 from cvt.datasets.folder import Files
-from cvt.datasets.labelled import TEST_NAMES, TRAIN_NAMES, LabelledImages, Parts
+from cvt.datasets.labelled import SPLIT_NAMES, LabelledImages, SplitReaders
 
 PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
 LABEL_NAMES = ("label", "class", "class_name")
 SHOWN = 5  # files or lines that an error lists
 
 
-def csv_parts(
+def csv_splits(
     path: Path, image_column: str | None = None, label_column: str | None = None
-) -> Parts:
+) -> SplitReaders:
     """The images that a file lists, by the values of its column `split` if it has one.
 
     Its first line is a header if a cell of it is one of `PATH_NAMES`, or if a column is named.
@@ -29,11 +29,12 @@ def csv_parts(
     if not rows:
         raise ValueError(f"{path} is empty")
     header = [cell.lower() for cell in rows[0][1]]
-    image, label, part = 0, 1, None
-    if image_column or label_column or set(header) & set(PATH_NAMES):
+    image, label, split_column = 0, 1, None
+    has_header = bool(image_column or label_column or set(header) & set(PATH_NAMES))
+    if has_header:
         image = _column(path, rows[0][1], image_column, PATH_NAMES, "image_column")
         label = _column(path, rows[0][1], label_column, LABEL_NAMES, "label_column")
-        part = header.index("split") if "split" in header else None
+        split_column = header.index("split") if "split" in header else None
         del rows[0]
     elif len(header) != 2:
         raise ValueError(
@@ -41,49 +42,61 @@ def csv_parts(
             "path column"
         )
 
-    parts: dict[str, tuple[list[str], list[str]]] = {}
-    seen: dict[str, tuple[str, str]] = {}
+    splits: dict[str, tuple[list[str], list[str]]] = {}
+    seen: dict[str, tuple[str, str]] = {}  # by path, however it is written
     for line, cells in rows:
         if len(cells) != len(header):
             raise ValueError(f"{path}, line {line}: {len(cells)} columns, expected {len(header)}")
-        name, written = cells[image], cells[label].strip()
+        name, written = cells[image], cells[label]
         if not name or not written:
             raise ValueError(f"{path}, line {line}: has no {'label' if name else 'path'}")
-        half = "" if part is None else cells[part].strip().lower()
-        if part is not None and half not in TRAIN_NAMES + TEST_NAMES:
+        split = "" if split_column is None else cells[split_column].lower()
+        if split_column is not None and split not in SPLIT_NAMES:
             raise ValueError(
-                f"{path}, line {line}: split is {cells[part]!r}, "
-                f"not one of {', '.join(TRAIN_NAMES + TEST_NAMES)}"
+                f"{path}, line {line}: split is {cells[split_column]!r}, "
+                f"not one of {', '.join(SPLIT_NAMES)}"
             )
-        if seen.setdefault(name, (written, half)) != (written, half):
-            raise ValueError(
-                f"{path}, line {line}: {name} is {' '.join(filter(None, (written, half)))}, and "
-                f"{' '.join(filter(None, seen[name]))} on an earlier line; an image has one label "
-                "and is in one split"
-            )
-        names, labels = parts.setdefault(half, ([], []))
+        file = os.path.normpath(path.parent / name)
+        if file in seen:
+            if seen[file] != (written, split):
+                raise ValueError(
+                    f"{path}, line {line}: {name} is {' '.join(filter(None, (written, split)))}, "
+                    f"and {' '.join(filter(None, seen[file]))} on an earlier line; an image has "
+                    "one label and is in one split"
+                )
+            continue
+        seen[file] = written, split
+        names, labels = splits.setdefault(split, ([], []))
         names.append(name)
         labels.append(written)
-    if not parts:
+    if not splits:
         raise ValueError(f"{path} lists no images")
-    missing = [name for name in seen if not os.path.isfile(path.parent / name)]
+    listed = [name for names, _ in splits.values() for name in names]
+    missing = [name for name in listed if not os.path.isfile(path.parent / name)]
+    if not has_header and rows[0][1][0] in missing:
+        first = ", ".join(rows[0][1])
+        raise ValueError(
+            f"{path}, line 1: {first} is neither a file and its label nor a header that names a "
+            f"column {', '.join(PATH_NAMES)}; name the columns with image_column and label_column"
+        )
     if missing:
         raise FileNotFoundError(
             f"{path} lists {len(missing)} files that do not exist (paths are relative to its "
             f"folder): {', '.join(missing[:SHOWN])}{', ...' if missing[SHOWN:] else ''}"
         )
     return {
-        half: partial(LabelledImages, Files(path.parent, names), labels)
-        for half, (names, labels) in parts.items()
+        split: partial(LabelledImages, Files(path.parent, names), labels)
+        for split, (names, labels) in splits.items()
     }
 
 
 def _read(path: Path) -> list[tuple[int, list[str]]]:
-    """The lines that are not blank, with their numbers."""
+    """The lines that are not blank, with their numbers; cells without the spaces around them."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, skipinitialspace=True, strict=True)
-            return [(reader.line_num, cells) for cells in reader if cells]
+            rows = ((reader.line_num, [cell.strip() for cell in cells]) for cells in reader)
+            return [(line, cells) for line, cells in rows if any(cells)]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     except csv.Error as error:

@@ -9,33 +9,33 @@ from pathlib import Path
 
 from PIL import Image
 
-from cvt.datasets.labelled import LabelledImages, Parts
+from cvt.datasets.labelled import LabelledImages, SplitReaders
 from cvt.files import staged
 from cvt.images import StoredImage
 
 
-def digits_parts() -> Parts:
+def digits_splits() -> SplitReaders:
     """The digits, in memory, split 80/20 into `train` and `test`, stratified, always alike.
 
     Raises:
         ImportError: scikit-learn is not installed.
     """
-    pictures, labels, halves = _digits()
+    pictures, labels, splits = _digits()
     stored = [StoredImage(f"digit#{i}", picture) for i, picture in enumerate(pictures)]
     images = LabelledImages(stored, labels)
-    return {name: partial(images.select, indices) for name, indices in halves.items()}
+    return {name: partial(images.select, indices) for name, indices in splits.items()}
 
 
 def write_digits(root: str | Path) -> None:
-    """Write the digits as PNG files: an image folder, with the halves of `digits_parts`.
+    """Write the digits as PNG files: an image folder, with the splits of `digits_splits`.
 
     Raises:
         FileExistsError: `root` is there already.
         ImportError: scikit-learn is not installed.
     """
-    pictures, labels, halves = _digits()
+    pictures, labels, splits = _digits()
     with staged(root) as folder:
-        for name, indices in halves.items():
+        for name, indices in splits.items():
             for i in indices:
                 path = folder / name / labels[i] / f"{i:04d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def write_digits(root: str | Path) -> None:
 
 
 def _digits() -> tuple[list[Image.Image], list[str], dict[str, list[int]]]:
-    """The pictures, their labels, and which belong to which half."""
+    """The pictures, their labels, and which belong to which split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from cvt import hub
 from cvt.datasets.columns import Columns
 from cvt.datasets.labelled import (
-    TEST_NAMES,
-    TRAIN_NAMES,
+    SPLIT_NAMES,
     Images,
     LabelledImages,
-    Parts,
+    SplitReaders,
     StreamedImages,
+    resembles_splits,
+    split_name,
 )
 from cvt.images import Source
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
 SAVED = ("state.json", "dataset_dict.json")  # one of them is in what `save_to_disk` wrote
-SPLIT_NAME = re.compile(rf"(?<![a-z])({'|'.join(TRAIN_NAMES + TEST_NAMES)})(?![a-z])")
 FindColumns = Callable[["Features", str], Columns]
 
 
@@ -51,8 +51,8 @@ def files_of(suffix: str, name: str) -> list[Path]:
         folders = {below.name for below in path.iterdir() if below.is_dir()}
         if {folder for folder in folders if folder[0] != "."} - {"data"}:
             return []
-        return sorted(path.glob(f"*.{suffix}")) or sorted(path.glob(f"data/*.{suffix}"))
-    if not name.endswith(f".{suffix}"):
+        return next(filter(None, (_having(suffix, folder) for folder in (path, path / "data"))), [])
+    if not name.lower().endswith(f".{suffix}"):
         return []
     files = [path]
     if numbers := re.search(r"\{(\d+)\.\.(\d+)\}", name):
@@ -69,35 +69,44 @@ def files_of(suffix: str, name: str) -> list[Path]:
     return files
 
 
+def _having(suffix: str, folder: Path) -> list[Path]:
+    """The files of a folder with a suffix, in small or capital letters, sorted."""
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() == f".{suffix}")
+
+
 def by_split(files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files by the split that their names tell; by the one split "" if no name does.
+    """The files by the split that their names give; by the one split "" if no name gives one.
 
     Raises:
-        ValueError: only some of them tell.
+        ValueError: only some names give a split, or some resemble names of splits.
     """
     splits: dict[str, list[Path]] = {}
     for file in files:
-        told = SPLIT_NAME.search(file.stem.lower())
-        splits.setdefault(told[1] if told else "", []).append(file)
+        splits.setdefault(split_name(file.stem) or "", []).append(file)
     if len(splits) > 1 and "" in splits:
         raise ValueError(
-            f"{splits[''][0]}: its name tells none of {', '.join(TRAIN_NAMES + TEST_NAMES)}, "
+            f"{splits[''][0]}: its name gives no split ({', '.join(SPLIT_NAMES)}), "
             "as those of other files beside it do"
+        )
+    if unclear := resembles_splits([file.stem for file in splits.get("", [])]):
+        raise ValueError(
+            f"{files[0].parent}: {', '.join(unclear)} may be splits or not; call them train-..., "
+            "val-... and test-..., or name each file, the second as val_data"
         )
     return splits
 
 
-def saved_parts(folder: Path, find: FindColumns) -> Parts:
+def saved_splits(folder: Path, find: FindColumns) -> SplitReaders:
     """The splits of a folder that `save_to_disk` wrote, or what is in it if it has none."""
     from datasets import load_from_disk
 
     with _loading(str(folder)):
-        return _parts(load_from_disk(folder), str(folder), find)
+        return _splits(load_from_disk(folder), str(folder), find)
 
 
-def file_parts(
+def file_splits(
     kind: str, files: Mapping[str, Sequence[Path]], find: FindColumns, streaming: bool
-) -> Parts:
+) -> SplitReaders:
     """The contents of `parquet` files or `webdataset` shards, by split.
 
     Raises:
@@ -128,7 +137,7 @@ def file_parts(
     }
 
 
-def hub_parts(name: str, find: FindColumns, streaming: bool) -> Parts:
+def hub_splits(name: str, find: FindColumns, streaming: bool) -> SplitReaders:
     """The splits of a data set of the hub, OWNER/NAME, perhaps with :CONFIG or @SPLIT behind.
 
     Raises:
@@ -143,7 +152,7 @@ def hub_parts(name: str, find: FindColumns, streaming: bool) -> Parts:
     if not asked:
         raise ValueError(
             f"hub:{name}: a data set of the hub is written hub:OWNER/NAME, and :CONFIG or @SPLIT "
-            "behind it choose a part"
+            "behind it choose one of its splits"
         )
     silence: Exception | None = hub.unreachable()
     try:
@@ -164,7 +173,7 @@ def hub_parts(name: str, find: FindColumns, streaming: bool) -> Parts:
             f"the data set {asked['id']} could not be read from {constants.ENDPOINT}, {kept}. "
             f"Behind a mirror, set HF_ENDPOINT. The hub library said: {reason}"
         ) from error
-    return _parts(found, f"hub:{name}", find)
+    return _splits(found, f"hub:{name}", find)
 
 
 @contextmanager
@@ -198,7 +207,7 @@ def _loading(name: str, offline: bool = False) -> Iterator[None]:
             library.enable_progress_bars()
 
 
-def _parts(found: Any, name: str, find: FindColumns) -> Parts:
+def _splits(found: Any, name: str, find: FindColumns) -> SplitReaders:
     splits = found if isinstance(found, dict) else {"": found}
     return {
         split: partial(_images, rows, f"{name} {split}".rstrip(), find)
@@ -244,6 +253,10 @@ class _Rows(Sequence[Source]):
 
     rows: "Dataset"
     columns: Columns
+
+    def name(self, index: int) -> str:
+        """The same wherever the table is."""
+        return f"{Path(self.columns.table).name}#{index}"
 
     def __len__(self) -> int:
         return len(self.rows)

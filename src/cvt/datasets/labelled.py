@@ -2,9 +2,10 @@
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cvt.images import Source
 
@@ -12,8 +13,31 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 TRAIN_NAMES = ("train", "training")
-# Of several, the first is the test half.
-TEST_NAMES = ("val", "valid", "validation", "test", "testing")
+VALIDATION_NAMES = ("val", "valid", "validation")
+TEST_NAMES = ("test", "testing")
+SPLIT_NAMES = TRAIN_NAMES + VALIDATION_NAMES + TEST_NAMES
+_ANY = "|".join(sorted(SPLIT_NAMES, key=len, reverse=True))
+_WORD = re.compile(rf"(?<![a-z])({_ANY})(?![a-z])")
+_AT_AN_END = re.compile(rf"(?<![a-z])({_ANY})|({_ANY})(?![a-z])")
+
+
+def split_name(name: str) -> str | None:
+    """The name of a split that is a word of a file's or folder's name, as in `train_set`."""
+    found = _WORD.search(name.lower())
+    return found[1] if found else None
+
+
+def resembles_splits(names: Iterable[str]) -> list[str]:
+    """Those of the names that may be meant as splits, as `mytrain` and `myval`.
+
+    Returns:
+        The names with the name of a split at the begin or end of a word; none if they are all of
+        the same split, or if none is of images to train on.
+    """
+    found = {name: _AT_AN_END.search(name.lower()) for name in names}
+    kinds = {name: (match[1] or match[2])[:3] for name, match in found.items() if match}
+    several = len(set(kinds.values())) > 1 and TRAIN_NAMES[0][:3] in kinds.values()
+    return sorted(kinds) if several else []
 
 
 class LabelledImages:
@@ -37,6 +61,10 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def name(self, index: int) -> str:
+        """The name of an image, the same wherever its folder is; of a file its path from there."""
+        return _name(self.sources, index)
+
     def __getitem__(self, index: int) -> tuple[Source, str]:
         return self.sources[index], self.labels[index]
 
@@ -47,6 +75,13 @@ class LabelledImages:
         """Some of the images, in the order of `indices`."""
         labels = [self.labels[i] for i in indices]
         return LabelledImages(_Selection(self.sources, indices), labels, self.classes)
+
+
+def _name(sources: Sequence[Source], index: int) -> str:
+    if isinstance(sources, _Selection):
+        return _name(sources.sources, sources.indices[index])
+    naming = getattr(sources, "name", None)  # of files and rows
+    return naming(index) if naming else str(sources[index])
 
 
 @dataclass(frozen=True)
@@ -131,8 +166,31 @@ class StreamedImages:
 
 
 Images = LabelledImages | StreamedImages
+
+
+class Splits(NamedTuple):
+    """The images of a training run.
+
+    Attributes:
+        train: those to train on.
+        validation: those by which the best epoch is chosen.
+        test: those that are held out until the end; None where there are none.
+    """
+
+    train: Images
+    validation: Images
+    test: Images | None
+
+    @property
+    def drawn(self) -> bool:
+        """Whether `validation` was drawn from the images of `train`'s folder or table."""
+        sources = [getattr(images, "sources", None) for images in (self.train, self.validation)]
+        selected = [source.sources for source in sources if isinstance(source, _Selection)]
+        return len(selected) == 2 and selected[0] is selected[1]
+
+
 # The splits of a data set, each opened when it is called; one that has none is called "".
-Parts = Mapping[str, Callable[[], Images]]
+SplitReaders = Mapping[str, Callable[[], Images]]
 
 
 def split(images: LabelledImages, seed: int) -> tuple[LabelledImages, LabelledImages]:
@@ -145,7 +203,7 @@ def split(images: LabelledImages, seed: int) -> tuple[LabelledImages, LabelledIm
     for i, label in enumerate(images.labels):
         of_class[label].append(i)
     train: list[int] = []
-    test: list[int] = []
+    validation: list[int] = []
     for name, indices in of_class.items():
         if len(indices) == 1:
             raise ValueError(
@@ -153,9 +211,9 @@ def split(images: LabelledImages, seed: int) -> tuple[LabelledImages, LabelledIm
             )
         random.Random(f"{seed} {name}").shuffle(indices)
         cut = max(1, round(len(indices) / 5))
-        test += sorted(indices[:cut])
+        validation += sorted(indices[:cut])
         train += sorted(indices[cut:])
-    return images.select(train), images.select(test)
+    return images.select(train), images.select(validation)
 
 
 def label_map(names: Sequence[str]) -> dict[str | int, str]:

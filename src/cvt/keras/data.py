@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from cvt.datasets import LabelledImages, image_folder
-from cvt.datasets.folder import folder_parts
+from cvt.datasets.folder import folder_splits
 from cvt.images import check_range, decode
 from cvt.keras.modeling import DATA_FORMATS
 
@@ -58,7 +58,7 @@ def image_dataset(
 
     Raises:
         ValueError: an argument is out of its range, images have labels that are no classes, the
-            folder has halves to train and to test on, or the processor is not for decoded images.
+            folder has splits such as `train` and `val`, or the processor is not for decoded images.
         OSError: there is no such folder.
         ImportError: TensorFlow is not installed.
     """
@@ -71,10 +71,10 @@ def image_dataset(
             raise ValueError(f"{name} = {share}: must be from 0 to 1")
     check_range(processor)
     if not isinstance(images, LabelledImages):
-        if halves := sorted(filter(None, folder_parts(Path(images)))):
+        if splits := sorted(filter(None, folder_splits(Path(images)))):
             raise ValueError(
-                f"{images} has halves, {', '.join(halves)}: name one of them, or give what "
-                "cvt.datasets.open_training makes of both"
+                f"{images} has the splits {', '.join(splits)}: name one of them, or give what "
+                "cvt.datasets.open_training returns for one of them"
             )
         images = image_folder(images)
     names = {name: i for i, name in enumerate(images.classes if classes is None else classes)}

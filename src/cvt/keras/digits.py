@@ -27,7 +27,7 @@ def main() -> None:
 
     config = CvtConfig.from_variant("cvt-digits", num_labels=10)
     processor = image_processor(config, image_size=16, crop_pct=1.0)
-    train, test = open_training("digits")
+    train, test, _ = open_training("digits")
     assert isinstance(train, LabelledImages)  # no stream
     assert isinstance(test, LabelledImages)
     views = image_dataset(

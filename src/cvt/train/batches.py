@@ -6,22 +6,26 @@ on at any step as if it had never stopped, with any number of workers, and proce
 for accumulated batches.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cvt.datasets import LabelledImages, StreamedImages
-from cvt.images import ImageError, Source, decode
-from cvt.predict import answer_nothing
+from cvt.images import REDUCED, ImageError, Source, decode
+from cvt.predict import answer_nothing, received, shared
 from cvt.train.recipe import Recipe
 from cvt.train.unfinished import Unfinished, View, together, undecoded
+
+POLL_SECONDS = 2.0  # between questions whether a run that waits for a batch is to stop
 
 
 def seed_all(*numbers: int) -> None:
@@ -153,14 +157,56 @@ class Views(Dataset):
 
 
 def collate(views: list[tuple[Any, Draw]]) -> Batch:
-    """Puts a batch together; images that could not be read are left out of it, and told."""
+    """Puts a batch together, without the images that could not be read, which are its failures."""
     read = [view for view, _ in views if not isinstance(view, ImageError)]
     targets = torch.tensor([d.target for view, d in views if not isinstance(view, ImageError)])
     failures = {str(d.image): str(view) for view, d in views if isinstance(view, ImageError)}
     if read and isinstance(read[0], View):
         pixels, unfinished = together(read)
-        return Batch(pixels, targets, failures, unfinished)
-    return Batch(torch.stack(read) if read else torch.empty(0), targets, failures)
+        batch = Batch(pixels, targets, failures, unfinished)
+    else:
+        batch = Batch(torch.stack(read) if read else torch.empty(0), targets, failures)
+    return with_tensors(batch, shared) if get_worker_info() else batch
+
+
+def with_tensors(value: Any, change: Callable) -> Any:
+    """A batch with its tensors changed, or the arrays that stand for them."""
+    if isinstance(value, Tensor | np.ndarray):
+        return change(value)
+    if isinstance(value, Batch | Unfinished):
+        return type(value)(*(with_tensors(field, change) for field in value))
+    return value
+
+
+class Interrupted(Exception):  # noqa: N818
+    """The run is to stop, and the next batch is not there yet."""
+
+
+class Batches(Iterator[Batch]):
+    """The batches of a loader; while none comes, asks whether to go on waiting.
+
+    Args:
+        loader: gives the batches; a worker of it may be stuck.
+        interrupted: whether the run is to stop.
+    """
+
+    def __init__(self, loader: DataLoader, interrupted: Callable[[], bool]) -> None:
+        self.loader, self.interrupted = iter(loader), interrupted
+
+    def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            Interrupted: the run is to stop, and `POLL_SECONDS` passed without a batch.
+        """
+        while True:
+            try:
+                return with_tensors(next(self.loader), received)
+            except RuntimeError as error:  # the loader can be asked again afterwards
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                if self.interrupted():
+                    raise Interrupted from None
 
 
 def batches(
@@ -169,17 +215,26 @@ def batches(
     recipe: Recipe,
     plan: Plan,
     start: int,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[Batch]:
     """This process's batches from step `start` to the end of the run.
 
     Each worker makes whole batches, two ahead, on one thread, which is torch's way with workers.
     """
+    # What the smallest crop keeps, of which a view is made.
+    crop = recipe.image_size * math.sqrt(recipe.crop_ratio / recipe.crop_scale)
+    read = partial(
+        undecoded if recipe.decode_on_device else decode,
+        max_pixels=recipe.max_pixels,
+        least_of_large=math.ceil(REDUCED * crop),
+    )
     loader: DataLoader = DataLoader(
-        Views(augment, undecoded if recipe.decode_on_device else decode),
+        Views(augment, read),
         batch_sampler=draws(images, recipe, plan, start),
         collate_fn=collate,
         num_workers=recipe.workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=answer_nothing,
+        timeout=POLL_SECONDS if recipe.workers else 0,
     )
-    return iter(loader)
+    return Batches(loader, interrupted)

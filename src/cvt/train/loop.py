@@ -32,15 +32,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from cvt.datasets import LabelledImages, StreamedImages, open_training
+from cvt.datasets import LabelledImages, StreamedImages, open_training, oversized
 from cvt.evaluate import Evaluation, evaluate
 from cvt.files import locked
 from cvt.images import processor_of
 from cvt.modeling import Block
 from cvt.train import records
 from cvt.train.augmentation import augmentation, mixing
-from cvt.train.batches import Batch, Plan, batches, seed_all
+from cvt.train.batches import Batch, Interrupted, Plan, batches, seed_all
 from cvt.train.checkpointing import checkpoints, newest_checkpoint, save_checkpoint
 from cvt.train.finishing import Finishing
 from cvt.train.models import (
@@ -60,6 +61,7 @@ from cvt.train.unfinished import Drawing
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MUCH = 0.2  # of an epoch's time
+CORRUPT_ALWAYS_ALLOWED = 10  # images, however few there are
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, under sharding too
 
 
@@ -72,7 +74,8 @@ class News(NamedTuple):
 
     step: int
     lr: float
-    tensor: Tensor  # loss; share of processes that are to stop; unreadable images
+    # Loss; shares of processes that are to stop and of batches without an image; unreadable images.
+    tensor: Tensor
     failures: dict[str, str]
 
 
@@ -196,7 +199,7 @@ class Run:
         if state:
             recipe = self.shared(recipe, state["batches_per_step"])
         self.recipe, self.dtype = recipe, DTYPES[recipe.precision]
-        self.train_images, self.val_images = open_training(
+        self.train_images, self.val_images, _ = open_training(
             recipe.data,
             recipe.val_data,
             seed=recipe.seed,
@@ -318,7 +321,8 @@ class Run:
             if self.ema:
                 self.ema.module.load_state_dict(state["ema"])
         self.batches: Iterator[Batch] = batches(
-            self.train_images, augment, recipe, self.plan, self.step
+            *(self.train_images, augment, recipe, self.plan, self.step),
+            interrupted=lambda: self.signal > 0,
         )
 
     def announce(self) -> None:
@@ -354,12 +358,21 @@ class Run:
             stack.callback(self.__dict__.pop, "batches")  # ends its workers
             if not self.step:
                 self.save()
+                self.report_oversized()
             if self.at_epoch_end:  # stopped between the last step of an epoch and its end
                 self.end_epoch()
             while self.step < self.plan.steps:
                 self.train_epoch()
                 self.end_epoch()
         return best(self.history)
+
+    def report_oversized(self) -> None:
+        """Log the images with more pixels than are decoded; each process looks at its share."""
+        rank, world, limit = self.plan.rank, self.plan.world, self.recipe.max_pixels
+        for name, images in (("training", self.train_images), ("validation", self.val_images)):
+            if isinstance(images, LabelledImages):
+                for fault in gather_object(list(oversized(images, limit, rank, world))):
+                    self.progress.say(f"not used in {name}: {fault}")
 
     @property
     def epoch(self) -> int:
@@ -391,7 +404,12 @@ class Run:
         self.waited = 0.0  # for batches, in seconds
         first, clock = self.step, time.perf_counter()
         while self.step < end:
-            unread.append(self.train_step())
+            try:
+                unread.append(self.train_step())
+            except Interrupted:
+                while unread:
+                    self.read(unread.popleft())
+                self.leave_waiting()
             done = self.step == end or (recipe.save_steps and self.step % recipe.save_steps == 0)
             stop = False
             while len(unread) > (0 if done or stop else behind):
@@ -432,21 +450,24 @@ class Run:
         self.schedule.set(self.optimizer, step)
         losses: list[Tensor] = []
         failures: dict[str, str] = {}
+        blanks = 0  # batches of which no image can be read
         for turn in range(plan.accumulate):
             batch = self.next_batch()
             seed_all(recipe.seed, plan.number(step, turn))
             if self.finishing:
                 batch = self.finishing(batch)
             failures |= batch.failures
-            if not len(batch.targets):
-                error = next(iter(batch.failures.values()))
-                raise ValueError(f"batch_size: no image of a batch can be read, as {error}")
-            pixels, targets = self.mixed(batch)
-            with self.synchronised(turn == plan.accumulate - 1):
+            is_blank = not len(batch.targets)
+            blanks += is_blank
+            pixels, targets = self.mixed(blank(recipe.image_size) if is_blank else batch)
+            kept = statistics_kept(self.plain) if is_blank else contextlib.nullcontext()
+            with self.synchronised(turn == plan.accumulate - 1), kept:
                 with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
                     logits = self.model(pixels, return_dict=True).logits
                 smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+                if is_blank:  # it counts nothing, but other processes wait for its gradient
+                    loss = 0 * loss
                 self.scaler.scale(loss / plan.accumulate).backward()
             losses.append(loss.detach())
         if recipe.clip_grad is not None:
@@ -460,7 +481,8 @@ class Run:
             self.ema.update(self.plain, step=self.step)
         # Made where they are needed: a copy to a GPU would wait until all its work is done.
         told = [
-            torch.full((), float(n), device=self.device) for n in (self.signal > 0, len(failures))
+            torch.full((), float(n), device=self.device)
+            for n in (self.signal > 0, blanks / plan.accumulate, len(failures))
         ]
         news = self.accelerator.reduce(torch.stack([torch.stack(losses).mean(), *told]), "mean")
         return News(step, self.optimizer.param_groups[-1]["lr"], news, failures)
@@ -490,11 +512,13 @@ class Run:
             FloatingPointError: its loss is NaN or infinite.
             ValueError: there are too many unreadable images.
         """
-        loss, stopping, failures = news.tensor.tolist()
+        loss, stopping, blank_share, failures = news.tensor.tolist()
         if not math.isfinite(loss):
             raise self.diverged(f"the loss is {loss}", news.step)
-        self.losses.append(loss)
-        if self.main:
+        if blank_share < 1:
+            loss /= 1 - blank_share
+            self.losses.append(loss)
+        if self.main and blank_share < 1:
             self.events.add(news.step + 1, {"train/loss": loss, "train/learning_rate": news.lr})
         if failures:
             self.count_corrupt(news.failures)
@@ -512,16 +536,21 @@ class Run:
 
     def count_corrupt(self, failures: dict[str, str]) -> None:
         """Log the images that could not be read, by name, once each."""
-        for name, error in gather_object(list(failures.items())):
+        data = Path(self.recipe.data)
+        folder = str(data if data.is_dir() else data.parent)
+        for path, error in gather_object(list(failures.items())):
+            name = path.removeprefix(folder).lstrip("/")  # the same if the data is moved
             if name not in self.corrupt:
                 self.corrupt[name] = error
                 self.progress.say(f"left out: {error}")
         if self.main:
             records.write_corrupt(self.output, self.corrupt)
-        if len(self.corrupt) > self.recipe.max_corrupt:
+        allowed = max(CORRUPT_ALWAYS_ALLOWED, self.recipe.max_corrupt * self.plan.images)
+        if len(self.corrupt) > allowed:
             raise ValueError(
-                f"{len(self.corrupt)} training images cannot be read, more than max_corrupt = "
-                f"{self.recipe.max_corrupt}; {self.output / 'corrupt.txt'} lists them"
+                f"{len(self.corrupt)} of {self.plan.images} training images cannot be read, more "
+                f"than max_corrupt = {self.recipe.max_corrupt:g} and more than "
+                f"{CORRUPT_ALWAYS_ALLOWED}; {self.output / 'corrupt.txt'} lists them"
             )
 
     # -------------------------------------------------------------------------- between epochs
@@ -529,6 +558,11 @@ class Run:
     def end_epoch(self) -> None:
         """Evaluate, write down, save."""
         recipe, number = self.recipe, len(self.history) + 1
+        if not self.losses:
+            raise ValueError(
+                f"no training image of epoch {number} can be read; {self.output / 'corrupt.txt'} "
+                "lists them"
+            )
         last = self.step == self.plan.steps
         row: Row = {
             "epoch": number,
@@ -591,6 +625,7 @@ class Run:
                 rank=self.plan.rank,
                 world=world,
                 config=self.config,
+                max_pixels=self.recipe.max_pixels,
             )
         except FloatingPointError as error:
             raise self.diverged(str(error), self.step - 1) from None
@@ -645,6 +680,12 @@ class Run:
         self.progress.say(f"stopped and saved after {self.step} steps; --resume goes on")
         raise Stopped(128 + (self.signal or signal.SIGTERM))
 
+    def leave_waiting(self) -> None:
+        """Leave while a batch does not come, as a signal has asked for; the step is not taken."""
+        if not self.sharded:  # whose state only all processes together can save
+            self.stop()
+        raise Stopped(128 + self.signal)
+
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
         """SIGTERM and Ctrl-C stop the run after the step; a second Ctrl-C stops it at once.
@@ -668,6 +709,24 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def blank(side: int) -> Batch:
+    """A batch of one image, in the place of one of which no image can be read."""
+    return Batch(torch.zeros(1, 3, side, side), torch.zeros(1, dtype=torch.int64), {})
+
+
+@contextlib.contextmanager
+def statistics_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Batch normalisation by its running statistics, which do not change."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 def precision(name: str, device: torch.device) -> str:

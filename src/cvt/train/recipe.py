@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from cvt.images import MAX_PIXELS
+
 PACKAGED = Path(__file__).parents[1] / "recipes"
 
 
@@ -28,9 +30,13 @@ def setting(
     above: float = -math.inf,
     most: float = math.inf,
     choices: tuple[str, ...] = (),
+    meaning: str = "",
 ) -> Any:
-    """A field of `Recipe`; `group` opens a new group, to which the next fields belong too."""
-    limits = {"least": least, "above": above, "most": most, "choices": choices}
+    """A field of `Recipe`; `group` opens a new group, to which the next fields belong too.
+
+    An error says what the value means, if that is given.
+    """
+    limits = {"least": least, "above": above, "most": most, "choices": choices, "meaning": meaning}
     return field(default=default, metadata={"help": help, "group": group, **limits})
 
 
@@ -52,7 +58,16 @@ class Recipe:
     epoch_images: int | None = setting(
         None, "Images that a stream of unknown length counts as an epoch.", least=1
     )
-    max_corrupt: int = setting(10, "Unreadable training images, above which to stop.", least=0)
+    max_corrupt: float = setting(
+        0.01,
+        "Share of the training images that may be unreadable; 10 always may.",
+        least=0,
+        most=1,
+        meaning="a share of the training images, as 0.01",
+    )
+    max_pixels: int = setting(
+        MAX_PIXELS, "Pixels that an image may have; larger ones are unreadable.", least=1
+    )
     workers: int = setting(0, "Processes that decode and augment, besides this one.", least=0)
 
     model: str = setting(
@@ -220,7 +235,10 @@ def checked(spec: dataclasses.Field, value: Any) -> Any:
         else:
             value = int(value) if isinstance(value, str) and value.isdigit() else kind(number)
     if fault:
-        raise ValueError(f"{spec.name} = {value}: {fault}")
+        meaning = limits["meaning"]
+        raise ValueError(
+            f"{spec.name} = {value}: {fault}" + (f"; it is {meaning}" if meaning else "")
+        )
     return value
 
 

@@ -21,7 +21,7 @@ from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from cvt.images import MAX_ASPECT, MAX_PIXELS, MAX_SCANS, Source, StoredImage, decode
+from cvt.images import LARGE_PIXELS, MAX_ASPECT, MAX_PIXELS, MAX_SCANS, Source, StoredImage, decode
 from cvt.train.augmentation import operations
 from cvt.train.recipe import Recipe
 
@@ -135,8 +135,15 @@ class Undecoded(NamedTuple):
     header: Image.Image
 
 
-def undecoded(source: Source) -> Image.Image | Undecoded:
+def undecoded(
+    source: Source, *, max_pixels: int = MAX_PIXELS, **limits: Any
+) -> Image.Image | Undecoded:
     """A JPEG as a file, if every decoder sees the same in it; any other image decoded.
+
+    Args:
+        source: the image.
+        max_pixels: as in `cvt.images.decode`.
+        limits: other settings of `cvt.images.decode`.
 
     Raises:
         ImageError: as `cvt.images.decode`.
@@ -148,12 +155,12 @@ def undecoded(source: Source) -> Image.Image | Undecoded:
         elif callable(content):
             content = content()
         source = StoredImage(str(source), content)
-        if isinstance(content, bytes) and (header := plain(content)):
+        if isinstance(content, bytes) and (header := plain(content, max_pixels)):
             return Undecoded(str(source), content, header)
-    return decode(source)
+    return decode(source, max_pixels=max_pixels, **limits)
 
 
-def plain(file: bytes) -> JpegImageFile | None:
+def plain(file: bytes, max_pixels: int) -> JpegImageFile | None:
     """The header of a JPEG with an end, of YCbCr, upright and within the limits of `decode`.
 
     Raises:
@@ -167,7 +174,7 @@ def plain(file: bytes) -> JpegImageFile | None:
     fits = (
         file.endswith(b"\xff\xd9")
         and file.count(b"\xff\xda") <= MAX_SCANS
-        and 0 < width * height <= MAX_PIXELS
+        and 0 < width * height <= min(max_pixels, LARGE_PIXELS)
         and max(width, height) <= MAX_ASPECT * min(width, height)
         and [component for component, *_ in header.layer] == [1, 2, 3]
         and header.info.get("adobe_transform", 1) == 1
