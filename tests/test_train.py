@@ -23,7 +23,7 @@ from training_runs import equal
 from cvt import CvtConfig, CvtForImageClassification, image_processor, kernels
 from cvt.checkpoints import load_classifier, load_processor, transformers_to_authors
 from cvt.configuration import VARIANTS
-from cvt.datasets import open_training
+from cvt.datasets import image_folder, open_training
 from cvt.evaluate import evaluate
 from cvt.labels import imagenet_classes
 from cvt.train import Recipe, load_recipe, loop, resume, train
@@ -303,6 +303,37 @@ def test_a_run_resumes_only_on_its_own_images(photos, recipe, tmp_path):
         resume(tmp_path / "run", {"lr": 1.0, "epochs": "1"})
 
 
+def test_a_test_folder_is_held_out_and_evaluated_once_at_the_end(recipe, tmp_path, photos):
+    for i, path in enumerate(sorted(photos.glob("*/*.png"))):
+        split = ("train", "val", "test")[i % 3] if path.name != "02.png" else "test"
+        (tmp_path / "data" / split / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "data" / split / path.parent.name / path.name)
+    seen = Watcher()
+    train(recipe(data=str(tmp_path / "data"), epochs=2), tmp_path / "run", seen)
+    metrics = json.loads((tmp_path / "run/test/metrics.json").read_text())
+    model = load_classifier(tmp_path / "run/best")
+    images = image_folder(tmp_path / "data/test")
+    found = evaluate(model, load_processor(tmp_path / "run/best", model.config), images)
+    assert (metrics["images"], metrics["top1"]) == (len(images), found.top1)
+    assert [said for said in seen.said if "held-out" in said] == [
+        f"12 held-out test images: top-1 {100 * found.top1:.2f} %, loss {found.loss:.4f}; "
+        f"more in {tmp_path / 'run/test'}"
+    ]
+    assert not (tmp_path / "run/split.csv").exists()
+    again = Watcher()
+    resume(tmp_path / "run", progress=again)
+    assert not any("held-out" in said for said in again.said)
+
+
+def test_a_split_that_the_run_draws_is_kept(recipe, tmp_path, photos, cvt):
+    train(recipe(epochs=1, steps=1), tmp_path / "run")
+    rows = list(csv.DictReader((tmp_path / "run/split.csv").read_text().splitlines()))
+    assert {row["split"] for row in rows} == {"train", "validation"}
+    assert len({row["path"] for row in rows}) == len(rows) == 36
+    code, _, err = cvt("evaluate", tmp_path / "run/best", photos)
+    assert (code, "the 6 validation images of 36" in err) == (0, True)
+
+
 def test_the_same_command_starts_and_resumes(photos, config_folder, tmp_path, cvt):
     settings = {"model": config_folder, "batch-size": 8, "image-size": 32, "epochs": 1, "steps": 2}
     options = [word for name, value in settings.items() for word in (f"--{name}", value)]
@@ -313,7 +344,7 @@ def test_the_same_command_starts_and_resumes(photos, config_folder, tmp_path, cv
     assert (code, "2 steps done" in err) == (0, True)
     equal(before, final_state(tmp_path / "run"))
     code, _, err = cvt(*command, "lr=1")
-    assert (code, "lr = 1.0, but the run has None" in " ".join(err.split())) == (1, True), err
+    assert (code, "lr = 1, but the run has None" in " ".join(err.split())) == (1, True)
     assert cvt(*[word for word in command if word != "--resume"])[0] == 1
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -34,8 +34,16 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cvt.datasets import LabelledImages, StreamedImages, open_training, oversized
-from cvt.evaluate import Evaluation, evaluate
+from cvt.checkpoints import load_classifier
+from cvt.datasets import (
+    Images,
+    LabelledImages,
+    StreamedImages,
+    open_training,
+    oversized,
+    write_split,
+)
+from cvt.evaluate import Evaluation, evaluate, write_evaluation
 from cvt.files import locked
 from cvt.images import processor_of
 from cvt.modeling import Block
@@ -199,7 +207,7 @@ class Run:
         if state:
             recipe = self.shared(recipe, state["batches_per_step"])
         self.recipe, self.dtype = recipe, DTYPES[recipe.precision]
-        self.train_images, self.val_images, _ = open_training(
+        self.splits = open_training(
             recipe.data,
             recipe.val_data,
             seed=recipe.seed,
@@ -207,6 +215,7 @@ class Run:
             image_column=recipe.image_column,
             label_column=recipe.label_column,
         )
+        self.train_images, self.val_images, self.test_images = self.splits
         self.digest = digest(self.train_images, self.val_images)
         if state and state["images"] != self.digest:
             raise ValueError(f"the images in {recipe.data} are not those of the run in {output}")
@@ -353,6 +362,10 @@ class Run:
                 self.output.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.output))
                 records.write_settings(self.output, self.given, self.plan, self.device)
+                if self.splits.drawn:
+                    assert isinstance(self.train_images, LabelledImages)
+                    assert isinstance(self.val_images, LabelledImages)
+                    write_split(self.output / "split.csv", self.train_images, self.val_images)
                 self.events = records.Events(self.output, self.step)
                 stack.callback(self.events.close)
             stack.callback(self.__dict__.pop, "batches")  # ends its workers
@@ -361,9 +374,11 @@ class Run:
                 self.report_oversized()
             if self.at_epoch_end:  # stopped between the last step of an epoch and its end
                 self.end_epoch()
+            is_done = self.step == self.plan.steps
             while self.step < self.plan.steps:
                 self.train_epoch()
                 self.end_epoch()
+            self.test(is_done)
         return best(self.history)
 
     def report_oversized(self) -> None:
@@ -576,7 +591,8 @@ class Run:
         evaluation = None
         if last or number % recipe.eval_every == 0:
             for prefix in prefixes:
-                evaluation = self.evaluated(prefix)
+                weights = self.plain if prefix == "val" else self.averaged
+                evaluation = self.evaluated(weights, self.val_images, "validation")
                 for what in ("loss", "top1", "top5"):
                     row[f"{prefix}_{what}"] = getattr(evaluation, what)
         self.history.append(row)
@@ -597,16 +613,35 @@ class Run:
         self.save(state)
         self.progress.epoch(row)
 
-    def evaluated(self, which: str) -> Evaluation:
-        """The evaluation of the weights in training, or of the averaged ones; every image once."""
+    def test(self, is_done: bool) -> None:
+        """Evaluate the best model on the images that were held out; once, if the run was done."""
+        folder = self.output / "test"
+        (is_known,) = broadcast_object_list([is_done and folder.exists()])
+        if self.test_images is None or is_known:
+            return
+        model: Any = rebuilt(self.config.to_dict())
+        if self.main:
+            model = load_classifier(self.output / "best")
+        model.to(self.device)
+        if self.plan.world > 1:
+            for parameter in model.parameters():
+                torch.distributed.broadcast(parameter.data, 0)
+        evaluation = self.evaluated(model, self.test_images, "test")
+        if self.main:
+            write_evaluation(evaluation, folder, overwrite=True)
+            self.progress.say(
+                f"{evaluation.images} held-out test images: top-1 {100 * evaluation.top1:.2f} %, "
+                f"loss {evaluation.loss:.4f}; more in {folder}"
+            )
+
+    def evaluated(self, model: Any, images: Images, name: str) -> Evaluation:
+        """The evaluation of a model on every image once, shared by the processes."""
         world = self.plan.world
-        model = self.plain if which == "val" else self.averaged
         if world > 1:
             for buffer in model.buffers():  # the first process's, whose model is kept
                 torch.distributed.broadcast(buffer, 0)
-        images = self.val_images
         total = images.length if isinstance(images, StreamedImages) else len(images)
-        shown = self.progress.stage("validation", total and -(-total // world))
+        shown = self.progress.stage(name, total and -(-total // world))
 
         def step() -> None:
             shown()

@@ -7,6 +7,8 @@
 | `results.csv` | a row an epoch |
 | `learning_curve.png` | the same as a picture |
 | `speed.csv` | images per second, and the share of the time that went by waiting for them |
+| `split.csv` | which images were trained on, where the run drew the validation images itself |
+| `test/` | the best model's evaluation on the images that were held out, where there are any |
 | `confusion_matrix.png`, `mistakes.png` | of the best epoch |
 | `tensorboard/` | events for TensorBoard |
 | `corrupt.txt` | the training images that could not be read |
