@@ -224,10 +224,11 @@ def test_colours_jitter_and_policies_act(ramp):
         augmentation(Recipe(auto_augment="nonsense"), image_processor(CvtConfig(), image_size=16))
 
 
-def test_the_papers_policy_survives_its_strongest_level():
-    """At level 10 timm asks Pillow to keep 0 bits, which Pillow refuses."""
+@pytest.mark.parametrize("policy", ["rand-m10-p1.0-n8-inc1", "rand-m15-mmax20-p1.0-n8-inc1"])
+def test_policies_survive_their_strongest_levels(policy):
+    """From level 10 timm asks Pillow to keep 0 bits and fewer, which Pillow refuses."""
     image = Image.new("RGB", (16, 16), "white")
-    views = changed(image, auto_augment="rand-m10-p1.0-n8-inc1")
+    views = changed(image, auto_augment=policy)
     assert views.isfinite().all()
 
 
