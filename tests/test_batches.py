@@ -1,4 +1,5 @@
 import random
+import sys
 from itertools import chain
 
 import numpy as np
@@ -12,6 +13,7 @@ from cvt.images import StoredImage
 from cvt.train import Recipe
 from cvt.train.augmentation import augmentation, mixing
 from cvt.train.batches import Plan, batches, draws, seed_all
+from cvt.train.unfinished import Drawing
 
 PLAIN = {
     "image_size": 16, "crop_scale": 1.0, "crop_ratio": 1.0, "flip": 0.0, "label_smoothing": 0.0,
@@ -144,6 +146,34 @@ def test_seeds_of_neighbouring_places_have_nothing_in_common():
     assert all(len({values[i] for values in drawn}) == 4 for i in range(3))
 
 
+@pytest.mark.parametrize("changes", [{}, {"augment_on_device": True}], ids=str)
+def test_workers_do_without_shared_memory(changes, monkeypatch, caplog):
+    def fail(tensor):
+        raise RuntimeError("no space")
+
+    images = LabelledImages(
+        [StoredImage(str(i), Image.new("RGB", (20, 20), (i, 0, 0))) for i in range(4)], [*"abab"]
+    )
+    recipe = Recipe(batch_size=4, image_size=16, workers=1, **changes)
+    processor = image_processor(CvtConfig(), image_size=16)
+
+    def one():
+        augment = augmentation(recipe, processor)
+        augment = Drawing(augment, recipe) if changes else augment
+        (batch,) = batches(images, augment, recipe, Plan(4, 4, 1, 0, 1, 1), 0)
+        return batch
+
+    expected = one()
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    sys.modules["cvt.predict"]._warn_of_shared_memory.cache_clear()
+    found = one()
+    assert torch.equal(found.pixels, expected.pixels)
+    assert torch.equal(found.targets, expected.targets)
+    if changes:
+        assert torch.equal(found.unfinished.erased, expected.unfinished.erased)
+    assert len([line for line in caplog.messages if "shared memory" in line]) == 1
+
+
 # ------------------------------------------------------------------------------ augmentation
 
 
@@ -224,10 +254,11 @@ def test_colours_jitter_and_policies_act(ramp):
         augmentation(Recipe(auto_augment="nonsense"), image_processor(CvtConfig(), image_size=16))
 
 
-def test_the_papers_policy_survives_its_strongest_level():
-    """At level 10 timm asks Pillow to keep 0 bits, which Pillow refuses."""
+@pytest.mark.parametrize("policy", ["rand-m10-p1.0-n8-inc1", "rand-m15-mmax20-p1.0-n8-inc1"])
+def test_policies_survive_their_strongest_levels(policy):
+    """From level 10 timm asks Pillow to keep 0 bits and fewer, which Pillow refuses."""
     image = Image.new("RGB", (16, 16), "white")
-    views = changed(image, auto_augment="rand-m10-p1.0-n8-inc1")
+    views = changed(image, auto_augment=policy)
     assert views.isfinite().all()
 
 

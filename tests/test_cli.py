@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from cvt import CvtForImageClassification
 from cvt.checkpoints import transformers_to_authors
 from cvt.cli import app
 from cvt.cli.console import TrainingBars
+from cvt.datasets import open_training, write_split
 
 CVT = Path(sys.executable).with_name("cvt")
 
@@ -32,12 +34,13 @@ TORCH = ("--runtime", "torch")  # starts at once
 COMMANDS = {
     "predict": [
         "model", "images", "--topk", "--batch-size", "--workers", "--runtime", "--precision",
-        "--device", "--threads", "--exact-decoding", "--output", "--json", "--resume", "--force",
+        "--device", "--threads", "--exact-decoding", "--max-pixels", "--output",
+        "--json", "--resume", "--force",
     ],
     "train": [
         "words", "--config", "--output", "--resume",
         "--val-data", "--classes", "--image-column", "--label-column", "--epoch-images",
-        "--max-corrupt", "--workers",
+        "--max-corrupt", "--max-pixels", "--workers",
         "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only",
         "--lora-r",
         "--image-size", "--crop-pct", "--crop-scale", "--crop-ratio", "--interpolation", "--flip",
@@ -54,7 +57,7 @@ COMMANDS = {
     ],
     "evaluate": [
         "model", "data", "--batch-size", "--workers", "--runtime", "--precision", "--device",
-        "--threads", "--output", "--report", "--class-map",
+        "--threads", "--max-pixels", "--output", "--report", "--class-map",
         "--subset", "--real-labels", "--classes", "--image-column", "--label-column", "--force",
     ],
     "convert": [
@@ -233,6 +236,37 @@ def test_evaluate_reports_broken_images(cvt, model_folder, photos, tmp_path):
     assert code == 3
     assert "1 images" in out
     assert "bad.png" in err
+
+
+def test_evaluate_takes_the_validation_images_of_the_run(cvt, model_folder, photos, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(model_folder, run / "best")
+    train, validation, _ = open_training(photos)
+    write_split(run / "split.csv", train, validation)
+    code, out, err = cvt("evaluate", *TORCH, run / "best", photos)
+    assert code == 0
+    assert "6 images" in out
+    assert f"the 6 validation images of 36, by {run / 'split.csv'}" in err
+    data = tmp_path / "data"
+    for name in ("red/00.png", "red/01.png", "red/02.png", "red/new.png"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_bytes((photos / "red/00.png").read_bytes())
+    names = [train.name(i) for i in range(len(train))]
+    trained = len({"red/00.png", "red/01.png", "red/02.png"} & set(names))
+    code, out, err = cvt("evaluate", *TORCH, run / "best", data)
+    assert code == 0
+    assert "4 images" in out
+    assert (
+        f"{trained} of the 4 images have the names of images that the model was trained on" in err
+    )
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_images_of_too_many_pixels_are_skipped(cvt, model_folder, photos, command):
+    code, _, err = cvt(command, *TORCH, model_folder, photos, "--max-pixels", 1000)
+    assert code == 3
+    assert f"{photos / 'red/02.png'}: is 40 x 26 pixels; at most 1000 are decoded" in err
+    assert "30 of 36 images skipped" in err
 
 
 def test_convert_says_what_it_wrote(cvt, model_folder, tmp_path):

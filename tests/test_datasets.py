@@ -484,8 +484,8 @@ def test_links_are_followed_and_what_is_not_read_is_named_once(tmp_path, caplog,
     (message,) = caplog.messages
     assert message == (
         f"{data}: not read: 3 broken links (cat/itself.png, dog/gone.png, fox); 4 images without "
-        "the suffix of one (dog/3.jpg.1, dog/4, dog/5.jpg~, ...); 1 links to a folder that they are "
-        "in (cat/loop); 1 of the suffix .ico (dog/2.ico); 1 of the suffix .jxl (dog/1.jxl); 1 "
+        "the suffix of one (dog/3.jpg.1, dog/4, dog/5.jpg~, ...); 1 links to a folder that they "
+        "are in (cat/loop); 1 of the suffix .ico (dog/2.ico); 1 of the suffix .jxl (dog/1.jxl); 1 "
         "outside the folders of the classes (loose.png); 1 pipes, sockets or devices "
         "(dog/pipe.png)"
     )

@@ -146,6 +146,21 @@ def test_a_run_in_two_processes_resumes_in_two_exactly_and_in_one(folder, one, t
     assert losses(alone) == pytest.approx(losses(one), rel=1e-4)
 
 
+def test_a_process_without_a_readable_image_does_not_keep_the_other_waiting(folder, words, one):
+    data = folder / "unreadable"
+    shutil.copytree(folder / "data/pictures", data)
+    for file in sorted(data.glob("train/*/*.png"))[::2]:
+        file.write_bytes(b"no picture")
+    output = folder / "blank"
+    words = [*words, f"data={data}", "batch_size=2", "epochs=1", "max_corrupt=1"]
+    words += ["image_size=48", "mixup=0"]
+    assert exit_codes(ranks(2, [*words, "--output", str(output)], output)) == [0, 0]
+    found = state(output)
+    assert len(found["corrupt"]) > 10
+    assert all(weight.isfinite().all() for weight in found["model"].values())
+    assert all(0.3 < loss < 3 for loss in losses(output))
+
+
 def test_processes_that_cannot_share_the_batches_are_told_so(folder, one):
     processes = ranks(3, ["--resume", "--output", str(one)], folder / "three")
     assert exit_codes(processes) == [1, 1, 1]

@@ -337,6 +337,29 @@ def test_16_bit_greyscale_with_a_transparent_value_lies_over_white():
     assert expected[3, 3].tolist() == [3, 3, 3]  # 771 is as dark, and opaque
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_grey_of_few_bits_with_a_transparent_value_lies_over_white(depth):
+    values = np.arange(2**depth)
+    bits = (values[:, None] >> np.arange(depth)[::-1]) & 1
+    row = np.packbits(bits.astype(np.uint8).ravel()).tobytes()
+    data = png(len(values), 1, depth, 0, [row], (b"tRNS", struct.pack(">H", 1)))
+    expected = values * 255 // (2**depth - 1)
+    expected[1] = 255
+    assert pixels(data)[0, :, 0].tolist() == expected.tolist()
+    # An open image is converted likewise, and is not changed.
+    with Image.open(io.BytesIO(data)) as image:
+        before = image.info["transparency"]
+        assert pixels(image)[0, :, 0].tolist() == expected.tolist()
+        assert image.info["transparency"] == before
+
+
+def test_16_bit_colour_with_a_transparent_one_is_compared_by_the_high_bytes():
+    rgb = np.array([[[0x0102, 0x0304, 0x0506], [0x0100, 0x0300, 0x0500], [0x0102, 0x0304, 0]]])
+    rows = [row.astype(">u2").tobytes() for row in rgb]
+    data = png(3, 1, 16, 2, rows, (b"tRNS", struct.pack(">HHH", 0x0102, 0x0304, 0x0506)))
+    assert pixels(data).tolist() == [[[255] * 3, [255] * 3, [1, 3, 0]]]
+
+
 def test_16_bit_colour_keeps_the_high_byte():
     generator = np.random.default_rng(0)
     rgb = generator.integers(0, 65536, (5, 7, 3))
@@ -659,6 +682,68 @@ def test_the_limit_is_ours_and_not_pillows(monkeypatch, as_file):
     monkeypatch.setattr(images, "MAX_PIXELS", 40 * 56 - 1)
     with pytest.raises(ImageError, match="56 x 40 pixels; at most 2239"):
         decode(source)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF"])
+def test_the_limit_can_be_raised_above_pillows(monkeypatch, kind):
+    data = encoded(photo(), kind)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(images, "MAX_PIXELS", 200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ImageError, match="200"):
+            decode(data)
+        assert decode(data, max_pixels=56 * 40).size == (56, 40)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_the_default_limit_is_that_of_pillows_error():
+    assert images.MAX_PIXELS == 2 * (1024**3 // 4 // 3)  # Image.MAX_IMAGE_PIXELS as installed
+
+
+def test_files_of_too_many_pixels_are_found_by_their_headers(tmp_path, monkeypatch):
+    for kind in ("PNG", "WEBP", "JPEG"):
+        (tmp_path / kind).write_bytes(encoded(photo(), kind)[:-20])  # no whole image
+    (tmp_path / "text").write_text("no image")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for kind in ("PNG", "JPEG"):
+        fault = f"{tmp_path / kind}: is 56 x 40 pixels; at most 2239 are decoded (max_pixels)"
+        assert images.oversize(tmp_path / kind, 2239) == fault
+        assert images.oversize(tmp_path / kind, 2240) is None
+    assert "2240 pixels" in images.oversize(tmp_path / "WEBP", 2238)
+    assert images.oversize(tmp_path / "text", 1) is None
+    assert images.oversize(tmp_path / "nowhere", 1) is None
+
+
+@pytest.mark.parametrize(("kind", "size"), [("JPEG", (7, 5)), ("PNG", (9, 6)), ("WEBP", (9, 6))])
+def test_large_images_are_decoded_smaller_and_others_whole(monkeypatch, kind, size):
+    data = encoded(photo(), kind)
+    assert decode(data, least_of_large=5).size == (56, 40)
+    monkeypatch.setattr(images, "LARGE_PIXELS", 56 * 40 - 1)
+    assert decode(data).size == (56, 40)
+    small = decode(data, least_of_large=5 if kind == "JPEG" else 6)
+    assert small.size == (size if kind == "JPEG" else (10, 7))
+    assert np.abs(pixels(data).mean((0, 1)) - np.asarray(small).mean((0, 1))).max() < 4
+
+
+HEIC = "pillow-heif is not installed (the extra heif)"
+
+
+@pytest.mark.skipif(not images.HAS_HEIF, reason=HEIC)
+def test_heic_is_decoded_upright(tmp_path):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.fromarray(photo(64, 96)).save(tmp_path / "a.heic", exif=exif, quality=100)
+    image = decode(tmp_path / "a.heic")
+    assert image.size == (64, 96)
+    expected = photo(64, 96).astype(int)[::-1].transpose(1, 0, 2)
+    assert np.abs(np.asarray(image) - expected).mean() < 6
+    assert ".heic" in IMAGE_SUFFIXES
+    with pytest.raises(ImageError, match="at most 6143"):
+        decode(tmp_path / "a.heic", max_pixels=6143)
 
 
 @pytest.mark.parametrize("size", [(2001, 2), (2, 2001)])

@@ -1,5 +1,6 @@
 import base64
 import io
+import warnings
 from html.parser import HTMLParser
 
 import matplotlib
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cvt import report
 from cvt.evaluate import COUNTED, Evaluation, Failure, Mistake
 from cvt.images import StoredImage
 from cvt.predict import Prediction
@@ -183,3 +185,35 @@ def test_a_page_is_not_overwritten(tmp_path):
     (tmp_path / "page.html").write_text("mine")
     with pytest.raises(FileExistsError):
         write_report(evaluation_of(2), tmp_path / "page.html", "title")
+
+
+CHINESE = ["猫", "狗"]
+
+
+def of_chinese():
+    evaluation = evaluation_of(2)
+    return Evaluation(CHINESE, evaluation.counted, [], [])
+
+
+def test_names_without_a_font_are_reported_once_and_not_by_matplotlib(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(report, "WIDE_FONTS", ("No Such Font", "Nor This"))
+    report._warn_of_glyphs.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("a.png", "b.png"):
+            plot_confusion(of_chinese(), tmp_path / name)
+        plot_mistakes(evaluation_of(2), tmp_path / "c.png")
+    (message,) = caplog.messages
+    assert message.endswith("Install one, such as No Such Font or Nor This")
+
+
+def test_a_font_that_has_the_characters_is_found(monkeypatch, caplog):
+    monkeypatch.setattr(report, "WIDE_FONTS", ("No Such Font", "DejaVu Sans Mono", "DejaVu Sans"))
+    report._warn_of_glyphs.cache_clear()
+    with matplotlib.rc_context({"font.family": ["cmr10"]}):
+        for names, fonts in ((["beetle"], []), (["Жук"], ["DejaVu Sans Mono"])):
+            with report._style(names):
+                assert matplotlib.rcParams["font.family"] == ["cmr10", *fonts]
+    assert not caplog.messages

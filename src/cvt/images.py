@@ -253,25 +253,25 @@ def is_image(prefix: bytes) -> bool:
         return False
 
 
-def oversize(path: Path, max_pixels: int) -> str | None:
+def oversize(path: Path, max_pixels: int | None = None) -> str | None:
     """Why a file that is an image has too many pixels to be decoded, by its header.
 
     Args:
         path: the file.
-        max_pixels: the pixels that an image may have.
+        max_pixels: the pixels that an image may have; `MAX_PIXELS` by default.
 
     Returns:
         A sentence that names the file; None for other files, whatever else is wrong with them.
     """
-    name = str(path)
+    name, limit = str(path), MAX_PIXELS if max_pixels is None else max_pixels
     try:
         with _file(path, name) as file:
-            image = _opened(file, name, max_pixels)
+            image = _opened(file, name, limit)
     except Image.DecompressionBombError as error:
         return f"{name}: {error}"
     except Exception:  # `decode` will say what is wrong
         return None
-    return _too_many_pixels(image.size, name, max_pixels)
+    return _too_many_pixels(image.size, name, limit)
 
 
 def _too_many_pixels(size: tuple[int, int], name: str, max_pixels: int) -> str | None:

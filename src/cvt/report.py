@@ -2,13 +2,18 @@
 
 import base64
 import io
+import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -19,6 +24,7 @@ from cvt.files import staged
 from cvt.images import Source, decode
 from cvt.predict import Prediction
 
+logger = logging.getLogger(__name__)
 INK, GREY, BLUE, RIGHT, WRONG = "#222222", "#9a9a9a", "#2166ac", "#1b7837", "#c51b29"
 STYLE: Any = {
     "font.size": 9,
@@ -26,12 +32,73 @@ STYLE: Any = {
     "axes.spines.right": False,
     "text.parse_math": False,  # a class may be called $1$
 }
+# Fonts that have the characters of Chinese, Japanese and Korean, and more.
+WIDE_FONTS = (
+    *("Noto Sans CJK SC", "WenQuanYi Micro Hei", "Noto Sans CJK JP", "Noto Sans SC"),
+    *("WenQuanYi Zen Hei", "Source Han Sans SC", "Source Han Sans CN", "Droid Sans Fallback"),
+    *("Microsoft YaHei", "SimHei", "PingFang SC", "PingFang HK", "Hiragino Sans GB", "Heiti TC"),
+    *("Arial Unicode MS", "AR PL UMing CN", "IPAGothic", "Noto Sans CJK KR", "NanumGothic"),
+    *("Malgun Gothic", "Unifont"),
+)
 SIDE = 128  # of an image on a sheet, in pixels
 COLUMNS, CELL, MARGIN = 10, (144, 188), 8  # of a sheet; a cell is an image below its caption
 ROWS = 1000  # of the table of classes on the page
 
 
 # ------------------------------------------------------------------------------ pictures
+
+
+P = ParamSpec("P")
+
+
+def _styled(
+    names: Callable[[Any], Iterable[str]],
+) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Our style for a function; `names` gives the names that are drawn, of its first argument."""
+
+    def decorated(draw: Callable[P, None]) -> Callable[P, None]:
+        @wraps(draw)
+        def styled(*arguments: P.args, **options: P.kwargs) -> None:
+            with _style(names(arguments[0])):
+                draw(*arguments, **options)
+
+        return styled
+
+    return decorated
+
+
+@contextmanager
+def _style(texts: Iterable[str]) -> Iterator[None]:
+    """Our style, with a font that has the characters of the texts, if this machine has one."""
+    fonts = list(matplotlib.rcParams["font.family"])
+    missing = _missing("".join(texts), font_manager.findfont(font_manager.FontProperties()))
+    installed = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    for name in WIDE_FONTS:
+        if missing and name in installed:
+            left = _missing(missing, installed[name])
+            if left != missing:
+                fonts.append(name)
+                missing = left
+    if missing:
+        _warn_of_glyphs()
+    with matplotlib.rc_context({**STYLE, "font.family": fonts}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
+
+
+def _missing(text: str, font: str) -> str:
+    """The characters of a text, each once, that are not in a font file."""
+    known = font_manager.get_font(font).get_charmap()
+    return "".join(sorted({c for c in text if c.isprintable() and ord(c) not in known}))
+
+
+@cache
+def _warn_of_glyphs() -> None:
+    logger.warning(
+        "no font for the characters of some names was found; pictures show boxes for them. "
+        "Install one, such as %s",
+        " or ".join(WIDE_FONTS[:2]),
+    )
 
 
 @matplotlib.rc_context(STYLE)
@@ -83,7 +150,7 @@ def _draw(
     return points
 
 
-@matplotlib.rc_context(STYLE)
+@_styled(lambda evaluation: evaluation.labels)
 def plot_confusion(evaluation: Evaluation, path: Path, most: int = 40) -> None:
     """The confusion matrix as a PNG; of more than `most` classes, those most often confused."""
     true, predicted, count = evaluation.cells.T
@@ -155,7 +222,7 @@ def plot_mistakes(evaluation: Evaluation, path: Path, most: int = 30) -> None:
     _plot_sheet(shown, title + (", the most confident" if wrong > len(shown) else ""), path)
 
 
-@matplotlib.rc_context(STYLE)
+@_styled(lambda shown: [name for _, predicted, _, true in shown for name in (predicted, true)])
 def _plot_sheet(shown: Sequence[tuple[Source, str, float, str]], title: str, path: Path) -> None:
     """Images with their predicted class, its score, and the true class where that is another."""
     columns = min(COLUMNS, max(4, len(shown)))  # wide enough for the title

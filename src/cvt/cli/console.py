@@ -29,7 +29,6 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="Glyph")  # a class whose name matplotlib cannot draw
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

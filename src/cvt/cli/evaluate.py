@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from cvt.cli.predict import Device, MaxPixels, Precision, RuntimeName, Threads
-from cvt.images import MAX_PIXELS
 
 
 def evaluate(
@@ -25,7 +24,7 @@ def evaluate(
     precision: Precision = None,
     device: Device = "auto",
     threads: Threads = None,
-    max_pixels: MaxPixels = MAX_PIXELS,
+    max_pixels: MaxPixels = None,
     output: Annotated[
         Path | None,
         typer.Option(

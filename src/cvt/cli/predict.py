@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cvt.images import MAX_PIXELS
-
 if TYPE_CHECKING:
     from cvt.predict import Prediction
     from cvt.runtime.base import Runtime
@@ -25,8 +23,10 @@ Precision = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is CUDA where there is.")]
 MaxPixels = Annotated[
-    int,
-    typer.Option(min=1, help="Pixels that an image may have; larger ones are skipped."),
+    int | None,
+    typer.Option(
+        min=1, help="Pixels that an image may have; larger ones are skipped (default 178956970)."
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads that run the model on a CPU.")]
 
@@ -46,7 +46,7 @@ def predict(
     exact_decoding: Annotated[
         bool, typer.Option("--exact-decoding", help="Decode large JPEGs whole, which is slower.")
     ] = False,
-    max_pixels: MaxPixels = MAX_PIXELS,
+    max_pixels: MaxPixels = None,
     output: Annotated[
         Path | None, typer.Option(help="Write .csv (a row per class) or .jsonl (a line per image).")
     ] = None,

@@ -233,13 +233,13 @@ def image_folder(root: str | Path) -> LabelledImages:
 
 
 def oversized(
-    images: LabelledImages, max_pixels: int, rank: int = 0, world: int = 1
+    images: LabelledImages, max_pixels: int | None, rank: int = 0, world: int = 1
 ) -> Iterator[str]:
     """Why files of labelled images have too many pixels to be decoded, by their headers alone.
 
     Args:
         images: those of tables and archives are not looked at, which would mean reading them all.
-        max_pixels: the pixels that an image may have.
+        max_pixels: the pixels that an image may have, as in `cvt.images.decode`.
         rank: whose share of the images, from 0 to `world` - 1.
         world: how many processes share.
 

@@ -57,13 +57,13 @@ def operations(step: Any) -> list[Any]:
 
 
 def posterize(image: Image.Image, bits: int, **settings: Any) -> Image.Image:
-    """timm's, for 0 bits too: its strongest level asks for them, and today's Pillow refuses them.
+    """timm's, for 0 bits and fewer too: strong levels ask for them, and Pillow refuses them now.
 
     Pillow gave a black image for them before, so that is what the paper's models saw.
     """
     from timm.data import auto_augment
 
-    if bits == 0:
+    if bits <= 0:
         return Image.new("RGB", image.size)
     return auto_augment.posterize(image, bits, **settings)
 

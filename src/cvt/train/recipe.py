@@ -16,8 +16,6 @@ from typing import Any
 
 import yaml
 
-from cvt.images import MAX_PIXELS
-
 PACKAGED = Path(__file__).parents[1] / "recipes"
 
 
@@ -65,8 +63,10 @@ class Recipe:
         most=1,
         meaning="a share of the training images, as 0.01",
     )
-    max_pixels: int = setting(
-        MAX_PIXELS, "Pixels that an image may have; larger ones are unreadable.", least=1
+    max_pixels: int | None = setting(
+        None,
+        "Pixels that an image may have; larger ones are unreadable; by default 178956970.",
+        least=1,
     )
     workers: int = setting(0, "Processes that decode and augment, besides this one.", least=0)
 

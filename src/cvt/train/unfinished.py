@@ -136,7 +136,7 @@ class Undecoded(NamedTuple):
 
 
 def undecoded(
-    source: Source, *, max_pixels: int = MAX_PIXELS, **limits: Any
+    source: Source, *, max_pixels: int | None = None, **limits: Any
 ) -> Image.Image | Undecoded:
     """A JPEG as a file, if every decoder sees the same in it; any other image decoded.
 
@@ -155,7 +155,7 @@ def undecoded(
         elif callable(content):
             content = content()
         source = StoredImage(str(source), content)
-        if isinstance(content, bytes) and (header := plain(content, max_pixels)):
+        if isinstance(content, bytes) and (header := plain(content, max_pixels or MAX_PIXELS)):
             return Undecoded(str(source), content, header)
     return decode(source, max_pixels=max_pixels, **limits)
 
