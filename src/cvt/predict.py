@@ -1,6 +1,7 @@
 """From images to labels and scores."""
 
 import glob
+import multiprocessing
 import os
 import pickle
 import sys
@@ -112,7 +113,8 @@ def classify(
         sources: the images; read as they are needed, at most two batches per worker ahead.
         batch_size: images run through the model at a time; one where the processor does not resize,
             so that they may be of different sizes.
-        workers: processes that decode and preprocess; with 0, threads of this one decode.
+        workers: processes that decode and preprocess; with 0, threads of this one decode. So they
+            do in a daemonic process, which may have no processes of its own.
         exact: decode every image whole.
 
     Raises:
@@ -147,7 +149,7 @@ def _prepared(
     prepare: Callable[..., "_Prepare"], batches: Iterable[list[Source]], workers: int
 ) -> Iterator[tuple[Tensor, list[str | None]]]:
     """Of each batch the pixels, (B, 3, H, W), and what is wrong with each image, if anything."""
-    if workers:
+    if workers and not multiprocessing.current_process().daemon:
         # The data set's indices are the batches themselves: they travel to the workers one by one.
         # They are pickled here: of what cannot be, the loader would never hear again.
         # Of its own generator the loader draws a seed; the global one stays where it was.

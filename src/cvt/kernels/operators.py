@@ -43,9 +43,7 @@ def is_captured() -> bool:
 
 def is_transformed() -> bool:
     """Whether torch.func, such as its vmap or grad, changes what is computed now."""
-    return not torch.compiler.is_compiling() and bool(
-        torch._C._functorch.peek_interpreter_stack()
-    )
+    return not torch.compiler.is_compiling() and bool(torch._C._functorch.peek_interpreter_stack())
 
 
 def channels_last(image: Tensor, dtype: torch.dtype) -> Tensor:

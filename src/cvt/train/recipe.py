@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from cvt.limits import MOST_AT_ONCE, MOST_IMAGES
+
 PACKAGED = Path(__file__).parents[1] / "recipes"
 
 
@@ -53,7 +55,9 @@ class Recipe:
         None, "Images that a stream of unknown length counts as an epoch.", least=1
     )
     max_corrupt: int = setting(10, "Unreadable training images, above which to stop.", least=0)
-    workers: int = setting(0, "Processes that decode and augment, besides this one.", least=0)
+    workers: int = setting(
+        0, "Processes that decode and augment, besides this one.", least=0, most=MOST_AT_ONCE
+    )
 
     model: str = setting(
         "cvt-13", "MODEL to start from, a variant, or a folder with a config.json.", group="Model"
@@ -94,7 +98,7 @@ class Recipe:
 
     epochs: int = setting(30, "Passes over the training images.", group="Optimisation", least=1)
     steps: int | None = setting(None, "Steps of the optimizer, instead of epochs.", least=1)
-    batch_size: int = setting(64, "Images at a time in each process.", least=1)
+    batch_size: int = setting(64, "Images at a time in each process.", least=1, most=MOST_IMAGES)
     accumulate: int = setting(1, "Batches of each process in a step.", least=1)
     optimizer: str = setting("adamw", "Optimizer.", choices=("adamw", "sgd"))
     lr: float | None = setting(None, "Highest learning rate, whatever the batch.", above=0)
