@@ -59,7 +59,7 @@ def open_runtime(
             offloaded, or pointers of git-lfs.
         ImportError: the runtime is not installed; says what to install.
     """
-    from cvt.runtime.opening import check_device, open_export, open_model
+    from cvt.runtime.opening import open_export, open_model
 
     for name, value, choices in (
         ("runtime", runtime, ("auto", *RUNTIMES, *OF_EXPORTS)),
@@ -71,7 +71,6 @@ def open_runtime(
             )
     if threads is not None:
         check_counts(threads=threads)
-    check_device(device)
     if isinstance(source, str | Path) and Path(source, "export.json").is_file():
         return open_export(Path(source), runtime, precision, device, threads)
     return open_model(source, runtime, precision or "fp32", device, threads, images)

@@ -138,11 +138,13 @@ def _device(device: str, runtime: str) -> str:
     """The name of the device that is to be used.
 
     Raises:
-        ValueError: the runtime cannot use it.
+        TypeError: it is no string.
+        ValueError: there is none of that name, or the runtime cannot use it.
     """
     if device == "auto":
         usable = uses_cuda() if runtime == "onnxruntime" else runtime not in ON_A_CPU
         return "cuda" if usable and torch.cuda.is_available() else "cpu"
     if runtime in ON_A_CPU and device != "cpu":
         raise ValueError(f"device = {device}: the runtime {runtime} computes on a CPU")
+    check_device(device)
     return device
