@@ -1,6 +1,8 @@
 """Small models whose every number matters to their output: of fixed shapes, and of random ones."""
 
+import io
 import random
+import warnings
 
 import torch
 
@@ -52,6 +54,32 @@ def make(config, cls=CvtForImageClassification):
 def images(batch=4, height=40, width=24):
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, 3, height, width, generator=generator)
+
+
+def onnx_of_trace(model, pixels):
+    """What runs the ONNX graph that `torch.onnx.export(dynamo=False)` makes of a model's trace."""
+    import onnxruntime
+
+    class FirstOutput(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixels):
+            return self.model(pixels, return_dict=False)[0]
+
+    file, sizes = io.BytesIO(), {0: "batch", 2: "height", 3: "width"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, and that there is a newer exporter
+        torch.onnx.export(
+            *(FirstOutput().eval(), (pixels,), file),
+            dynamo=False,
+            input_names=["pixels"],
+            output_names=["output"],
+            dynamic_axes={"pixels": sizes, "output": {0: "batch"}},
+        )
+    session = onnxruntime.InferenceSession(file.getvalue())
+    return lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
 
 
 # ------------------------------------------------------------------------------ of random shapes

@@ -1,4 +1,5 @@
 import argparse
+import copy
 import io
 import json
 import os
@@ -120,7 +121,9 @@ def test_an_authors_file_becomes_a_folder(model, tmp_path, wrapped, prefix):
         assert json.load(file)["size"] == {"shortest_edge": 64}
 
 
-def test_a_folder_becomes_an_authors_file(model, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_folder_becomes_an_authors_file(model, tmp_path, dtype):
+    model = copy.deepcopy(model).to(dtype)
     model.save_pretrained(tmp_path / "folder")
     convert(tmp_path / "folder", tmp_path / "weights.pth", to="authors")
     expected = transformers_to_authors(model.state_dict())

@@ -1,5 +1,6 @@
 import http.server
 import itertools
+import multiprocessing
 import os
 import pickle
 import threading
@@ -7,8 +8,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import dataset, parquet
 from transformers import pipeline
 
 from cvt import classifier as module
@@ -62,6 +65,14 @@ def test_every_form_of_an_image_gets_the_same_answer(clf, paths):
         assert close(answer, expected), form
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_floats_a_rounding_beyond_their_range_are_clipped(clf, dtype):
+    exact = np.eye(16, dtype=dtype)[:, :, None].repeat(3, axis=2)
+    beyond = np.where(exact > 0, np.nextafter(dtype(1), dtype(2)), -np.finfo(dtype).eps)
+    assert beyond.min() < 0 < 1 < beyond.max()
+    assert clf(beyond) == clf(exact)
+
+
 def test_a_list_gives_a_list_and_topk_beyond_the_classes_all(clf, paths):
     assert clf([]) == []
     ((first, *rest),) = clf([paths[0]], top_k=99)
@@ -107,6 +118,8 @@ def test_large_jpegs_are_decoded_smaller_unless_exact(model_folder, tmp_path, ex
 
 # ------------------------------------------------------------------------------ bad input
 
+PNG = "iVBORw0KGgo" + "AbC+" * 253 + "="  # in base64
+
 
 @pytest.mark.parametrize(
     ("image", "message"),
@@ -126,6 +139,10 @@ def test_large_jpegs_are_decoded_smaller_unless_exact(model_folder, tmp_path, ex
         ("missing.png", "missing.png: cannot be decoded: No such file"),
         (os.curdir, "is a folder"),
         (Image.new("F", (8, 8)), "<PIL image>: has floating-point pixels"),
+        ("data:image/png;base64," + PNG, "^a string of 1046 characters is no path; .* the bytes"),
+        (PNG, "^a string of 1024 characters is no path"),
+        (PNG[:64], "^a string of 64 characters is no path"),
+        ("name/" * 1000, "^a string of 5000 characters is no path"),
     ],
 )
 def test_a_bad_image_says_what_was_expected(clf, image, message):
@@ -153,6 +170,14 @@ def test_what_is_no_image_is_a_type_error(clf, image):
         (lambda clf, path: clf(path, top_k=0), "top_k = 0: must be at least 1"),
         (lambda clf, path: clf.stream([path], batch_size=0), "batch_size = 0"),
         (lambda clf, path: clf.stream([path], workers=-1), "workers = -1"),
+        (lambda clf, path: clf.stream([path], workers=10**6), "workers = 1000000: .* at most"),
+        (lambda clf, path: clf(path, top_k="5"), "top_k is of type str: must be a whole number"),
+        (lambda clf, path: clf(path, top_k=True), "top_k is of type bool"),
+        (lambda clf, path: Classifier("cvt-13", batch_size=1.5), "batch_size is of type float"),
+        (lambda clf, path: Classifier("cvt-13", batch_size=10**9), "batch_size = 10.* most 65536"),
+        (lambda clf, path: Classifier("cvt-13", threads=10**6), "threads = 1000000: .* at most"),
+        (lambda clf, path: Classifier("cvt-13", device=0), "device is of type int: .* a string"),
+        (lambda clf, path: Classifier("cvt-13", device="gpu"), "device = 'gpu'"),
         (lambda clf, path: Classifier("cvt-13", batch_size=-1), "batch_size = -1"),
         (lambda clf, path: Classifier("cvt-13", runtime="jax"), "runtime = 'jax'"),
         (lambda clf, path: clf.stream("nowhere"), "nowhere does not exist"),
@@ -160,7 +185,7 @@ def test_what_is_no_image_is_a_type_error(clf, image):
     ],
 )
 def test_an_illegal_argument_is_named(clf, paths, call, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
         call(clf, paths[0])
 
 
@@ -177,6 +202,12 @@ def test_a_folder_is_streamed_in_order(clf, photos, broken, workers):
     good, bad, last = clf.stream([found[0], broken, found[1]], batch_size=2, workers=workers)
     assert "broken.jpg" in bad["error"]
     assert (good["path"], last["path"]) == (str(found[0]), str(found[1]))
+
+
+def test_a_daemonic_process_streams_without_processes_of_its_own(clf, paths, monkeypatch):
+    expected = list(clf.stream(paths, workers=0))
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    assert list(clf.stream(paths, workers=2)) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -297,16 +328,32 @@ def test_a_batch_gets_columns(clf, paths, kind):
     assert list(answer) == [*batch, "label", "score", "error"]
     assert answer["id"] is batch["id"]
     expected = expected_columns(clf, paths[:1] * 2 if kind == "one array" else paths)
-    assert list(zip(answer["label"], answer["score"], strict=True)) == expected
-    assert list(answer["error"]) == [None] * len(cells)
+    assert list(zip(answer["label"].to_pylist(), answer["score"], strict=True)) == expected
+    assert answer["error"].to_pylist() == [None] * len(cells)
 
 
 def test_a_cell_without_an_image_has_an_error(clf, paths):
     cells = np.array([paths[0].read_bytes(), None, b"no", b""], dtype=object)
     answer = clf({"bytes": cells})
-    assert [label is None for label in answer["label"]] == [False, True, True, True]
+    assert answer["label"].is_null().to_pylist() == [False, True, True, True]
     assert np.isnan(answer["score"]).tolist() == [False, True, True, True]
-    assert "is not an image" in answer["error"][2]
+    assert "is not an image" in answer["error"][2].as_py()
+
+
+def test_tables_of_good_and_of_bad_images_are_one_data_set(clf, paths, tmp_path):
+    for name, cells in (("good", [path.read_bytes() for path in paths]), ("bad", [b"no", b""])):
+        answer = clf({"bytes": np.array(cells, dtype=object)})
+        columns = {  # as Ray Data makes a block of a batch
+            column: pyarrow.array(values, type=pyarrow.infer_type(values))
+            for column, values in answer.items()
+        }
+        parquet.write_table(pyarrow.table(columns), tmp_path / f"{name}.parquet")
+    for first in ("good", "bad"):
+        schema = parquet.read_schema(tmp_path / f"{first}.parquet")
+        table = dataset.dataset(tmp_path, schema=schema).to_table()
+        assert [schema.field(name).type for name in ("label", "error")] == [pyarrow.string()] * 2
+        assert table["label"].null_count == 2
+        assert table["error"].null_count == len(paths)
 
 
 @pytest.mark.parametrize(

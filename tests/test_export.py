@@ -127,9 +127,29 @@ def test_an_export_of_any_size_gives_the_logits_of_the_model(exported, classifie
     assert (manifest.image_size, manifest.dynamic) == ((32, 32), ("batch", "size"))
     assert CvtConfig.from_pretrained(folder).class_names == classifier.config.class_names
     checked = {(c["images"], c["height"], c["width"]) for c in manifest.parity["checks"]}
-    assert checked == {(b, *size) for b in (1, 2, 5) for size in ((32, 32), (33, 33), (16, 48))}
+    smallest = (classifier.config.minimum_image_size,) * 2
+    sizes = ((32, 32), (33, 33), (16, 48), smallest)
+    assert checked == {(b, *size) for b in (1, 2, 5) for size in sizes}
     assert 0 < manifest.parity["largest_difference"] < 1e-4
     same_logits(folder, classifier, pixels_of(3, 41, 29))
+
+
+def test_a_program_loaded_as_documented_takes_every_size(exported, classifier):
+    folder, _ = exported["torch-export"]
+    program = torch.export.load(folder / "model.pt2").module()
+    least = classifier.config.minimum_image_size
+    for size in ((32, 32), (least, least), (7, 90), (15, 16), (33, 32), (64, 31)):
+        for batch in (1, 3):
+            pixels = pixels_of(batch, *size)
+            expected = logits_of(classifier, pixels)
+            torch.testing.assert_close(program(pixels), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_program_that_refuses_a_size_is_not_written(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(graph, "without_guards", lambda program, smallest: None)
+    with pytest.raises(ValueError, match=r"model.pt2 was not written: .* pixels of shape \(1, 3, "):
+        export(small, tmp_path / "out", "torch-export", dynamic=DYNAMIC)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("to", FILES)
@@ -190,7 +210,7 @@ def test_an_export_has_no_path_of_this_machine(exported):
 
 
 @pytest.mark.parametrize(
-    ("to", "dynamic", "resolutions"), [("openvino", ("batch",), 1), ("onnx", DYNAMIC, 3)]
+    ("to", "dynamic", "resolutions"), [("openvino", ("batch",), 1), ("onnx", DYNAMIC, 4)]
 )
 def test_int8_names_the_classes_of_fp32(digits, tmp_path, to, dynamic, resolutions):
     manifest = export(

@@ -3,12 +3,22 @@
 import copy
 import io
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
 import torch
-from small_models import assert_equal, images, make, mixed, random_case, randomise, tiny
+from small_models import (
+    assert_equal,
+    images,
+    make,
+    mixed,
+    onnx_of_trace,
+    random_case,
+    randomise,
+    tiny,
+)
 from torch import nn
 from transformers.models.cvt import CvtForImageClassification as PortForImageClassification
 
@@ -470,6 +480,18 @@ def test_export_takes_any_batch_and_size(monkeypatch):
     exported = program.module()
     for size in ((1, 64, 48), (2, 64, 48), (3, 47, 93), (1, 256, 200)):
         assert_same(exported(images(*size)), model(images(*size)))
+
+
+def test_traces_take_any_batch(monkeypatch):
+    monkeypatch.setattr(fused, "CACHED", 3000)  # exceeded by some
+    model = make(mixed())
+    fast = used(model)
+    with warnings.catch_warnings(action="ignore"):  # of the tracer
+        traced = torch.jit.trace(lambda pixels: fast(pixels, return_dict=False)[0], images(2))
+    for run in (traced, onnx_of_trace(fast, images(2))):
+        for size in ((1, 40, 24), (5, 40, 24), (3, 48, 40)):
+            expected = model(images(*size)).logits
+            torch.testing.assert_close(run(images(*size)), expected, atol=2e-5, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------ memory

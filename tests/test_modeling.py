@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CLASSES, METHODS, PLACES, images, make, mixed, tiny
+from small_models import CLASSES, METHODS, PLACES, images, make, mixed, onnx_of_trace, tiny
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.cvt import modeling_cvt as port
@@ -693,6 +693,35 @@ def test_trace_takes_other_batches():
 
 
 # ------------------------------------------------------------------------------ life of an object
+
+
+@pytest.mark.parametrize(
+    ("method", "places", "batch"),
+    [("dw_bn", (0, 0, 1), 2), ("avg", (1, 1, 1), 2), ("linear", (0, 0, 0), 1)],
+)
+def test_onnx_of_a_trace_takes_other_batches_and_sizes(method, places, batch):
+    model = make(tiny(method, places, depth=[1, 1, 1]))
+    run = onnx_of_trace(model, images(batch))
+    with torch.no_grad():
+        for pixels in (images(1), images(5), images(3, 48, 40)):
+            close(run(pixels), model(pixels).logits)
+
+
+def test_gradients_of_single_images_by_torch_func():
+    model = make(mixed())
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights, image, label):
+        arguments = {"labels": label[None]}
+        return torch.func.functional_call(model, weights, image[None], arguments).loss
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    found = together(weights, images(3), targets(3))
+    for i, (image, label) in enumerate(zip(images(3), targets(3), strict=True)):
+        model.zero_grad()
+        model(image[None], labels=label[None]).loss.backward()
+        for name, gradient in gradients(model).items():
+            close(found[name][i], gradient)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 import pytest
 import ray
-from pyarrow import parquet
+from pyarrow import dataset, parquet
 
 import cvt
 from cvt.predict import find_images, predict
@@ -31,15 +31,14 @@ def local_ray():
 
 
 def classified(rows, model_folder):
-    """The rows with the answers of one worker, as Ray gives them back."""
-    answers = rows.map_batches(
+    """The rows with the answers of one worker, as a data set of Ray."""
+    return rows.map_batches(
         cvt.Classifier,
         fn_constructor_args=(model_folder, "torch"),
         fn_constructor_kwargs={"threads": 1},
         compute=ray.data.ActorPoolStrategy(size=1),
         batch_size=5,
     )
-    return answers.take_all()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def check(rows, expected):
 
 def test_images_are_classified_as_predict_does(model_folder, expected):
     rows = ray.data.read_images([*expected], mode="RGB", include_paths=True)
-    check(classified(rows, model_folder), expected)
+    check(classified(rows, model_folder).take_all(), expected)
 
 
 def test_parquet_files_are_classified_as_predict_does(model_folder, expected, tmp_path):
@@ -71,9 +70,22 @@ def test_parquet_files_are_classified_as_predict_does(model_folder, expected, tm
     table = pyarrow.table({"image": structs, "path": names})
     parquet.write_table(table, tmp_path / "photos.parquet", row_group_size=4)
     rows = ray.data.read_parquet(str(tmp_path / "photos.parquet"))
-    answers = {row["path"]: row for row in classified(rows, model_folder)}
+    answers = {row["path"]: row for row in classified(rows, model_folder).take_all()}
     broken = answers.pop("broken")
     check(answers.values(), expected)
     assert broken["label"] is None
     assert np.isnan(broken["score"])
     assert "broken.png: is not an image" in broken["error"]
+
+
+def test_files_of_good_and_of_bad_images_are_one_table(model_folder, expected, tmp_path):
+    contents = {"good": Path(next(iter(expected))).read_bytes(), "bad": b"no", "null": None}
+    for name, content in contents.items():
+        rows = ray.data.from_arrow(pyarrow.table({"bytes": pyarrow.array([content], "binary")}))
+        classified(rows, model_folder).write_parquet(str(tmp_path / "labels" / name))
+    for file in (tmp_path / "labels").rglob("*.parquet"):
+        schema = parquet.read_schema(file)
+        assert [schema.field(name).type for name in ("label", "error")] == [pyarrow.string()] * 2
+    table = dataset.dataset(tmp_path / "labels").to_table()
+    assert table["label"].null_count == 2
+    assert table["error"].null_count == 1

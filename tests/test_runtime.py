@@ -27,6 +27,7 @@ from cvt.graph import onnx_graph, openvino_graph, torch_graph
 from cvt.runtime import available, open_runtime, opening
 from cvt.runtime.base import PixelError
 from cvt.runtime.manifest import Manifest
+from cvt.runtime.opening import MANY
 from cvt.runtime.openvino_runtime import KEPT, OpenVinoRuntime, computes
 from cvt.runtime.torch_runtime import KEPT as GRAPHS
 from cvt.runtime.torch_runtime import CompiledRuntime, TorchRuntime
@@ -229,6 +230,8 @@ def test_auto_takes_a_runtime_that_computes_in_bf16(model, monkeypatch, capabili
 def test_auto_is_the_fastest_that_is_installed(model, monkeypatch):
     monkeypatch.setattr(OpenVinoRuntime, "from_model", lambda *arguments: arguments[1:])
     assert open_runtime(model, device="cpu", threads=2) == ("fp32", 2)
+    assert open_runtime(model, device="cpu", threads=2, images=MANY) == ("fp32", 2)
+    assert open_runtime(model, device="cpu", images=MANY - 1).describe == "fused fp32 on cpu"
     assert open_runtime(model, device="cpu", precision="fp16").describe == "fused fp16 on cpu"
     without(monkeypatch, "openvino")
     assert open_runtime(model, device="cpu").describe == "fused fp32 on cpu"
@@ -281,6 +284,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
         ({"runtime": "tensorrt"}, "runtime = 'tensorrt': must be one of auto, torch, fused, "),
         ({"precision": "fp8"}, "precision = 'fp8': must be one of fp32, bf16, "),
         ({"threads": 0}, "threads = 0: must be at least 1"),
+        ({"threads": 10**6}, "threads = 1000000: must be at most"),
         ({"device": "abacus"}, "device = 'abacus': "),
         (
             {"device": "meta:0", "runtime": "onnxruntime"},

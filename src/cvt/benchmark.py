@@ -26,9 +26,11 @@ from cvt.checkpoints import image_size_of, load_classifier, load_config, load_pr
 from cvt.configuration import CvtConfig
 from cvt.hub import published
 from cvt.images import IMAGE_SIZE
+from cvt.limits import check_counts
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime import PRECISIONS, RUNTIMES, open_runtime
 from cvt.runtime.base import Runtime
+from cvt.runtime.opening import check_device
 
 Name = TypeVar("Name", bound=Hashable)
 Turns = list[list[float]]  # seconds of every call, turn by turn
@@ -168,6 +170,11 @@ def benchmark(
     for name, sizes in (("batch_sizes", batch_sizes), ("image_sizes", image_sizes or [1])):
         if not sizes or min(sizes) < 1:
             raise ValueError(f"{name} = {list(sizes)}: must be integers of at least 1")
+    for batch_size in batch_sizes:
+        check_counts(batch_size=batch_size)
+    if threads is not None:
+        check_counts(threads=threads)
+    check_device(device)
 
     config = load_config(source)
     model = source if exported else _classifier(source, config)

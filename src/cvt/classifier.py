@@ -13,13 +13,16 @@ import numpy as np
 from PIL import Image
 
 from cvt.checkpoints import load_processor
-from cvt.images import ImageError, Source, StoredImage
+from cvt.images import ImageError, Source, StoredImage, decode, is_content
+from cvt.limits import check_counts
 from cvt.modeling import CvtForImageClassification
 from cvt.predict import Prediction, Result, find_images, predict
 from cvt.runtime import open_runtime
+from cvt.runtime.base import require
 
 DOWNLOAD_BYTES = 2**26  # that an image behind a URL may have
 DOWNLOAD_SECONDS = 30.0  # that fetching one may take
+ROUNDING = 0.5 / 255  # beyond 0 and 1, floats still round to 0 and 255
 
 
 class Classifier:
@@ -36,9 +39,9 @@ class Classifier:
 
     It is also a class for Ray Data's `map_batches`, over images or parquet files; each worker
     loads the model once. Batches get the columns `label` and `score` of the best class, and
-    `error`: None, or why the image could not be decoded; there is then no label, and the score is
-    NaN. The images are the column `image` (arrays, or what parquet files of the hub have: structs
-    of `bytes` and `path`) or `bytes`.
+    `error`: null, or why the image could not be decoded; there is then no label, and the score is
+    NaN. Label and error are arrays of strings of Arrow. The images are the column `image` (arrays,
+    or what parquet files of the hub have: structs of `bytes` and `path`) or `bytes`.
 
         ds = ray.data.read_parquet("photos.parquet")  # or read_images("photos", mode="RGB")
         ds = ds.map_batches(
@@ -70,6 +73,7 @@ class Classifier:
 
     Raises:
         FileNotFoundError: there is no such model.
+        TypeError: an argument is of a wrong type; names it.
         ValueError: an argument is illegal, or a loaded model comes without its processor.
         ImportError: the runtime is not installed.
     """
@@ -87,8 +91,7 @@ class Classifier:
         exact: bool = False,
         allow_urls: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size}: must be at least 1")
+        check_counts(batch_size=batch_size)
         if processor is None and isinstance(model, CvtForImageClassification):
             raise ValueError(
                 "a loaded model does not know its preprocessing: give its processor, such as "
@@ -152,7 +155,8 @@ class Classifier:
         Args:
             images: a folder (with all below it), a file, a glob pattern, or an iterable of images.
             batch_size: images at a time; the classifier's by default.
-            workers: processes that decode; with 0, threads of this process, and not ahead.
+            workers: processes that decode; with 0, threads of this process, and not ahead. So it
+                is in a daemonic process, as of `multiprocessing.Pool`, which may start none.
             top_k: how many classes to name of each image, at most all.
 
         Returns:
@@ -161,10 +165,12 @@ class Classifier:
 
         Raises:
             FileNotFoundError: there is no such folder, file or match, or no image in it.
-            TypeError: something is no image at all.
+            TypeError: something is no image at all, or an argument is of a wrong type.
             ValueError: an argument is illegal, or a URL is not allowed.
         """
         if isinstance(images, str | os.PathLike):
+            if isinstance(images, str) and is_content(images):
+                decode(images)  # raises
             sources: Iterator[Source] = find_images([os.fspath(images)])
         else:
             sources = map(self._source, images)
@@ -179,13 +185,7 @@ class Classifier:
         workers: int = 0,
     ) -> Iterator[Prediction | Result]:
         size = self.batch_size if batch_size is None else batch_size
-        for name, value, least in (
-            ("top_k", top_k, 1),
-            ("batch_size", size, 1),
-            ("workers", workers, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} = {value}: must be at least {least}")
+        check_counts(top_k=top_k, batch_size=size, workers=workers)
         return predict(self.runtime, self.processor, sources, top_k, size, workers, self.exact)
 
     def _source(self, image: Any) -> Source:
@@ -194,6 +194,8 @@ class Classifier:
             if not self.allow_urls:
                 raise ValueError(f"{image}: URLs are fetched only by Classifier(allow_urls=True)")
             return StoredImage(image, partial(fetched, image))
+        if isinstance(image, str) and is_content(image):
+            return StoredImage("<text>", partial(decode, image))  # which raises
         if isinstance(image, str | os.PathLike):
             return Path(image)
         if isinstance(image, StoredImage):
@@ -210,7 +212,14 @@ class Classifier:
         )
 
     def _with_columns(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch of Ray Data with the columns `label`, `score` and `error`."""
+        """A batch of Ray Data with the columns `label`, `score` and `error`.
+
+        Strings are Arrow's: of objects, Ray would take the type from the values, and tables of good
+        images alone and of bad ones alone would differ.
+        """
+        require("a batch of Ray Data", "pyarrow", extra="ray")
+        import pyarrow
+
         if taken := [name for name in ("label", "score", "error") if name in batch]:
             raise ValueError(
                 f"the batch has a column {', '.join(taken)} already: rename or drop it before"
@@ -225,9 +234,11 @@ class Classifier:
         best = [result if isinstance(result, Prediction) else None for result in results]
         return {
             **batch,
-            "label": np.array([b and b.labels[0] for b in best], dtype=object),
+            "label": pyarrow.array([b and b.labels[0] for b in best], pyarrow.string()),
             "score": np.array([b.scores[0] if b else np.nan for b in best]),
-            "error": np.array([getattr(result, "error", None) for result in results], dtype=object),
+            "error": pyarrow.array(
+                [getattr(result, "error", None) for result in results], pyarrow.string()
+            ),
         }
 
     def _cell(self, cell: Any) -> Source:
@@ -260,11 +271,11 @@ def from_array(array: np.ndarray) -> Image.Image:
     if array.dtype.kind != "f":
         raise ImageError(f"<array>: is of {array.dtype}; expected uint8, or floats from 0 to 1")
     low, high = array.min(), array.max()
-    if not 0 <= low <= high <= 1:  # nor NaN
+    if not -ROUNDING < low <= high < 1 + ROUNDING:  # nor NaN
         raise ImageError(
             f"<array>: has floats from {low:g} to {high:g}; expected 0 to 1, or uint8 of 0 to 255"
         )
-    return Image.fromarray(np.rint(array * np.float32(255)).astype(np.uint8))
+    return Image.fromarray(np.rint(array.clip(0, 1) * np.float32(255)).astype(np.uint8))
 
 
 def fetched(url: str) -> bytes:

@@ -22,6 +22,7 @@ from cvt.datasets import Images, LabelledImages
 from cvt.files import staged
 from cvt.images import Source, StoredImage
 from cvt.labels import imagenet_classes
+from cvt.limits import check_counts
 from cvt.predict import BLANK, classify, ranked, scores
 from cvt.runtime.base import Runtime
 from cvt.runtime.torch_runtime import TorchRuntime
@@ -371,11 +372,13 @@ def evaluate(
         The evaluation; with `world` > 1 the share of this rank, for `Evaluation.joined`.
 
     Raises:
-        ValueError: the model does not know a class, no image could be decoded, an image has no
-            place in the real labels, a stream of unknown length is to be shared, or the model is a
-            regression.
+        TypeError: batch size or workers are no whole numbers.
+        ValueError: these are out of bounds, the model does not know a class, no image could be
+            decoded, an image has no place in the real labels, a stream of unknown length is to be
+            shared, or the model is a regression.
         FloatingPointError: the model's answer is not finite.
     """
+    check_counts(batch_size=batch_size, workers=workers)
     runtime = model if isinstance(model, Runtime) else TorchRuntime(model, config)
     config = runtime.config
     if config.problem_type == "regression":

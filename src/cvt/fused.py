@@ -31,6 +31,7 @@ from cvt.modeling import (
     Stage,
     checked_pixels,
     split_tokens,
+    to_heads,
     to_image,
     to_tokens,
 )
@@ -74,7 +75,7 @@ class Operator(nn.Module):
         """Whether the packed weight is to be used: not while PyTorch traces what is computed."""
         return (
             self.weight.device.type == "cpu"
-            and not torch.compiler.is_compiling()
+            and not kernels.is_captured()
             and not torch.is_autocast_enabled("cpu")  # which knows PyTorch's own operators only
             and torch.backends.mkldnn.is_available()
             and (self.weight.dtype is torch.float32 or self.is_native_bfloat16())
@@ -264,7 +265,7 @@ class FusedBlock(nn.Module):
             of_query = convolved(self.convolve_query)
             of_key, of_value = convolved(self.convolve_key), convolved(self.convolve_value)
         query, key, value = (
-            projected.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, h, N, d)
+            to_heads(projected, self.heads)  # (B, h, N, d)
             for projected in (self.query(of_query), self.key(of_key), self.value(of_value))
         )
         weights = None
@@ -318,7 +319,7 @@ class FusedStage(nn.Module):
         """The same, on a CPU on as many images at once as its caches hold."""
         H, W = self.grid(image)
         images = max(1, CACHED // (H * W * self.hidden))
-        if torch.compiler.is_compiling() or image.device.type != "cpu" or len(image) <= images:
+        if kernels.is_captured() or image.device.type != "cpu" or len(image) <= images:
             return self(image, *options)
         parts = [self(part, *options) for part in image.split(images)]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -385,7 +386,7 @@ class FusedCvt(nn.Module):
         if output_attentions is None:
             output_attentions = config.output_attentions
         logits_only = self.is_classifier and not output_hidden_states and not output_attentions
-        image = image.to(self.dtype, memory_format=torch.channels_last)
+        image = kernels.channels_last(image, self.dtype)
         hidden_states: tuple[Tensor, ...] = ()
         attentions: tuple[Tensor, ...] = ()
         for stage in cast(Iterable[FusedStage], self.stages):

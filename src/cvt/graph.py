@@ -5,7 +5,7 @@ The graph takes `pixel_values`, (B, C, H, W), and gives `logits`, (B, K), both i
 
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import TYPE_CHECKING
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from cvt import kernels
 from cvt.fused import FusedCvt
@@ -60,7 +62,27 @@ def torch_graph(
     of_size = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if "size" in dynamic else {}
     shapes = {"pixel_values": of_batch | of_size}
     with quiet(), kernels.projections_as("off"):  # other software has PyTorch's own operators only
-        return torch.export.export(Logits(model).eval(), (example,), dynamic_shapes=shapes)
+        program = torch.export.export(Logits(model).eval(), (example,), dynamic_shapes=shapes)
+    least = config.minimum_image_size
+    without_guards(program, (1, config.num_channels, least, least))
+    return program
+
+
+def without_guards(program: ExportedProgram, smallest: Sequence[int]) -> None:
+    """Let a program take every size from the smallest on.
+
+    Where PyTorch cannot prove that a size takes the same path through its operators as that of the
+    example, it adds a guard. The graph is right without them, which a comparison with the model
+    must show, and `program.module()` refuses sizes by them. Nothing public takes them off.
+
+    Args:
+        program: of one input.
+        smallest: the size of each of its dimensions, at least.
+    """
+    program._guards_code = []
+    for size, least in zip(_pixels(program).shape, smallest, strict=True):
+        if isinstance(size, torch.SymInt):
+            program.range_constraints[size.node.expr] = ValueRanges(least, int_oo)
 
 
 def onnx_graph(program: ExportedProgram) -> "onnx.ModelProto":
@@ -101,8 +123,13 @@ def openvino_graph(program: ExportedProgram) -> "openvino.Model":
 
 def pixel_shape(program: ExportedProgram) -> list[int | None]:
     """The shape of the pixels that a program takes; None where it may differ."""
-    (pixels,) = (node for node in program.graph.nodes if node.target == "pixel_values")
-    return [size if isinstance(size, int) else None for size in pixels.meta["val"].shape]
+    return [size if isinstance(size, int) else None for size in _pixels(program).shape]
+
+
+def _pixels(program: ExportedProgram) -> Tensor:
+    """What stands for the pixels in a program."""
+    (node,) = (node for node in program.graph.nodes if node.target == "pixel_values")
+    return node.meta["val"]
 
 
 @contextmanager

@@ -95,6 +95,12 @@ _UPRIGHT = {
 }
 
 
+LONGEST_PATH = 4096
+# A JPEG, PNG, GIF or WebP in base64 begins so; a hundred characters of it may be anything.
+BASE64 = re.compile(
+    r"((/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/_\s-]{24,}|[A-Za-z0-9+/_\s-]{200,})=*\s*"
+)
+
 # The next marker that a segment follows; within pixel data 0xff is followed by 0 or a restart.
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")
 
@@ -154,6 +160,13 @@ def _without_warnings(max_pixels: int | None = None) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = limit
 
 
+def is_content(text: str) -> bool:
+    """Whether a string is no path but an image itself, as a data URL or in base64."""
+    if text[:5].lower() == "data:" or len(text) > LONGEST_PATH:
+        return True
+    return bool(BASE64.fullmatch(text)) and not os.path.exists(text)
+
+
 def decode(
     source: str | os.PathLike | bytes | IO[bytes] | Image.Image | StoredImage,
     least: int | None = None,
@@ -180,6 +193,11 @@ def decode(
         ImageError: the image cannot be read or is refused; names the file.
         TypeError: `source` is none of these.
     """
+    if isinstance(source, str) and is_content(source):  # which no message repeats
+        raise ImageError(
+            f"a string of {len(source)} characters is no path; of a data URL or of base64, give "
+            'the bytes: base64.b64decode(text.split(",")[-1])'
+        )
     name, limit = _name(source), MAX_PIXELS if max_pixels is None else max_pixels
     content = source.content if isinstance(source, StoredImage) else source
     try:

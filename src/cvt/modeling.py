@@ -32,7 +32,8 @@ from cvt.losses import classification_loss
 
 
 # Both are views of channels-last memory, also to PyTorch's eyes: after a flatten and a transpose, a
-# CPU's BatchNorm takes the gradient of a single image for one in another order (torch 2.15).
+# CPU's BatchNorm takes the gradient of a single image for one in another order (torch 2.15). Not by
+# `unflatten`: behind it, `torch.onnx.export(dynamo=False)` writes the traced batch's size as fixed.
 def to_tokens(image: Tensor) -> Tensor:
     """(B, C, H, W) to (B, H·W, C)."""
     return image.permute(0, 2, 3, 1).flatten(1, 2)
@@ -40,7 +41,14 @@ def to_tokens(image: Tensor) -> Tensor:
 
 def to_image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, H·W, C) to (B, C, H, W)."""
-    return tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+    B, _, C = tokens.shape
+    return tokens.view(B, *grid, C).permute(0, 3, 1, 2)
+
+
+def to_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, C) to (B, h, N, d)."""
+    B, N, C = x.shape
+    return x.view(B, N, heads, C // heads).transpose(1, 2)
 
 
 def split_tokens(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
@@ -174,11 +182,14 @@ class SelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         N = x.shape[1]
         query, key, value = (
-            tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, h, N, d), N' for keys
+            to_heads(tokens, self.num_heads)  # (B, h, N, d), N' for keys
             for tokens in self.project(kernels.autocast(x), grid)
         )
         check_queries(query.shape[2], N, grid)
-        implementation = "eager" if output_attentions else self.config._attn_implementation
+        # Behind SDPA, `torch.onnx.export(dynamo=False)` writes the traced batch's size as fixed.
+        to_onnx = torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+        written_out = output_attentions or to_onnx
+        implementation = "eager" if written_out else self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
         if implementation == "sdpa" and self.training and kernels.chunks_pay(query, key):
             attend = kernels.chunked_attention
@@ -348,7 +359,7 @@ class Encoder(nn.Module):
             output_attentions = self.config.output_attentions
         image = checked_pixels(pixel_values, self.config.num_channels, self.minimum_image_size)
         dtype = next(self.parameters()).dtype
-        image = image.to(dtype, memory_format=torch.channels_last)
+        image = kernels.channels_last(image, dtype)
         class_token = None
         hidden_states: tuple[Tensor, ...] = ()
         attentions: tuple[Tensor, ...] = ()

@@ -2,6 +2,7 @@
 
 import glob
 import logging
+import multiprocessing
 import os
 import pickle
 import sys
@@ -129,7 +130,8 @@ def classify(
         sources: the images; read as they are needed, at most two batches per worker ahead.
         batch_size: images run through the model at a time; one where the processor does not resize,
             so that they may be of different sizes.
-        workers: processes that decode and preprocess; with 0, threads of this one decode.
+        workers: processes that decode and preprocess; with 0, threads of this one decode. So they
+            do in a daemonic process, which may have no processes of its own.
         exact: decode every image whole, but for those of more than `cvt.images.LARGE_PIXELS`.
         max_pixels: the pixels that an image may have, see `cvt.images.decode`.
 
@@ -167,7 +169,7 @@ def _prepared(
     prepare: Callable[..., "_Prepare"], batches: Iterable[list[Source]], workers: int
 ) -> Iterator[tuple[Tensor, list[str | None]]]:
     """Of each batch the pixels, (B, 3, H, W), and what is wrong with each image, if anything."""
-    if workers:
+    if workers and not multiprocessing.current_process().daemon:
         # The data set's indices are the batches themselves: they travel to the workers one by one.
         # They are pickled here: of what cannot be, the loader would never hear again.
         # Of its own generator the loader draws a seed; the global one stays where it was.

@@ -388,13 +388,22 @@ def test_positional_arguments_are_in_the_order_of_transformers():
 )
 def test_pixels_that_do_not_fit_are_refused(small, monkeypatch, data_format, shape, dtype, words):
     _, ours, _ = small
-    monkeypatch.setattr(ours.cvt, "data_format", data_format)
+    for model in (ours, ours.cvt):
+        monkeypatch.setattr(model, "data_format", data_format)
     pixels, image = np.zeros(shape, dtype), "3, height, width"
     if data_format == "channels_last":
         pixels, image = np.moveaxis(pixels, -3, -1), "height, width, 3"
     for model in (ours, ours.cvt):
-        with pytest.raises(ValueError, match=re.escape(words.format(image=image))):
+        with pytest.raises(ValueError, match=re.escape(words.format(image=image))) as refusal:
             model(pixels)
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("pixels", [None, [[[[0.5]]]], [np.zeros((3, 8, 8), np.float32)]])
+def test_pixels_that_are_no_array_are_refused_in_a_line(small, pixels):
+    _, ours, _ = small
+    with pytest.raises(ValueError, match=r"^pixel_values are of type \w+; expected one array or"):
+        ours(pixels)
 
 
 def test_an_unknown_data_format_is_refused():

@@ -235,6 +235,28 @@ def test_a_saved_model_goes_on_as_if_it_had_not_been_saved(tmp_path):
     assert int(loaded.optimizer.iterations) == 3
 
 
+def test_one_model_takes_labels_of_every_form():
+    images, labels = data()
+    model = make({"problem_type": "single_label_classification"})
+    model.compile(adam(), metrics=["accuracy"])
+    forms = (labels, labels[:, None], np.eye(CLASSES, dtype="int64")[labels])
+    results = [model.evaluate(images, form, verbose=0) for form in forms]
+    assert results[0][1] == (model.predict(images, verbose=0).argmax(axis=1) == labels).mean()
+    for result in results[1:]:
+        assert result == pytest.approx(results[0])
+
+
+def test_labels_may_be_among_the_inputs():
+    images, labels = data()
+    together = {"pixel_values": images, "labels": labels}
+    apart, joined = make(), make()
+    for model in (apart, joined):
+        model.compile(adam(), metrics=["accuracy"], **EAGERLY)
+    same(joined.train_on_batch(together), apart.train_on_batch(images, labels))
+    same(joined.test_on_batch(together), apart.test_on_batch(images, labels))
+    same([joined.predict_on_batch(together)], [apart.predict_on_batch(images)])
+
+
 def test_a_frozen_backbone_keeps_its_weights_and_statistics():
     model = make()
     model.cvt.trainable = False
@@ -299,6 +321,15 @@ def of_logits(images):
     return keras.Model(inputs, make()(inputs, return_dict=False)[0])
 
 
+def by_name(images):
+    channels_last = images.transpose(0, 2, 3, 1)
+    model = make(data_format="channels_last")
+    inputs = keras.Input(images.shape[1:])
+    logits = model(keras.layers.Permute((2, 3, 1))(inputs)).logits
+    assert model(channels_last).loss is None
+    return keras.Model(inputs, logits)
+
+
 def subclassed(images):
     class Classifier(keras.Model):
         def __init__(self):
@@ -312,7 +343,7 @@ def subclassed(images):
     return Classifier()
 
 
-@pytest.mark.parametrize("build", [functional, of_logits, subclassed])
+@pytest.mark.parametrize("build", [functional, of_logits, by_name, subclassed])
 def test_a_model_is_a_layer_of_a_larger_one(build):
     images, labels = data()
     model = build(images)

@@ -333,6 +333,22 @@ def test_settings_and_the_format_of_images_can_be_changed(folder, tmp_path):
 # ------------------------------------------------------------------------------ what does not fit
 
 
+def test_a_config_that_is_given_takes_the_place_of_the_folders(folder, model):
+    given = CvtConfig(**ONE_STAGE, num_labels=CLASSES, layer_norm_eps=0.5)
+    for config in (given, given.to_dict()):
+        ours = TFCvtForImageClassification.from_pretrained(folder, config=config, hidden_act="gelu")
+        assert (ours.config.layer_norm_eps, ours.config.hidden_act) == (0.5, "gelu")
+    wider = CvtConfig(**ONE_STAGE | {"embed_dim": [16]})
+    with pytest.raises(ValueError, match="do not fit"):
+        TFCvtForImageClassification.from_pretrained(folder, config=wider)
+
+
+@pytest.mark.parametrize("argument", ["output_loading_info", "from_pt", "ignore_mismatched_sizes"])
+def test_an_argument_that_would_do_nothing_is_refused(folder, argument):
+    with pytest.raises(TypeError, match=f"from_pretrained does not take {argument}: it takes"):
+        TFCvtForImageClassification.from_pretrained(folder, **{argument: True})
+
+
 def test_every_weight_that_does_not_fit_is_listed_at_once(folder):
     def spoil(found):
         found["surplus.weight"] = found.pop(FIRST)
@@ -431,8 +447,9 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
 """
 
 LOAD = """
+import cvt
 import keras, numpy
-import cvt.keras
+assert "cvt.keras" not in sys.modules
 pixels = numpy.load("pixels.npy")
 loaded = {
     "keras": keras.saving.load_model("model.keras"),

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from small_models import images, mixed, tiny
 
-from cvt import TFCvtForImageClassification
+from cvt import CvtConfig, TFCvtForImageClassification
 
+PER_STAGE = [n for n, v in tiny().to_dict().items() if isinstance(v, list) and len(v) == 3]
 MODELS = {"dw_bn": tiny(depth=[1, 1, 1]), "all methods": mixed()}
 
 
@@ -19,6 +20,28 @@ def test_xla_computes_what_tensorflow_does(config, size):
     expected = model(pixels).logits
     np.testing.assert_allclose(compiled.logits, expected, atol=1e-5)
     np.testing.assert_allclose(graph.logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("how", ["export", "saved_model"])
+def test_keras_and_tensorflow_save_what_serves(data_format, how, tmp_path):
+    import tensorflow as tf
+
+    shape = {name: value[:1] for name, value in tiny().to_dict().items() if name in PER_STAGE}
+    config = CvtConfig(**shape | {"cls_token": [True], "num_labels": 5})
+    model = TFCvtForImageClassification(config, data_format)
+    if how == "export":
+        model.export(tmp_path, verbose=False)
+    else:
+        tf.saved_model.save(model, tmp_path)
+    serve = tf.saved_model.load(tmp_path).signatures["serving_default"]
+    for batch, height in ((1, 16), (3, 24)):
+        pixels = images(batch, height, 20).numpy()
+        if data_format == "channels_last":
+            pixels = pixels.transpose(0, 2, 3, 1)
+        served = serve(tf.constant(pixels))
+        assert [*served] == ["logits"]
+        np.testing.assert_allclose(served["logits"], model(pixels).logits, atol=1e-5)
 
 
 def test_models_are_compiled_by_xla_on_a_gpu_or_where_it_is_asked_for():

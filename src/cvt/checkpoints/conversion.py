@@ -97,7 +97,7 @@ def convert(
                     f"epsilon of {told[1]}; their code computes quick_gelu and 1e-05"
                 )
             torch.save(transformers_to_authors(model.state_dict()), written)
-            again = CvtForImageClassification(model.config).eval()
+            again = CvtForImageClassification(model.config).to(model.dtype).eval()
             again.load_state_dict(authors_to_transformers(read_weights(written)))
         difference = largest_difference(model, again)
         if not difference <= TOLERANCE and not allow_nonfinite:

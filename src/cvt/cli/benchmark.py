@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from cvt.cli.predict import Device, count
+from cvt.limits import BOUNDS
+
 
 def benchmark(
     model: Annotated[
@@ -27,9 +30,9 @@ def benchmark(
         str | None, typer.Option(help="Heights and widths in pixels, if not the model's.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of the processor, if not the runtimes' choice.")
+        int | None, count("threads", "Of the processor, if not the runtimes' choice.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     seconds: Annotated[
         float, typer.Option(min=0, help="To spend on each row; it has eight turns at least.")
     ] = 3.0,
@@ -43,7 +46,7 @@ def benchmark(
     Rows of the same batch and image size take turns. A model that is only named has random weights:
     they are as fast, and nothing is downloaded.
     """
-    batches = _numbers(batch_sizes, "--batch-sizes")
+    batches = _numbers(batch_sizes, "--batch-sizes", BOUNDS["batch_size"][1])
     sizes = _numbers(image_sizes, "--image-sizes") if image_sizes else None
     from rich.table import Table
 
@@ -100,8 +103,11 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
 
-def _numbers(text: str, option: str) -> list[int]:
+def _numbers(text: str, option: str, most: int | None = None) -> list[int]:
     if not all(word.isdecimal() and int(word) for word in _words(text)):
         message = f"{text}: must be whole numbers of at least 1, with commas between"
         raise typer.BadParameter(message, param_hint=option)
-    return [int(word) for word in _words(text)]
+    numbers = [int(word) for word in _words(text)]
+    if most is not None and max(numbers) > most:
+        raise typer.BadParameter(f"{text}: must be at most {most}", param_hint=option)
+    return numbers

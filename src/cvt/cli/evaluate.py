@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from cvt.cli.predict import Device, MaxPixels, Precision, RuntimeName, Threads
+from cvt.cli.predict import (
+    BatchSize,
+    Device,
+    MaxPixels,
+    Precision,
+    RuntimeName,
+    Threads,
+    Workers,
+)
 
 
 def evaluate(
@@ -18,8 +26,8 @@ def evaluate(
             "of data with splits, the validation split."
         ),
     ],
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 0,
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
     runtime: RuntimeName = "auto",
     precision: Precision = None,
     device: Device = "auto",
@@ -91,7 +99,7 @@ def evaluate(
     ):
         if page:
             from cvt.report import write_report
-        classifier = open_runtime(model, runtime, precision, device, threads)
+        classifier = open_runtime(model, runtime, precision, device, threads, images=total)
         err.print(f"runtime: {classifier.describe}")
         processor = load_processor(model, classifier.config)
         with bar("evaluate", total) as step:

@@ -1,10 +1,13 @@
 """`cvt predict`."""
 
 from contextlib import nullcontext
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from cvt.limits import BOUNDS
 
 if TYPE_CHECKING:
     from cvt.predict import Prediction
@@ -21,14 +24,40 @@ Precision = Annotated[
     Literal["fp32", "bf16", "fp16", "int8"] | None,
     typer.Option(help="Of the numbers; fp32, or an export's own, unless given."),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is CUDA where there is.")]
+
+
+def known_device(name: str) -> str:
+    """The device, which there is."""
+    from cvt.runtime.opening import check_device
+
+    try:
+        check_device(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return name
+
+
+def count(name: str, help: str) -> Any:
+    """An option for a whole number within `cvt.limits.BOUNDS`."""
+    least, most = BOUNDS[name]
+    return typer.Option(min=least, max=most, help=help)
+
+
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:1, ...; auto is CUDA where there is.", callback=known_device
+    ),
+]
+Threads = Annotated[int | None, count("threads", "Threads that run the model on a CPU.")]
+BatchSize = Annotated[int, count("batch_size", "Images at a time.")]
+Workers = Annotated[int, count("workers", "Processes that decode images.")]
 MaxPixels = Annotated[
     int | None,
     typer.Option(
         min=1, help="Pixels that an image may have; larger ones are skipped (default 178956970)."
     ),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads that run the model on a CPU.")]
 
 
 def predict(
@@ -37,8 +66,8 @@ def predict(
     topk: Annotated[
         int, typer.Option(min=1, help="Classes to name for each image; a regression names all.")
     ] = 5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that decode images.")] = 1,
+    batch_size: BatchSize = 32,
+    workers: Workers = 1,
     runtime: RuntimeName = "auto",
     precision: Precision = None,
     device: Device = "auto",
@@ -69,12 +98,15 @@ def predict(
     from cvt.predict import predict as predict_files
     from cvt.results import Results
     from cvt.runtime import open_runtime
+    from cvt.runtime.opening import MANY
 
     quiet_libraries()
     paths = find_images(images)
     skipped = classified = 0
     with Results(output, resume, force) if output else nullcontext() as results:
-        classifier = open_runtime(model, runtime, precision, device, threads)
+        first = list(islice(paths, MANY))  # to count them; the rest is read later
+        paths = chain(first, paths)
+        classifier = open_runtime(model, runtime, precision, device, threads, images=len(first))
         err.print(f"runtime: {classifier.describe}")
         processor = load_processor(model, classifier.config)
         topk = scores_per_image(topk, classifier.config)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -78,18 +79,43 @@ def compare(model: CvtForImageClassification, runtime: Runtime, pixels: Tensor) 
     )
 
 
+class LoadedProgram(Runtime):
+    """A program of torch.export as the documentation loads it, with what it checks itself.
+
+    Args:
+        path: of a file that was written here: reading another may run code of its own.
+        runtime: that reads the same file.
+    """
+
+    name = "torch"
+
+    def __init__(self, path: Path, runtime: Runtime) -> None:
+        super().__init__(runtime.config, runtime.precision, single=runtime.single)
+        self.file = path.name
+        self.program = torch.export.load(path).module()
+
+    def _run(self, pixels: Tensor) -> Tensor:
+        try:
+            return self.program(pixels)
+        except (AssertionError, RuntimeError) as refusal:
+            shape, reason = tuple(pixels.shape), str(refusal).strip().splitlines()[0]
+            raise ValueError(
+                f"{self.file} was not written: it does not take pixels of shape {shape}: {reason}"
+            ) from refusal
+
+
 def shapes(image_size: tuple[int, int], least: int | None = None) -> list[tuple[int, int, int]]:
     """Number, height and width of the images in each batch to check an export with.
 
     Args:
         image_size: height and width, in pixels.
         least: height and width that the model needs at least, where the size may differ: then there
-            are images of odd sides and such as are no squares, too.
+            are images of odd sides, such as are no squares, and the smallest, too.
     """
     H, W = image_size
     sizes = [image_size]
     if least is not None:
-        sizes += [(H + 1 + H % 2, W + 1 + W % 2), (max(least, H // 2), W + W // 2)]
+        sizes += [(H + 1 + H % 2, W + 1 + W % 2), (max(least, H // 2), W + W // 2), (least, least)]
     return [(batch, *size) for batch in BATCHES for size in sizes]
 
 

@@ -1,7 +1,7 @@
 """CvT in Keras 3, on TensorFlow, JAX or PyTorch."""
 
 from cvt.keras import requirements as requirements
-from cvt.keras.losses import ClassificationLoss
+from cvt.keras.losses import Accuracy, ClassificationLoss
 from cvt.keras.modeling import (
     TFCvtForImageClassification,
     TFCvtModel,
@@ -10,6 +10,7 @@ from cvt.keras.modeling import (
 )
 
 __all__ = [
+    "Accuracy",
     "ClassificationLoss",
     "TFCvtForImageClassification",
     "TFCvtModel",

@@ -473,8 +473,11 @@ class Stage(CvtLayer):
             x = ops.concatenate((ops.broadcast_to(class_token, (B, 1, C)), x), axis=1)
         x = self.dropout(x, training=training)
         attentions: tuple = ()
+        grid = (H, W)
+        if isinstance(H, int) != isinstance(W, int):  # Keras takes one kind alone in a tuple
+            grid = tuple(map(ops.convert_to_tensor, grid))
         for block in self.blocks:
-            x, weights = block(x, grid=(H, W), training=training)
+            x, weights = block(x, grid=grid, training=training)
             attentions += (weights,)
         ahead = int(self.stage.cls_token)
         return ops.reshape(x[:, ahead:], (-1, H, W, C)), x[:, :ahead], attentions

@@ -1,5 +1,6 @@
 """The losses of an image classifier, as `cvt.losses` has them for PyTorch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -25,6 +26,18 @@ def losses_of(logits: Any, labels: Any, problem: str) -> Any:
     if problem == "regression":
         return ops.mean(ops.square(logits - labels), axis=1)
     return ops.mean(ops.binary_crossentropy(labels, logits, from_logits=True), axis=1)
+
+
+def with_known_rank(compute: Callable[[Any, Any], Any], labels: Any, logits: Any) -> Any:
+    """compute(labels, logits), also in a graph of TensorFlow that takes (B,), (B, 1) and (B, K)."""
+    if getattr(labels.shape, "rank", 0) is not None:
+        return compute(labels, logits)
+    shape = ops.shape(logits)
+    return ops.cond(
+        ops.size(labels) == shape[0],
+        lambda: compute(ops.reshape(labels, (-1, 1)), logits),
+        lambda: compute(ops.reshape(labels, shape), logits),
+    )
 
 
 def values_of(tensor: Any) -> np.ndarray | None:
@@ -59,6 +72,31 @@ def classification_loss(logits: Any, labels: Any, config: CvtConfig) -> Any:
     return ops.mean(losses_of(logits, labels, problem))
 
 
+def accuracy(labels: Any, logits: Any) -> Any:
+    """Which images, (B,), get their class, an index, (B,) or (B, 1), or the largest of (B, K)."""
+    return with_known_rank(_accuracy, labels, logits)
+
+
+def _accuracy(labels: Any, logits: Any) -> Any:
+    if len(labels.shape) < 2 or labels.shape[1] == 1:
+        return keras.metrics.sparse_categorical_accuracy(ops.reshape(labels, (-1,)), logits)
+    return keras.metrics.categorical_accuracy(labels, logits)
+
+
+@register
+class Accuracy(keras.metrics.MeanMetricWrapper):
+    """The share of the images that get their class; labels may change their form between batches.
+
+    Keras' own "accuracy" is for the form of the first batch.
+    """
+
+    def __init__(self, name: str = "accuracy", dtype: Any = None) -> None:
+        super().__init__(accuracy, name=name, dtype=dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype}
+
+
 @register
 class ClassificationLoss(keras.losses.Loss):
     """The same as a loss of Keras, which `compile` takes; Keras hands it all labels as floats.
@@ -76,6 +114,9 @@ class ClassificationLoss(keras.losses.Loss):
 
     def call(self, labels: Any, logits: Any) -> Any:
         """Labels and logits (B, K) to the loss of every image, (B,)."""
+        return with_known_rank(self._losses, labels, logits)
+
+    def _losses(self, labels: Any, logits: Any) -> Any:
         indices = len(labels.shape) < 2 or labels.shape[1] == 1
         problem, _ = problem_of(
             *(self.problem_type, self.num_labels, indices),

@@ -5,10 +5,12 @@ The same code runs on TensorFlow, JAX and PyTorch, as `KERAS_BACKEND` or Keras' 
 
 import inspect
 import os
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import keras
 from keras import layers, ops
@@ -16,7 +18,7 @@ from keras import layers, ops
 from cvt.configuration import CvtConfig
 from cvt.keras import weights
 from cvt.keras.layers import Stage, as_config, normal, register, uniform
-from cvt.keras.losses import ClassificationLoss, classification_loss
+from cvt.keras.losses import Accuracy, ClassificationLoss, classification_loss
 
 DATA_FORMATS = ("channels_first", "channels_last")
 
@@ -24,16 +26,39 @@ DATA_FORMATS = ("channels_first", "channels_last")
 # ------------------------------------------------------------------------------ outputs
 
 
-def _present(output: tuple) -> tuple:
-    return tuple(value for value in output if value is not None)
+class Output(tuple):
+    """A named tuple of those values that are not None; attributes of the others are None.
+
+    None is what no functional model of Keras and no signature of a SavedModel can give.
+    """
+
+    def __new__(cls, **values: Any) -> Self:
+        """Of a class with exactly these fields, as trees of Keras, TensorFlow and JAX need it."""
+        present = {name: value for name, value in values.items() if value is not None}
+        return _with_fields(cls, tuple(present))._make(present.values())
+
+    def to_tuple(self) -> tuple:
+        """The values that are not None."""
+        return tuple(self)
+
+    def __getitem__(self, key: Any) -> Any:
+        """A value by its name, or by its place."""
+        return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
+
+    def __reduce__(self) -> tuple:
+        return _unpickled, (type(self).__bases__[1], self._asdict())
 
 
-def _item(output: tuple, key: int | slice | str) -> Any:
-    """A value by its name, or by its place among those that are not None."""
-    return getattr(output, key) if isinstance(key, str) else _present(output)[key]
+@lru_cache
+def _with_fields(kind: type[Output], names: tuple[str, ...]) -> Any:
+    return type(kind.__name__, (namedtuple(kind.__name__, names), kind), {})
 
 
-class TFCvtModelOutput(NamedTuple):
+def _unpickled(kind: type[Output], values: dict[str, Any]) -> Output:
+    return kind(**values)
+
+
+class TFCvtModelOutput(Output):
     """What `TFCvtModel` returns.
 
     Attributes:
@@ -49,15 +74,8 @@ class TFCvtModelOutput(NamedTuple):
     hidden_states: tuple | None = None
     attentions: tuple | None = None
 
-    def to_tuple(self) -> tuple:
-        """The values that are not None."""
-        return _present(self)
 
-    def __getitem__(self, key: Any) -> Any:
-        return _item(self, key)
-
-
-class TFImageClassifierOutput(NamedTuple):
+class TFImageClassifierOutput(Output):
     """What `TFCvtForImageClassification` returns.
 
     Attributes:
@@ -71,13 +89,6 @@ class TFImageClassifierOutput(NamedTuple):
     logits: Any = None
     hidden_states: tuple | None = None
     attentions: tuple | None = None
-
-    def to_tuple(self) -> tuple:
-        """The values that are not None."""
-        return _present(self)
-
-    def __getitem__(self, key: Any) -> Any:
-        return _item(self, key)
 
 
 # ------------------------------------------------------------------------------ models
@@ -145,8 +156,17 @@ class TFCvtPreTrainedModel(keras.Model):
         self.config.validate()
         self.data_format = data_format
 
+    @property
+    def images_shape(self) -> tuple[int | None, ...]:
+        """The shape of a batch of images of any size."""
+        channels = self.config.num_channels
+        first = self.data_format == "channels_first"
+        return (None, channels, None, None) if first else (None, None, None, channels)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Arguments of `call`, by position too: Keras itself takes none but tensors so."""
+        pixels = args[0] if args else kwargs.get("pixel_values")
+        checked_pixels(pixels, self.config, self.data_format)  # Keras would add lines to the error
         if len(args) > 1:
             names = [*inspect.signature(self.call).parameters][1 : len(args)]
             kwargs = dict(zip(names, args[1:], strict=True), **kwargs)
@@ -168,11 +188,13 @@ class TFCvtPreTrainedModel(keras.Model):
                 4), an authors' .pth file, a published name or a hub id.
             data_format: as in the class.
             dtype: as in the class.
-            kwargs: fields of the config to set otherwise, as `num_labels` for a new, random
-                classifier of so many classes or `drop_path_rate`; for the hub `revision`, `token`,
+            kwargs: `config`, a CvtConfig or its dict, in the place of the source's; fields of the
+                config to set otherwise, as `num_labels` for a new, random classifier of so many
+                classes or `drop_path_rate`; for the hub `revision`, `token`,
                 `cache_dir`, `local_files_only` and the like.
 
         Raises:
+            TypeError: an argument is none of these; names it.
             ValueError: weights are missing, unexpected or of the wrong shape; lists all of them.
             OSError: there is no such model, or it cannot be reached.
         """
@@ -205,7 +227,7 @@ class TFCvtModel(TFCvtPreTrainedModel):
     ) -> None:
         super().__init__(config, data_format, **kwargs)
         self.encoder = Encoder(self.config, name="encoder", dtype=self.dtype_policy)
-        self.build((None, None, None, self.config.num_channels))
+        self.build(self.images_shape)
 
     def build(self, shape: tuple) -> None:
         """Make the weights; they are the same for all sizes of images."""
@@ -284,7 +306,7 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
                 dtype=policy,
             )
         self.only_logits = False
-        self.build((None, None, None, self.config.num_channels))
+        self.build(self.images_shape)
 
     def build(self, shape: tuple) -> None:
         """Make the weights; they are the same for all sizes of images."""
@@ -341,11 +363,30 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def compile(self, optimizer: Any = "rmsprop", loss: Any = None, **kwargs: Any) -> None:
-        """As in Keras; without a loss, `ClassificationLoss` of the config."""
+    def compile(
+        self, optimizer: Any = "rmsprop", loss: Any = None, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """As in Keras; without a loss, `ClassificationLoss` of the config.
+
+        The metric "accuracy" takes class indices, (B,) or (B, 1), and one-hot labels in turn.
+        """
         if loss is None:
             loss = ClassificationLoss(self.config.problem_type, self.config.num_labels)
-        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        if isinstance(metrics, list | tuple) and self.config.num_labels > 1:
+            by_name = [each in ("accuracy", "acc") for each in metrics]
+            metrics = [
+                Accuracy(name=each) if named else each
+                for each, named in zip(metrics, by_name, strict=True)
+            ]
+        super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
+
+    def compute_loss(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; labels may be among the inputs, as data sets of transformers have them."""
+        return super().compute_loss(x, labels_of(x, y), *args, **kwargs)
+
+    def compute_metrics(self, x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Keras; labels likewise."""
+        return super().compute_metrics(x, labels_of(x, y), *args, **kwargs)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compile as a saved model was."""
@@ -396,10 +437,25 @@ def to_channels_last(image: Any) -> Any:
     return ops.transpose(image, (0, 2, 3, 1))
 
 
+def labels_of(inputs: Any, labels: Any) -> Any:
+    """The labels, which may be in a dict with the pixels."""
+    return inputs.get("labels") if labels is None and isinstance(inputs, dict) else labels
+
+
 def channels_last(pixel_values: Any, config: CvtConfig, data_format: str) -> Any:
     """The pixels as (B, H, W, C), or a ValueError that says what was expected."""
+    pixel_values = checked_pixels(pixel_values, config, data_format)
+    return to_channels_last(pixel_values) if data_format == "channels_first" else pixel_values
+
+
+def checked_pixels(pixel_values: Any, config: CvtConfig, data_format: str) -> Any:
+    """The pixels, or a ValueError that says what was expected."""
     if isinstance(pixel_values, dict):  # the name by which data sets of transformers have them
-        pixel_values = pixel_values["pixel_values"]
+        pixel_values = pixel_values.get("pixel_values")
+    if not hasattr(pixel_values, "shape") or not hasattr(pixel_values, "dtype"):
+        raise ValueError(
+            f"pixel_values are of type {type(pixel_values).__name__}; expected one array or tensor"
+        )
     shape, first = tuple(pixel_values.shape), data_format == "channels_first"
     channels = config.num_channels
     wanted = (
@@ -421,4 +477,4 @@ def channels_last(pixel_values: Any, config: CvtConfig, data_format: str) -> Any
             f"pixel_values are {sides[0]} x {sides[1]} pixels; this model needs at least "
             f"{least} x {least}"
         )
-    return to_channels_last(pixel_values) if first else pixel_values
+    return pixel_values

@@ -21,6 +21,7 @@ from cvt import hub
 from cvt.checkpoints.names import keras_to_transformers
 from cvt.configuration import CvtConfig
 from cvt.files import pointer_fault, staged
+from cvt.keras.layers import as_config
 
 if TYPE_CHECKING:
     from cvt.keras.modeling import TFCvtPreTrainedModel
@@ -50,18 +51,28 @@ def load(
     Args:
         source: as in `TFCvtPreTrainedModel.from_pretrained`, whose errors it raises.
         make: makes a model.
-        kwargs: fields of the config to set otherwise, and those for the hub, `OF_HUB`.
+        kwargs: `config` in the place of the source's, fields of it to set otherwise, and those for
+            the hub, `OF_HUB`.
     """
     of_hub = {name: kwargs.pop(name) for name in OF_HUB if name in kwargs}
+    given = kwargs.pop("config", None)
+    default = CvtConfig()
+    if unknown := [name for name in kwargs if not hasattr(default, name)]:
+        raise TypeError(
+            f"from_pretrained does not take {', '.join(unknown)}: it takes config, the config's "
+            "fields and " + ", ".join(OF_HUB)
+        )
     new_head = "num_labels" in kwargs or "id2label" in kwargs
+    if given is not None:
+        given = CvtConfig.from_dict(as_config(given).to_dict(), **kwargs)
     if os.path.isfile(source):
         config, found = read_authors(Path(source), kwargs)
     else:
-        config = CvtConfig.from_pretrained(source, **of_hub, **kwargs)
+        config = given or CvtConfig.from_pretrained(source, **of_hub, **kwargs)
         with hub.resolved(source, of_hub) as resolved:
             files = find(resolved, of_hub)
         found = {name: weight for file in files for name, weight in read(file).items()}
-    model = make(config)
+    model = make(given or config)
     is_classifier = bool(hub.HEAD & named_variables(model).keys())
     if os.path.isfile(source) and is_classifier and not (new_head or hub.CLASSIFIER & found.keys()):
         from cvt.checkpoints.authors import headless

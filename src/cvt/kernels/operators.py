@@ -33,12 +33,27 @@ def is_autograd_alone() -> bool:
 
     Such are a tracer, whose compiler chooses itself what to keep, torch.func, and forward mode.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack()
-        or forward_ad._current_level >= 0
-    )
+    return not (is_captured() or is_transformed() or forward_ad._current_level >= 0)
+
+
+def is_captured() -> bool:
+    """Whether what is computed now becomes a graph, of torch.compile, torch.export or a trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func, such as its vmap or grad, changes what is computed now."""
+    return not torch.compiler.is_compiling() and bool(torch._C._functorch.peek_interpreter_stack())
+
+
+def channels_last(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """The image, (B, C, H, W), in a type and in channels-last memory.
+
+    Under torch.func it stays in the memory that it has: vmap hides a dimension of it.
+    """
+    if is_transformed():
+        return image.to(dtype)
+    return image.to(dtype, memory_format=torch.channels_last)
 
 
 def silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
@@ -150,7 +165,7 @@ def with_dense_gradient(image: Tensor) -> Tensor:
 
     Tokens behind a class token have a gradient with gaps, of which a CPU's BatchNorm is slow.
     """
-    if image.requires_grad and not torch.compiler.is_compiling():
+    if image.requires_grad and not (torch.compiler.is_compiling() or is_transformed()):
         image.register_hook(lambda gradient: gradient.contiguous(memory_format=torch.channels_last))
     return image
 

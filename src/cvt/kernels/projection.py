@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cvt.kernels import torch_projection
-from cvt.kernels.operators import BatchNorm, DepthwiseConv
+from cvt.kernels.operators import BatchNorm, DepthwiseConv, is_transformed
 from cvt.kernels.torch_projection import keys_shape, taps_of
 
 MODES = ("off", "auto", "torch")
@@ -305,7 +305,9 @@ def fits(convolutions: Sequence[nn.Conv2d]) -> bool:
 
 def runs_on(tokens: Tensor) -> bool:
     """Whether `set_projections` chose `convolve` for such tokens."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+    if torch.jit.is_tracing():
+        return False  # who runs a trace has PyTorch's own operators only
+    if is_transformed():
         return False  # torch.func would take the tangent of an operator for zero
     return projections() == "torch" or triton_kernels(tokens) is not None
 

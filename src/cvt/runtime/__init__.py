@@ -4,6 +4,8 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cvt.limits import check_counts
+
 if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
     from cvt.runtime.base import Runtime
@@ -30,6 +32,8 @@ def open_runtime(
     precision: str | None = None,
     device: str = "auto",
     threads: int | None = None,
+    *,
+    images: int | None = None,
 ) -> "Runtime":
     """Make a classifier ready to run.
 
@@ -39,14 +43,17 @@ def open_runtime(
         runtime: one of `RUNTIMES`, of an export one of `OF_EXPORTS`, too, or `auto`: of an export
             its own; of a model the fastest that is installed and computes in `precision`, which is
             `fused` on a GPU, `openvino` on a CPU, and `fused` there where OpenVINO does not compute
-            in it.
+            in it, or where there are too few images for what it takes to convert the model.
         precision: one of `PRECISIONS`; by default an export's own, and fp32 for a model.
         device: `cpu`, or another of torch's, as `cuda:1`; `auto` is a CUDA device where there is
             one that the runtime can use.
         threads: that compute on a CPU; for PyTorch and TensorFlow a setting of the whole process,
             which TensorFlow takes only before it has computed anything.
+        images: how many are to be classified, where that is known: `auto` converts a model for
+            many only.
 
     Raises:
+        TypeError: an argument is of a wrong type; names it.
         FileNotFoundError: `source` names no model.
         ValueError: an argument is illegal, or the runtime cannot do what is asked; weights are
             offloaded, or pointers of git-lfs.
@@ -62,8 +69,8 @@ def open_runtime(
             raise ValueError(
                 f"{name} = {value!r}: must be one of {', '.join(filter(None, choices))}"
             )
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads = {threads}: must be at least 1")
+    if threads is not None:
+        check_counts(threads=threads)
     if isinstance(source, str | Path) and Path(source, "export.json").is_file():
         return open_export(Path(source), runtime, precision, device, threads)
-    return open_model(source, runtime, precision or "fp32", device, threads)
+    return open_model(source, runtime, precision or "fp32", device, threads, images)

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from cvt.limits import MOST_AT_ONCE, MOST_IMAGES
+
 PACKAGED = Path(__file__).parents[1] / "recipes"
 
 
@@ -68,7 +70,9 @@ class Recipe:
         "Pixels that an image may have; larger ones are unreadable; by default 178956970.",
         least=1,
     )
-    workers: int = setting(0, "Processes that decode and augment, besides this one.", least=0)
+    workers: int = setting(
+        0, "Processes that decode and augment, besides this one.", least=0, most=MOST_AT_ONCE
+    )
 
     model: str = setting(
         "cvt-13", "MODEL to start from, a variant, or a folder with a config.json.", group="Model"
@@ -114,7 +118,7 @@ class Recipe:
 
     epochs: int = setting(30, "Passes over the training images.", group="Optimisation", least=1)
     steps: int | None = setting(None, "Steps of the optimizer, instead of epochs.", least=1)
-    batch_size: int = setting(64, "Images at a time in each process.", least=1)
+    batch_size: int = setting(64, "Images at a time in each process.", least=1, most=MOST_IMAGES)
     accumulate: int = setting(1, "Batches of each process in a step.", least=1)
     optimizer: str = setting("adamw", "Optimizer.", choices=("adamw", "sgd"))
     lr: float | None = setting(None, "Highest learning rate, whatever the batch.", above=0)

@@ -184,11 +184,11 @@ After epoch {row["epoch"]:.0f}, on the validation images:
 
 ```python
 import cvt
-from PIL import Image
+from cvt.images import decode
 
 model = cvt.CvtForImageClassification.from_pretrained("FOLDER").eval()
 processor = cvt.image_processor("FOLDER")
-logits = model(**processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")).logits
+logits = model(**processor(decode("photo.jpg"), return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])
 ```
 
