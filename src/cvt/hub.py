@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +98,9 @@ def load_strictly(
     judgement to the caller.
 
     Raises:
-        ValueError: weights are missing, unexpected or of the wrong shape; lists all of them. Or a
-            file of them is a pointer of git-lfs, or those of an adapter are alone.
+        ValueError: weights are missing, unexpected or of the wrong shape; lists all of them.
         OSError: there is no such model, or it cannot be reached.
     """
-    if name is not None and os.path.isdir(name):
-        choices = ("subfolder", "variant", "use_safetensors")
-        files = weight_files(name, **{each: kwargs[each] for each in choices if each in kwargs})
-        if fault := next(filter(None, map(pointer_fault, files)), None):
-            raise ValueError(fault)
-        if not files and all(Path(name, file).is_file() for file in (ADAPTER, "config.json")):
-            raise ValueError(
-                f"{name} is an adapter: cvt.checkpoints.load_classifier merges it with its base, "
-                "as every command does"
-            )
     with resolved(name, kwargs) as source:
         if kwargs.get("ignore_mismatched_sizes") or kwargs.get("output_loading_info"):
             return load(source, *args, **kwargs)
@@ -120,12 +109,40 @@ def load_strictly(
             model, loaded = load(source, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(f"the weights of {name} cannot be read: {error}") from error
+        except Exception as error:  # torch advises to run what is in a pickle
+            if fault := next(filter(None, map(pickle_fault, local_files(name, kwargs))), None):
+                raise ValueError(fault) from error
+            raise
     mismatched = {name: sizes for name, *sizes in loaded["mismatched_keys"]}
     new_head = "num_labels" in kwargs or "id2label" in kwargs
     new_weights(
         model, name, loaded["missing_keys"], loaded["unexpected_keys"], mismatched, new_head
     )
     return model
+
+
+def local_files(name: str | os.PathLike | None, kwargs: Mapping[str, Any]) -> list[Path]:
+    """The files of weights that `PreTrainedModel.from_pretrained` reads, where they are here.
+
+    Args:
+        name: of the model; if it is no folder, there are no such files.
+        kwargs: its other arguments.
+
+    Raises:
+        ValueError: a file is a pointer of git-lfs, or there are weights of an adapter alone.
+    """
+    if name is None or not os.path.isdir(name):
+        return []
+    choices = ("subfolder", "variant", "use_safetensors")
+    files = weight_files(name, **{each: kwargs[each] for each in choices if each in kwargs})
+    if fault := next(filter(None, map(pointer_fault, files)), None):
+        raise ValueError(fault)
+    if not files and all(Path(name, file).is_file() for file in (ADAPTER, "config.json")):
+        raise ValueError(
+            f"{name} is an adapter: cvt.checkpoints.load_classifier merges it with its base, "
+            "as every command does"
+        )
+    return files
 
 
 def weight_files(
@@ -155,6 +172,23 @@ def weight_files(
     except (ValueError, KeyError, AttributeError, TypeError):  # transformers' loading says more
         return [path]
     return [path, *(path.with_name(shard) for shard in shards)]
+
+
+def pickle_fault(path: Path) -> str:
+    """Why a pickled file of weights cannot be used; empty if it can, or is no pickle."""
+    import torch
+
+    if path.suffix != ".bin":
+        return ""
+    with suppress(Exception):  # a damaged file fails in many ways: zip, pickle, storage sizes
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if isinstance(content, dict) and all(isinstance(v, torch.Tensor) for v in content.values()):
+            return ""
+    return (
+        f"{path} was not read: it holds more than tensors, or is not whole; nothing in a file is "
+        "run. `cvt convert` reads the weights of a checkpoint of training; else save "
+        "model.state_dict() alone"
+    )
 
 
 def save_readable(

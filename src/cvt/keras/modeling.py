@@ -143,6 +143,7 @@ class TFCvtPreTrainedModel(keras.Model):
             )
         self.config = as_config(config)
         self.config.validate()
+        self.config.check_memory()
         self.data_format = data_format
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

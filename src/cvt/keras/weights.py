@@ -60,6 +60,7 @@ def load(
         config = CvtConfig.from_pretrained(source, **of_hub, **kwargs)
         with hub.resolved(source, of_hub) as resolved:
             files = find(resolved, of_hub)
+        config.check_file(sum(os.path.getsize(file) for file in files), source, new_head)
         found = {name: weight for file in files for name, weight in read(file).items()}
     model = make(config)
     is_classifier = bool(hub.HEAD & named_variables(model).keys())
