@@ -8,6 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_path(path: str | os.PathLike, name: str) -> None:
+    """Refuse an empty path, which would be the working folder.
+
+    Raises:
+        ValueError: it is empty; `name` says which it is.
+    """
+    if not os.fspath(path):
+        raise ValueError(f"{name} = '': an empty path names nothing; the working folder is '.'")
+
+
 @contextmanager
 def staged(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A path beside `target` to write a file or folder to; it becomes `target` when all went well.
@@ -17,7 +27,9 @@ def staged(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `target` is there already and may not be overwritten; an empty folder may.
+        ValueError: `target` is empty.
     """
+    check_path(target, "output")
     asked, target = target, Path(target).resolve()  # so that "..", too, has a name of its own
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{asked} exists already; nothing was overwritten")

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from cvt.files import follow_umask, pointer_fault
+from cvt.text import printable
 from cvt.zoo import PUBLISHED, Published
 
 logger = logging.getLogger(__name__)
@@ -248,8 +249,8 @@ def list_faults(
     missing: Iterable[str], unexpected: Iterable[str], mismatched: Mapping[str, Sequence]
 ) -> str:
     """A line for each weight that does not fit; `mismatched` has the shapes found and expected."""
-    faults = [f"missing {name}" for name in missing]
-    faults += [f"unexpected {name}" for name in unexpected]
+    faults = [f"missing {printable(name)}" for name in missing]
+    faults += [f"unexpected {printable(name)}" for name in unexpected]
     for name, (found, expected) in mismatched.items():
-        faults.append(f"{name} is {tuple(found)}, expected {tuple(expected)}")
+        faults.append(f"{printable(name)} is {tuple(found)}, expected {tuple(expected)}")
     return "".join(f"\n  {fault}" for fault in faults)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cvt.configuration import CvtConfig
 from cvt.datasets import images_below
+from cvt.files import check_path
 from cvt.images import ImageError, Source, StoredImage, check_range, decode, pixels_needed
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import PixelError, Runtime
@@ -72,6 +73,7 @@ def find_images(sources: Iterable[str | Path]) -> Iterator[Path]:
 
 
 def _found(source: str | Path) -> Iterator[Path]:
+    check_path(source, "source")
     path, fault = Path(source), "does not exist"
     if path.is_file():
         return iter([path])

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from cvt.files import locked, sync
 from cvt.predict import Prediction
+from cvt.text import UNSAFE, csv_cell
 
 HEADER = ["path", "rank", "label", "score"]  # of the csv file, which has a row per class
 SETTINGS = "settings.json"
@@ -82,7 +83,7 @@ class Results:
         self.count = done.total()
 
         def is_missing(path: Path) -> bool:
-            key = _key(str(path))
+            key = _key(str(path) if self.target.suffix == ".jsonl" else csv_cell(str(path)))
             if done[key]:  # an image that is named twice is classified twice
                 done[key] -= 1
                 return False
@@ -98,7 +99,12 @@ class Results:
         else:
             form = ".9g" if prediction.are_values else ".6f"  # of a value all that float32 has
             csv.writer(file).writerows(
-                (prediction.path, rank, record["label"], f"{record['score']:{form}}")
+                (
+                    csv_cell(str(prediction.path)),
+                    rank,
+                    csv_cell(record["label"]),
+                    f"{record['score']:{form}}",
+                )
                 for rank, record in enumerate(prediction.records, start=1)
             )
         file.flush()
@@ -202,4 +208,6 @@ def _key(path: str) -> bytes:
 def json_line(prediction: Prediction) -> str:
     """A prediction as a line of JSON."""
     record = {"path": str(prediction.path), "predictions": prediction.records}
-    return json.dumps(record, ensure_ascii=False)
+    return UNSAFE.sub(
+        lambda found: f"\\u{ord(found[0]):04x}", json.dumps(record, ensure_ascii=False)
+    )

@@ -9,6 +9,7 @@ from cvt import hub
 from cvt.checkpoints import adapters
 from cvt.checkpoints.authors import load_authors, read_file
 from cvt.configuration import VARIANTS, CvtConfig
+from cvt.files import check_path
 from cvt.images import image_processor
 from cvt.modeling import CvtForImageClassification
 from cvt.zoo import PUBLISHED
@@ -38,6 +39,7 @@ def load_classifier(
         FileNotFoundError: `source` is none of these.
         ValueError: its weights do not fit; lists every fault.
     """
+    check_path(source, "source")
     if Path(source).is_file():
         return load_authors(
             source,
@@ -108,6 +110,7 @@ def load_config(source: str | Path) -> CvtConfig:
     Raises:
         FileNotFoundError: `source` is none of these.
     """
+    check_path(source, "source")
     if Path(source).is_file():
         return read_file(source).config
     if Path(source).is_dir():

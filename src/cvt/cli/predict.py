@@ -118,9 +118,10 @@ def identity(model: str, runtime: "Runtime") -> dict[str, Any]:
 def line(prediction: "Prediction", as_json: bool) -> str:
     """A prediction as a line of text or of JSON."""
     from cvt.results import json_line
+    from cvt.text import printable
 
     if as_json:
         return json_line(prediction)
     form = "{label} {score:g}" if prediction.are_values else "{label} {score:.1%}"
     classes = "  ".join(form.format(**record) for record in prediction.records)
-    return f"{prediction.path}: {classes}"
+    return printable(f"{prediction.path}: {classes}")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cvt.text import printable
 from cvt.train.recipe import FIELDS, load_recipe, refuse_fixed, value_type
 
 
@@ -56,7 +57,7 @@ def train(
             refuse_fixed(changes)
         recipe = load_recipe(config, changes)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(printable(str(error), keep="\n")) from None
     if not resume and not recipe.data:
         raise typer.BadParameter("what to train on is missing", param_hint="DATA")
 

@@ -43,6 +43,7 @@ from cvt.datasets.labelled import (
     label_map,
     split,
 )
+from cvt.files import check_path
 from cvt.labels import read_labels
 
 __all__ = [
@@ -158,6 +159,7 @@ def _half(data: str | Path, parts: Parts, names: tuple[str, ...]) -> Images:
 
 def _parts(data: str | Path, options: _Options) -> Parts:
     """The splits of `data`, by the reader of its kind."""
+    check_path(data, "data")
     name = os.fspath(data)
     streaming = name.startswith("stream:")
     name = name.removeprefix("stream:")

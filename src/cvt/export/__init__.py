@@ -32,7 +32,7 @@ from cvt.export.tensorflow import (
     write_litert,
     write_saved_model,
 )
-from cvt.files import staged
+from cvt.files import check_path, staged
 from cvt.fused import fuse
 from cvt.graph import onnx_graph, openvino_graph, torch_graph
 from cvt.modeling import CvtForImageClassification
@@ -116,6 +116,7 @@ def export(
     libraries = LIBRARIES[to] + (("nncf",) if precision == "int8" else ())
     extra = "tensorflow" if to in BY_KERAS else "export"
     require(f"an export to {to} in {precision}", *libraries, extra=extra)
+    check_path(source, "source")
     if Path(output).resolve() == Path(source).resolve():
         raise ValueError(f"{output} is the model itself; export to another folder")
     with staged(output, overwrite=overwrite) as folder:

@@ -52,6 +52,7 @@ def open_runtime(
             offloaded, or pointers of git-lfs.
         ImportError: the runtime is not installed; says what to install.
     """
+    from cvt.files import check_path
     from cvt.runtime.opening import open_export, open_model
 
     for name, value, choices in (
@@ -64,6 +65,8 @@ def open_runtime(
             )
     if threads is not None and threads < 1:
         raise ValueError(f"threads = {threads}: must be at least 1")
+    if isinstance(source, str | Path):
+        check_path(source, "source")
     if isinstance(source, str | Path) and Path(source, "export.json").is_file():
         return open_export(Path(source), runtime, precision, device, threads)
     return open_model(source, runtime, precision or "fp32", device, threads)

@@ -32,13 +32,19 @@ from torch.distributed.fsdp import fully_shard
 
 from cvt.datasets import LabelledImages, StreamedImages, open_training
 from cvt.evaluate import Evaluation, evaluate
-from cvt.files import locked
+from cvt.files import check_path, locked
 from cvt.images import image_processor
 from cvt.modeling import Block
 from cvt.train import records
 from cvt.train.augmentation import augmentation, mixing
 from cvt.train.batches import Batch, Plan, batches, seed_all
-from cvt.train.checkpointing import checkpoints, newest_checkpoint, save_checkpoint
+from cvt.train.checkpointing import (
+    check_state,
+    check_weights,
+    checkpoints,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from cvt.train.finishing import Finishing
 from cvt.train.models import classifier_for, frozen, merged, rebuilt, regularised, trainable
 from cvt.train.optimization import Schedule, optimizer_for
@@ -85,6 +91,7 @@ def train(recipe: Recipe, output: str | Path, progress: Progress | None = None) 
         FloatingPointError: the loss became NaN or infinite; says when and what to try.
         Stopped: SIGTERM or SIGINT; the state is saved.
     """
+    check_path(output, "output")
     output = Path(output)
     if checkpoints(output / "checkpoints"):
         raise FileExistsError(f"{output} exists already; --resume goes on with the run in it")
@@ -117,8 +124,10 @@ def resume(
         ValueError: no checkpoint is whole, the images are not the run's, a change is not allowed;
             else as `train`.
     """
+    check_path(output, "output")
     refuse_fixed(changes or {})
     path, state = newest_checkpoint(Path(output) / "checkpoints")
+    check_state(state, path)
     recipe = load_recipe(None, {**state["recipe"], **(changes or {})})
     opening = f"going on from {path}, {state['step']} steps done"
     return _run(recipe, Path(output), state, progress, opening)
@@ -191,6 +200,11 @@ class Run:
         self.history: list[Row] = state.get("history", [])
         self.losses: list[float] = state.get("losses", [])  # of the epoch that is going on
         self.corrupt: dict[str, str] = state.get("corrupt", {})
+        if self.step > self.plan.steps or (self.at_epoch_end and self.step and not self.losses):
+            raise ValueError(
+                f"step = {self.step}: does not fit a run of {self.plan.steps} steps, of which "
+                f"history has {len(self.history)} epochs and losses {len(self.losses)} steps"
+            )
         self.signal = 0
         self.advised = False
 
@@ -252,6 +266,9 @@ class Run:
         fp16 = recipe.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         if state:
+            check_weights(state["model"], self.plain.state_dict(), "model")
+            if self.ema:
+                check_weights(state["ema"] or {}, self.ema.module.state_dict(), "ema")
             set_model_state_dict(self.plain, state["model"], options=FULL)
             if found := state["optimizer"]:
                 set_optimizer_state_dict(self.plain, self.optimizer, found, options=FULL)
