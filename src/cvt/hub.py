@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cvt.files import follow_umask, pointer_fault
+from cvt.files import CHECKSUMS, check_checksums, follow_umask, pointer_fault
 from cvt.text import printable
 from cvt.zoo import PUBLISHED, Published
 
@@ -146,6 +146,16 @@ def local_files(name: str | os.PathLike | None, kwargs: Mapping[str, Any]) -> li
     return files
 
 
+def verify_folder(name: str | os.PathLike | None) -> None:
+    """Compare a model folder with its `checksums.json`, if it is a folder that has one.
+
+    Raises:
+        ValueError: a file is damaged; names it.
+    """
+    if name is not None and os.path.isdir(name):
+        check_checksums(name)
+
+
 def weight_files(
     folder: str | os.PathLike,
     subfolder: str = "",
@@ -202,6 +212,8 @@ def save_readable(
         return {path: (found.st_ino, found.st_mtime_ns) for path, found in files}
 
     before = weights()
+    if os.path.isdir(folder):
+        Path(folder, CHECKSUMS).unlink(missing_ok=True)  # of what is about to be replaced
     save(folder, *args, **kwargs)
     if written := [path for path, found in weights().items() if before.get(path) != found]:
         follow_umask(written, Path(folder))

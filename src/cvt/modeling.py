@@ -416,8 +416,13 @@ class CvtPreTrainedModel(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> "Self":
-        """As in transformers, published names too, and strict: see `hub.load_strictly`."""
+        """As in transformers, published names too, and strict: see `hub.load_strictly`.
+
+        A folder with a `checksums.json` is compared with it, unless `verify=False` is given.
+        """
         load = super().from_pretrained
+        if kwargs.pop("verify", True):
+            hub.verify_folder(pretrained_model_name_or_path)
         if files := hub.local_files(pretrained_model_name_or_path, kwargs):
             config = kwargs.get("config") or pretrained_model_name_or_path
             if not isinstance(config, CvtConfig):

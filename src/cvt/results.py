@@ -5,12 +5,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from cvt.files import locked, sync
+from cvt.files import full_disk_named, locked, sync
 from cvt.predict import Prediction
 from cvt.text import UNSAFE, csv_cell
 
@@ -56,7 +56,9 @@ class Results:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.claimed.close()
+        # What a full disk left unwritten, closing the file tries to write again.
+        with suppress(OSError) if exception[0] else nullcontext():
+            self.claimed.close()
 
     def missing(self, paths: Iterable[Path], settings: Mapping[str, Any]) -> Iterator[Path]:
         """Those of these images that are not in the file; to be called before anything is written.
@@ -92,7 +94,15 @@ class Results:
         return filter(is_missing, paths)
 
     def write(self, prediction: Prediction) -> None:
-        """Add an image; it stays even if this process is killed now."""
+        """Add an image; it stays even if this process is killed now.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        with full_disk_named(self.growing, self.target.parent):
+            self._write(prediction)
+
+    def _write(self, prediction: Prediction) -> None:
         file = self.file or self._begin()
         if self.target.suffix == ".jsonl":
             file.write(json_line(prediction) + "\n")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cvt.cli.predict import Device, Precision, RuntimeName, Threads
+from cvt.cli.predict import Device, NoVerify, Precision, RuntimeName, Threads
 
 
 def evaluate(
@@ -52,6 +52,7 @@ def evaluate(
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of a table's images.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of a table's labels.")] = None,
+    no_verify: NoVerify = False,
     force: Annotated[bool, typer.Option(help="Overwrite what output and report name.")] = False,
 ) -> None:
     """Measure accuracy, per class too, and calibration; classes are matched by name."""
@@ -79,7 +80,7 @@ def evaluate(
     ):
         if page:
             from cvt.report import write_report
-        classifier = open_runtime(model, runtime, precision, device, threads)
+        classifier = open_runtime(model, runtime, precision, device, threads, not no_verify)
         err.print(f"runtime: {classifier.describe}")
         processor = load_processor(model, classifier.config)
         with bar("evaluate", total) as step:

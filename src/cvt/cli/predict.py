@@ -24,6 +24,13 @@ Precision = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is CUDA where there is.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads that run the model on a CPU.")]
 
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify", help="Do not compare the files with the SHA-256 that were written with them."
+    ),
+]
+
 
 def predict(
     model: Annotated[str, typer.Argument(help="MODEL that classifies, or an exported folder.")],
@@ -47,6 +54,7 @@ def predict(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the output of an interrupted run.")
     ] = False,
+    no_verify: NoVerify = False,
     force: Annotated[
         bool, typer.Option(help="Overwrite the output file, and what an interrupted run left.")
     ] = False,
@@ -67,7 +75,7 @@ def predict(
     paths = find_images(images)
     skipped = classified = 0
     with Results(output, resume, force) if output else nullcontext() as results:
-        classifier = open_runtime(model, runtime, precision, device, threads)
+        classifier = open_runtime(model, runtime, precision, device, threads, not no_verify)
         err.print(f"runtime: {classifier.describe}")
         processor = load_processor(model, classifier.config)
         topk = scores_per_image(topk, classifier.config)

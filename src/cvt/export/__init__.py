@@ -32,13 +32,13 @@ from cvt.export.tensorflow import (
     write_litert,
     write_saved_model,
 )
-from cvt.files import check_path, staged
+from cvt.files import check_path, staged, sums_of
 from cvt.fused import fuse
 from cvt.graph import onnx_graph, openvino_graph, torch_graph
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime import PRECISIONS, open_runtime
 from cvt.runtime.base import require
-from cvt.runtime.manifest import DYNAMIC, FORMATS, Manifest
+from cvt.runtime.manifest import DYNAMIC, FORMATS, NAME, Manifest
 from cvt.runtime.torch_runtime import DTYPES
 
 FILES = {
@@ -174,6 +174,7 @@ def export(
                 "checks": [asdict(check) for check in checks],
             },
             agreement=agreement if precision == "int8" else None,
+            files=sums_of(folder, [path.name for path in folder.iterdir() if path.name != NAME]),
         )
         manifest.write(folder)
     return manifest

@@ -52,11 +52,14 @@ def load(
         make: makes a model.
         kwargs: fields of the config to set otherwise, and those for the hub, `OF_HUB`.
     """
+    verify = kwargs.pop("verify", True)
     of_hub = {name: kwargs.pop(name) for name in OF_HUB if name in kwargs}
     new_head = "num_labels" in kwargs or "id2label" in kwargs
     if os.path.isfile(source):
         config, found = read_authors(Path(source), kwargs)
     else:
+        if verify:
+            hub.verify_folder(source)
         config = CvtConfig.from_pretrained(source, **of_hub, **kwargs)
         with hub.resolved(source, of_hub) as resolved:
             files = find(resolved, of_hub)

@@ -30,6 +30,7 @@ def open_runtime(
     precision: str | None = None,
     device: str = "auto",
     threads: int | None = None,
+    verify: bool = True,
 ) -> "Runtime":
     """Make a classifier ready to run.
 
@@ -45,6 +46,8 @@ def open_runtime(
             one that the runtime can use.
         threads: that compute on a CPU; for PyTorch and TensorFlow a setting of the whole process,
             which TensorFlow takes only before it has computed anything.
+        verify: compare the files of an export or a model folder with the SHA-256 that were written
+            with them; reading takes about a second for each GB.
 
     Raises:
         FileNotFoundError: `source` names no model.
@@ -68,5 +71,5 @@ def open_runtime(
     if isinstance(source, str | Path):
         check_path(source, "source")
     if isinstance(source, str | Path) and Path(source, "export.json").is_file():
-        return open_export(Path(source), runtime, precision, device, threads)
-    return open_model(source, runtime, precision or "fp32", device, threads)
+        return open_export(Path(source), runtime, precision, device, threads, verify)
+    return open_model(source, runtime, precision or "fp32", device, threads, verify)

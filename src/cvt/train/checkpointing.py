@@ -5,7 +5,6 @@ written beside, synced and renamed, and older ones are removed only afterwards; 
 process ends, there is a whole one.
 """
 
-import hashlib
 import json
 import logging
 import reprlib
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cvt.checkpoints.reading import describe, load_pickle
-from cvt.files import pointer_fault, sync
+from cvt.files import pointer_fault, sha256, sync
 
 logger = logging.getLogger(__name__)
 
@@ -214,12 +213,3 @@ def fault_of(path: Path) -> str:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     return ""
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

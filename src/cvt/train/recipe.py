@@ -19,7 +19,7 @@ import yaml
 
 PACKAGED = Path(__file__).parents[1] / "recipes"
 NESTED = 8  # levels of a yaml file; a recipe has two
-LARGEST = {int: 2**63 - 1}  # that a setting without a limit of its own may be
+LARGEST: dict[type, int] = {int: 2**63 - 1}  # that a setting without a limit of its own may be
 
 
 def setting(

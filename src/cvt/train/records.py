@@ -33,7 +33,7 @@ import yaml
 
 from cvt import kernels
 from cvt.evaluate import Evaluation
-from cvt.files import staged
+from cvt.files import staged, write_checksums
 from cvt.report import plot_confusion, plot_curves, plot_mistakes
 from cvt.text import printable
 from cvt.train.batches import Plan
@@ -128,6 +128,8 @@ def write_model(
             adapter.save_pretrained(beside / "adapter")
             for settings in (model.config, processor):  # so that it has its labels wherever it goes
                 settings.save_pretrained(beside / "adapter")
+            write_checksums(beside / "adapter")
+        write_checksums(beside)
         (beside / "README.md").write_text(model_card(model.config, recipe, row), "utf-8")
 
 
