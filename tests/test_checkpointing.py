@@ -9,7 +9,12 @@ import pytest
 import torch
 from training_runs import Process, equal, kill_during_saves, kill_until_done, settings
 
-from cvt.train.checkpointing import newest_checkpoint, save_checkpoint
+from cvt.train.checkpointing import (
+    check_state,
+    check_weights,
+    newest_checkpoint,
+    save_checkpoint,
+)
 
 
 def state_at(step):
@@ -152,6 +157,71 @@ def test_where_none_is_whole_the_fault_of_each_is_told(folder):
 def test_where_there_is_none_it_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         newest_checkpoint(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- harm
+
+
+def whole_state():
+    weight = torch.zeros(2, 3)
+    return {
+        "recipe": {"epochs": 2}, "config": {"depth": [1]}, "images": "0a", "batches_per_step": 1,
+        "step": 3, "history": [{"epoch": 1, "val_top1": None}], "losses": [0.5], "corrupt": {},
+        "model": {"w": weight}, "scaler": {}, "ema": None,
+        "optimizer": {
+            "state": {"w": {"step": torch.tensor(3.0), "exp_avg": weight}}, "param_groups": [],
+        },
+    }  # fmt: skip
+
+
+HARMFUL = {
+    "recipe": [None, [], {1: 2}],
+    "config": ["cvt-13"],
+    "images": [None],
+    "batches_per_step": [0, 10**9, 1.0, True, "2"],
+    "step": [-1, 10**30, 2.5, None, torch.tensor(3)],
+    "history": [None, [{}], [1], [{"epoch": "1", "val_top1": None}], {}],
+    "losses": [None, ["0.5"], 3],
+    "corrupt": [None, {"a": 1}, []],
+    "model": [None, {}, {"w": 1}, [torch.zeros(1)], {3: torch.zeros(1)}],
+    "optimizer": [
+        {}, [], {"state": {"v": {}}, "param_groups": []}, {"state": {"w": 1}, "param_groups": []},
+        {"state": {"w": {"exp_avg": torch.zeros(3, 2)}}, "param_groups": []},
+    ],
+    "scaler": [None, {"scale": "x"}],
+    "ema": [{}, {"w": None}, 1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in HARMFUL.items() for value in values]
+)
+def test_a_state_of_wrong_types_is_refused_by_the_name_of_the_key(key, value):
+    check_state(whole_state(), Path("step-3"))
+    with pytest.raises(ValueError, match=rf"^step-3.state\.pt: {key} ") as raised:
+        check_state(whole_state() | {key: value}, Path("step-3"))
+    assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("key", whole_state())
+def test_a_state_without_a_key_is_refused_by_its_name(key):
+    state = whole_state()
+    del state[key]
+    with pytest.raises(ValueError, match=rf"state\.pt has no {key}$"):
+        check_state(state, Path("step-3"))
+    with pytest.raises(ValueError, match=r"holds no state of a run, but list"):
+        check_state([], Path("step-3"))
+
+
+def test_weights_that_are_not_the_models_are_named():
+    one, other = torch.zeros(2), torch.zeros(3)
+    check_weights({"a": one}, {"a": one}, "model")
+    for found, fault in (
+        ({"b": one}, "missing a"), ({"a": one, "b": one}, "unexpected b"),
+        ({"a": other}, r"a is \(3,\), expected \(2,\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"model does not fit config: {fault}"):
+            check_weights(found, {"a": one}, "model")
 
 
 # ------------------------------------------------------------------------------------- a full disk

@@ -7,6 +7,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from small_models import random_case
 from transformers import PreTrainedConfig
 
 from cvt import CvtBackbone, CvtConfig, CvtForImageClassification, CvtModel
@@ -111,7 +112,7 @@ def test_padding_that_average_pooling_refuses_is_named():
 @pytest.mark.parametrize("model", MODELS)
 def test_models_check_fields_set_later_before_they_allocate(model):
     config = CvtConfig()
-    config.embed_dim = [2**40, 2**40, 2**40]  # would need terabytes
+    config.embed_dim = [2**19, 2**19, 2**19]  # would need terabytes
     config.num_heads = [1, 1, 3]
     with pytest.raises(ValueError, match=r"stage 3: embed_dim\[2\]"):
         model(config)
@@ -562,3 +563,55 @@ def test_class_indices_that_are_no_integers_are_refused(labels):
         CvtConfig(**labels)
     with pytest.raises(ValueError, match=f"{name} = .*class indices must be integers"):
         setattr(CvtConfig(), name, value)
+
+
+# ------------------------------------------------------------------------------ absurd numbers
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parameters_are_counted_without_a_model(seed):
+    fields, _ = random_case(seed, portable=False)
+    config = CvtConfig(**fields)
+    with torch.device("meta"):
+        model = CvtForImageClassification(config)
+    assert config.parameters == sum(weight.numel() for weight in model.parameters())
+
+
+ABSURD = {
+    "depth": ({"depth": [1, 2, 10**9]}, r"depth\[2\] = 1000000000: must be an integer from 1 to"),
+    "blocks": ({"depth": [400, 400, 400]}, "1200 blocks in 3 stages: there may be at most 1000"),
+    "stages": ({"depth": [1] * 3000}, "3000 stages: there may be at most 1000"),
+    "classes": ({"num_labels": 10**9}, "num_labels = 1000000000: must be an integer from 0 to"),
+    "width": ({"embed_dim": [64, 192, 4 * 10**9]}, r"embed_dim\[2\] = 4000000000: must be"),
+    "padding": ({"patch_padding": [10**9, 1, 1]}, r"patch_padding\[0\] = 1000000000: must be"),
+    "dtype": ({"dtype": "os.system"}, "dtype = 'os.system': must be one of float32"),
+    "torch_dtype": ({"torch_dtype": "load"}, "torch_dtype = 'load': must be one of float32"),
+    "names": ({"id2label": ["cat"]}, r"id2label = \['cat'\]: must be a map"),
+    "kernels": ({"attn_implementation": "evil/kernel"}, "attn_implementation = 'evil/kernel'"),
+    "kernels, too": ({"_attn_implementation": "a/b"}, "_attn_implementation = 'a/b'"),
+    "quantised": ({"quantization_config": {"quant_method": "x"}}, "quantization_config: quantised"),
+}
+
+
+@pytest.mark.parametrize(("fields", "fault"), ABSURD.values(), ids=ABSURD)
+def test_absurd_fields_of_a_file_are_refused_by_name(tmp_path, fields, fault):
+    written = CvtConfig().to_dict() | fields
+    if "num_labels" in fields:
+        written = {name: value for name, value in written.items() if "2" not in name}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=fault) as raised:
+        CvtConfig.from_pretrained(tmp_path)
+    assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize("fields", [{"mlp_ratio": [4, 4, 1e12]}, {"embed_dim": [64, 192, 900_000]}])
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_built(fields):
+    config = CvtConfig(**fields)
+    with pytest.raises(ValueError, match=r"parameters \(.*\) take at least .* of memory"):
+        CvtForImageClassification(config)
+
+
+def test_many_names_are_no_absurdity():
+    config = CvtConfig(id2label={i: f"class {i}" for i in range(21_841)})
+    assert config.num_labels == 21_841
+    CvtConfig.from_variant("cvt-w24", num_labels=21_841).check_memory()

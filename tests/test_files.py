@@ -1,9 +1,12 @@
+import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +14,9 @@ from safetensors.torch import save_file
 from small_models import make, tiny
 
 from cvt import image_processor
-from cvt.checkpoints import convert, transformers_to_authors
+from cvt.checkpoints import convert, load_classifier, transformers_to_authors
 from cvt.configuration import VARIANTS
-from cvt.files import locked, staged
+from cvt.files import check_checksums, locked, staged, write_checksums
 
 
 @pytest.fixture
@@ -164,3 +167,110 @@ def test_models_are_readable_by_the_umask(tmp_path, mask, monkeypatch):
     assert len([name for name in found if name.endswith(".safetensors")]) > 3
     folders = {"saved", "saved/sharded", "converted"}
     assert found == {name: (0o777 if name in folders else 0o666) & ~mask for name in found}
+
+
+# ------------------------------------------------------------------------------ a full disk
+
+
+class LibraryError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, hidden):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        pytest.raises(OSError, match=r"a was not written: No space left on device$"),
+        staged(tmp_path / "a") as file,
+    ):
+        file.write_text("half")
+        raise LibraryError("I/O error") from full if hidden else full
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("free", "inodes", "why"), [(1, 9, "full, with 1 b"), (9**9, 0, "inodes")])
+def test_what_a_library_does_not_say_the_disk_does(tmp_path, monkeypatch, free, inodes, why):
+    disk = SimpleNamespace(f_files=9, f_favail=inodes, f_bavail=free, f_frsize=1)
+    monkeypatch.setattr(os, "statvfs", lambda path: disk)
+    with (
+        pytest.raises(OSError, match=rf"a was not written: its disk .*{why}"),
+        staged(tmp_path / "a"),
+    ):
+        raise LibraryError("Serialisation failed")
+    with pytest.raises(ValueError, match="ours"), staged(tmp_path / "a"):
+        raise ValueError("ours")
+
+
+# ------------------------------------------------------------------------------ checksums
+
+
+@pytest.fixture
+def summed(tmp_path):
+    folder = tmp_path / "model"
+    model = make(tiny(depth=[1, 1, 1]))
+    model.save_pretrained(folder)
+    image_processor(model.config).save_pretrained(folder)
+    (folder / "README.md").write_text("a card")
+    write_checksums(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "preprocessor_config.json", "checksums.json"]
+)
+def test_a_flipped_bit_in_a_model_folder_is_refused_by_the_files_name(summed, name):
+    content = (summed / name).read_bytes()
+    places = range(0, len(content), max(1, len(content) // 12))
+    silent = []
+    for place in places:
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        (summed / name).write_bytes(flipped)
+        try:
+            check_checksums(summed)
+        except ValueError as error:
+            assert name in str(error)  # noqa: PT017
+            assert "delete" in str(error)  # noqa: PT017
+        else:
+            silent.append(place)
+    # In the sums themselves, a flip in a name only takes the check of that file away.
+    assert not silent or name == "checksums.json"
+    (summed / name).write_bytes(content)
+    check_checksums(summed)
+
+
+def test_a_damaged_model_opens_only_without_verification(summed):
+    weights = bytearray((summed / "model.safetensors").read_bytes())
+    weights[-3] ^= 8
+    (summed / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load_classifier(summed)
+    load_classifier(summed, verify=False)
+    (summed / "checksums.json").unlink()
+    load_classifier(summed)
+
+
+def test_a_model_saved_over_another_is_not_refused(summed):
+    (summed / "README.md").write_text("edited")
+    config = (summed / "config.json").read_text()
+    (summed / "config.json").write_text(config.replace("LABEL_0", "tabby cat"))
+    model = load_classifier(summed)
+    assert model.config.class_names[0] == "tabby cat"
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+    model.save_pretrained(summed)  # of the same size
+    assert torch.equal(load_classifier(summed).classifier.bias, model.classifier.bias)
+    write_checksums(summed)
+    other = summed.with_name("other")
+    convert(summed, other)
+    shutil.rmtree(summed)
+    convert(other, summed)
+    assert (summed / "checksums.json").is_file()
+    load_classifier(summed)
+
+
+def test_sums_of_what_is_replaced_go_with_it(summed):
+    with staged(summed, overwrite=True) as folder:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"other")
+    assert not (summed / "checksums.json").exists()

@@ -407,3 +407,38 @@ def test_a_pointer_that_is_not_read_does_no_harm(tmp_path):
     CvtForImageClassification.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is a git-lfs pointer"):
         CvtForImageClassification.from_pretrained(tmp_path, use_safetensors=False)
+
+
+# ------------------------------------------------------------------------------ files made to harm
+
+
+class Runs:
+    def __reduce__(self):
+        return os.system, ("exit 1",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"weight": torch.ones(40_000), "more": Runs()},
+        [torch.ones(40_000)],
+        {"state_dict": {"weight": torch.ones(40_000)}},
+    ],
+)
+def test_a_pickle_of_more_than_tensors_gets_our_sentence(tmp_path, content):
+    tiny().save_pretrained(tmp_path)
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin was not read") as raised:
+        CvtForImageClassification.from_pretrained(tmp_path)
+    assert "weights_only" not in str(raised.value)
+
+
+def test_a_config_of_more_weights_than_the_file_can_hold_is_refused_before_they_exist(tmp_path):
+    make(tiny()).save_pretrained(tmp_path)
+    tiny(depth=[1, 2, 900]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"parameters \(.*depth \[1, 2, 900\].* do not fit"):
+        CvtForImageClassification.from_pretrained(tmp_path)
+    tiny(num_labels=20_000).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"parameters \(.*num_labels 20000\).* do not fit"):
+        CvtForImageClassification.from_pretrained(tmp_path)
+    assert CvtForImageClassification.from_pretrained(tmp_path, num_labels=3).num_labels == 3

@@ -63,11 +63,42 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
         ("batch_size", -1), ("lr", 0), ("lr", "nan"), ("lr", [1]), ("crop_scale", 2.0),
         ("crop_pct", 0), ("flip", -0.1), ("optimizer", "adam"), ("compile", 1), ("model", 3),
         ("mixup_mode", "batches"), ("ema_decay", 1.0), ("seed", -1), ("clip_grad", 0),
+        ("workers", 10**6), ("batch_size", 10**9), ("lora_r", 10**6), ("image_size", 10**9),
+        ("accumulate", 10**9), ("repeats", 10**6), ("epochs", 10**30), ("model", ""),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named(name, value):
     with pytest.raises(ValueError, match=f"^{name} = "):
         load_recipe(changes={name: value})
+
+
+HARMFUL = {
+    "aliases": (
+        "data: &a [x, x]\n" + "".join(f"lr: &{b} [{f'*{a}, ' * 9}]\n" for a, b in ("ab", "bc")),
+        r"\*a repeats a list or a map",
+    ),
+    "merged": ("&a lr: 1\n<<: &b {epochs: 3}\nseed: {<<: *b}\n", r"\*b repeats a list or a map"),
+    "nested": ("epochs: " + "[" * 10_000 + "]" * 10_000, "nested more than 8 levels deep"),
+    "indented": ("".join(" " * i + "a:\n" for i in range(999)), "nested more than 8 levels deep"),
+    "digits": ("epochs: " + "9" * 5000, "is not yaml: Exceeds the limit"),
+    "date": ("epochs: 2001-13-13", "is not yaml: month must be in 1..12"),
+}
+
+
+@pytest.mark.parametrize(("text", "fault"), HARMFUL.values(), ids=HARMFUL)
+def test_a_file_made_to_harm_is_refused_in_one_sentence(tmp_path, text, fault):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(
+        ValueError, match=rf"a\.yaml is not yaml: .*{fault}|a\.yaml {fault}"
+    ) as raised:
+        load_recipe(tmp_path / "a.yaml")
+    assert len(str(raised.value)) < 400
+
+
+def test_a_scalar_may_be_repeated(tmp_path):
+    (tmp_path / "a.yaml").write_text("epochs: &e 7\nwarmup_epochs: *e\n")
+    recipe = load_recipe(tmp_path / "a.yaml")
+    assert recipe.epochs == recipe.warmup_epochs == 7
 
 
 @pytest.mark.parametrize(

@@ -217,3 +217,13 @@ def test_a_font_that_has_the_characters_is_found(monkeypatch, caplog):
             with report._style(names):
                 assert matplotlib.rcParams["font.family"] == ["cmr10", *fonts]
     assert not caplog.messages
+
+
+def test_names_made_to_harm_reach_the_page_as_text(tmp_path):
+    labels = ["<script>alert(1)</script>", "cat\u202egnp", "\x1b[31m"]
+    evaluation = evaluation_of(labels)
+    write_report(evaluation, tmp_path / "a.html", "a\u202eb")
+    page = (tmp_path / "a.html").read_text("utf-8")
+    assert not set("\x1b\u202e") & set(page)
+    assert "<script" not in page
+    assert r"cat\u202egnp" in page

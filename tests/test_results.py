@@ -47,6 +47,23 @@ def interrupt(target, paths, settings=SETTINGS):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
+def test_names_made_to_harm_are_written_safely_and_read_back(suffix, tmp_path):
+    harmful = ["=1+1", "'=1+1", "-1", "\x1b[31mred", "\\x1b[31mred", "a\u202eb", "@SUM(A1)"]
+    paths = [Path(name) for name in harmful]
+    target = tmp_path / f"a.{suffix}"
+    interrupt(target, paths[:5])
+    assert write(target, paths, resume=True) == paths[5:]
+    text = target.read_text("utf-8")
+    assert not set("\x1b\u202e") & set(text)
+    if suffix == "jsonl":
+        assert [json.loads(line)["path"] for line in text.splitlines()] == harmful
+    else:
+        cells = [row[0] for row in csv.reader(text.splitlines()[1::2])]
+        assert len(set(cells)) == len(harmful)
+        assert not any(cell[0] in "=+-@" for cell in cells)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
 def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr("cvt.results.sync", lambda path: None)  # it takes most of the time
     whole, target = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"

@@ -66,6 +66,7 @@ class Classifier:
         exact: decode large JPEGs whole, see `cvt.predict.classify`.
         allow_urls: fetch images whose http or https URL is given, of up to 64 MiB and within 30
             seconds. Whoever chooses the URLs then reaches what this machine can reach.
+        verify: see `cvt.runtime.open_runtime`.
 
     Attributes:
         runtime: what runs the model; `runtime.describe` says it in words.
@@ -90,6 +91,7 @@ class Classifier:
         processor: Callable | None = None,
         exact: bool = False,
         allow_urls: bool = False,
+        verify: bool = True,
     ) -> None:
         check_counts(batch_size=batch_size)
         if processor is None and isinstance(model, CvtForImageClassification):
@@ -104,8 +106,9 @@ class Classifier:
             processor=processor,
             exact=exact,
             allow_urls=allow_urls,
+            verify=verify,
         )
-        self.runtime = open_runtime(model, runtime, precision, device, threads)
+        self.runtime = open_runtime(model, runtime, precision, device, threads, verify)
         self.processor = processor or load_processor(str(model), self.runtime.config)
         self.batch_size, self.exact, self.allow_urls = batch_size, exact, allow_urls
 

@@ -6,9 +6,12 @@ Field names and defaults are those of `CvtConfig` in transformers: config.json f
 import logging
 import math
 import os
+import reprlib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
@@ -21,6 +24,13 @@ logger = logging.getLogger(__name__)
 ACTIVATIONS = ("gelu", "quick_gelu")
 PROJECTION_METHODS = ("dw_bn", "avg", "linear")
 INITIALISATIONS = ("trunc_norm", "xavier")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+# Far above what anyone trains: a file that asks for more is damaged, or meant to harm.
+MAX_BLOCKS = 1000  # in all stages together
+MAX_CLASSES = 1_000_000
+MAX_KERNEL = 1000  # of kernels, strides and paddings, in pixels
+MAX_WIDTH = 1_000_000
 
 # What differs from the defaults of `CvtConfig`: table 1 of the paper and the authors' yaml files;
 # `cvt-digits` is ours, of 1.0 M parameters, for the 16 x 16 pixels of `cvt demo`.
@@ -56,13 +66,13 @@ class _Kind(NamedTuple):
         return self.convert(value)
 
 
-def _integer(at_least: int) -> _Kind:
+def _integer(ge: int, le: int) -> _Kind:
     def accepts(value: Any) -> bool:
         return (
-            isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= at_least
+            isinstance(value, Integral) and not isinstance(value, bool) and ge <= int(value) <= le
         )
 
-    return _Kind(f"an integer of at least {at_least}", accepts, int)
+    return _Kind(f"an integer from {ge} to {le}", accepts, int)
 
 
 def _one_of(choices: tuple[str, ...]) -> _Kind:
@@ -74,12 +84,12 @@ _RATIO = _Kind("a number above 0", lambda v: isinstance(v, Real) and 0 < float(v
 _RATE = _Kind("at least 0 and below 1", lambda v: isinstance(v, Real) and 0 <= float(v) < 1, float)
 
 _PER_STAGE = {
-    "patch_sizes": _integer(1),
-    "patch_stride": _integer(1),
-    "patch_padding": _integer(0),
-    "embed_dim": _integer(1),
-    "num_heads": _integer(1),
-    "depth": _integer(1),
+    "patch_sizes": _integer(1, MAX_KERNEL),
+    "patch_stride": _integer(1, MAX_KERNEL),
+    "patch_padding": _integer(0, MAX_KERNEL),
+    "embed_dim": _integer(1, MAX_WIDTH),
+    "num_heads": _integer(1, MAX_WIDTH),
+    "depth": _integer(1, MAX_BLOCKS),
     "mlp_ratio": _RATIO,
     "attention_drop_rate": _RATE,
     "drop_rate": _RATE,
@@ -87,14 +97,14 @@ _PER_STAGE = {
     "qkv_bias": _FLAG,
     "cls_token": _FLAG,
     "qkv_projection_method": _one_of(PROJECTION_METHODS),
-    "kernel_qkv": _integer(1),
-    "padding_kv": _integer(0),
-    "stride_kv": _integer(1),
-    "padding_q": _integer(0),
-    "stride_q": _integer(1),
+    "kernel_qkv": _integer(1, MAX_KERNEL),
+    "padding_kv": _integer(0, MAX_KERNEL),
+    "stride_kv": _integer(1, MAX_KERNEL),
+    "padding_q": _integer(0, MAX_KERNEL),
+    "stride_q": _integer(1, MAX_KERNEL),
 }
 _WHOLE = {
-    "num_channels": _integer(1),
+    "num_channels": _integer(1, MAX_WIDTH),
     "hidden_act": _one_of(ACTIVATIONS),
     "init": _one_of(INITIALISATIONS),
     "initializer_range": _RATIO,
@@ -137,6 +147,18 @@ class StageConfig:
         method = self.qkv_projection_method
         return {"query": "linear" if method == "avg" else method, "key": method, "value": method}
 
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers in the token embedding, the class token and the blocks."""
+        width, hidden = self.embed_dim, int(self.embed_dim * self.mlp_ratio)
+        embedding = width * self.in_channels * self.patch_sizes**2 + 3 * width
+        convolved = sum(method == "dw_bn" for method in self.projection_methods.values())
+        projections = convolved * (width * self.kernel_qkv**2 + 2 * width)
+        attention = 4 * width**2 + width + 3 * width * self.qkv_bias
+        mlp = 2 * width * hidden + hidden + width
+        block = projections + attention + mlp + 4 * width
+        return embedding + width * self.cls_token + self.depth * block
+
     def minimum_size(self, grid: int = 1) -> int:
         """The smallest height and width of its input, in pixels, that leave a token everywhere.
 
@@ -150,6 +172,17 @@ class StageConfig:
                 needed -= (self.stride_q if query else self.stride_kv) - 1
             grid = grid if method == "linear" else max(grid, needed)
         return max(1, (grid - 1) * self.patch_stride + self.patch_sizes - 2 * self.patch_padding)
+
+
+def memory_bytes() -> int | None:
+    """The memory of this machine, or of the container that the process is in; None if unknown."""
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+    with suppress(OSError, ValueError):  # "max" is no limit
+        return min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found
 
 
 def check_queries(queries: int, tokens: int, grid: tuple[int, int]) -> None:
@@ -169,7 +202,7 @@ def _with_integer_indices(name: str, labels: Mapping[Any, Any]) -> dict[Any, Any
         pairs = [(label, int(index)) for label, index in labels.items()]
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{name} = {dict(labels)!r}: its class indices must be integers"
+            f"{name} = {reprlib.repr(dict(labels))}: its class indices must be integers"
         ) from error
     return dict(sorted(pairs, key=lambda pair: pair[1]))
 
@@ -241,6 +274,9 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name, value in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
+            if value is not None and str(value).removeprefix("torch.") not in DTYPES:
+                raise ValueError(f"{name} = {value!r}: must be one of {', '.join(DTYPES)}")
         kwargs.pop("stage_names", None)  # derived, but other libraries write it
         out_features, out_indices = (
             kwargs.pop("out_features", None),
@@ -265,6 +301,10 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name} = {values!r}: must be a list of one value per stage")
             lengths[name] = len(values)
         stages = lengths["depth"]
+        if stages > MAX_BLOCKS:
+            raise ValueError(
+                f"depth makes {stages} stages: there may be at most {MAX_BLOCKS} blocks in all"
+            )
         if wrong := [name for name, length in lengths.items() if length != stages]:
             raise ValueError(
                 f"depth = {list(self.depth)!r} makes {stages} stages; of another length: "
@@ -274,8 +314,15 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
             values = enumerate(getattr(self, name))
             checked = [kind.check(f"stage {i + 1}: {name}[{i}]", value) for i, value in values]
             setattr(self, name, checked)
+        if (blocks := sum(self.depth)) > MAX_BLOCKS:
+            raise ValueError(
+                f"depth makes {blocks} blocks in {stages} stages: there may be at most "
+                f"{MAX_BLOCKS} in all"
+            )
         if list(self.id2label or {}) != list(range(self.num_labels or 0)):
-            raise ValueError(f"id2label = {self.id2label!r}: its keys must count from 0")
+            raise ValueError(
+                f"id2label = {reprlib.repr(self.id2label)}: its keys must count from 0"
+            )
         for i, stage in enumerate(self.stages):
             if stage.embed_dim % stage.num_heads:
                 raise ValueError(
@@ -296,9 +343,16 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
         """Keep class indices as integers in their order: files have them as strings in any order.
 
         Raises:
-            ValueError: an index is no integer.
+            ValueError: an index is no integer, or there are more than `MAX_CLASSES`.
         """
-        if name in ("id2label", "label2id") and isinstance(value, Mapping):
+        if name == "num_labels" and value is not None:
+            value = _integer(0, MAX_CLASSES).check(name, value)
+        if name in ("id2label", "label2id") and value is not None:
+            if not isinstance(value, Mapping) or len(value) > MAX_CLASSES:
+                raise ValueError(
+                    f"{name} = {reprlib.repr(value)}: must be a map of at most {MAX_CLASSES} "
+                    "classes"
+                )
             value = _with_integer_indices(name, value)
         super().__setattr__(name, value)
 
@@ -328,6 +382,51 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
     def class_names(self, names: list[str]) -> None:
         self.id2label = dict(enumerate(names))
         self.label2id = {name: i for i, name in enumerate(names)}
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers in `CvtForImageClassification`, counted without building it."""
+        width, classes = self.embed_dim[-1], self.num_labels or 0
+        head = 2 * width + (width + 1) * classes
+        return sum(stage.parameters for stage in self.stages) + head
+
+    def check_memory(self) -> None:
+        """Make sure that the weights fit into this machine's memory, in 16 bits.
+
+        Raises:
+            ValueError: they do not; names the fields that they follow from.
+        """
+        needed, memory = 2 * self.parameters, memory_bytes()
+        if memory is not None and needed > memory:
+            raise ValueError(
+                f"{self.size_in_words} take at least {needed / 2**30:,.0f} GiB, and this machine "
+                f"has {memory / 2**30:,.0f} GiB of memory"
+            )
+
+    def check_file(self, size: int, source: str | os.PathLike, new_head: bool = False) -> None:
+        """Make sure that files can hold as many weights as the configuration describes.
+
+        Args:
+            size: of the files, in bytes; a weight takes at least one.
+            source: how the error calls them.
+            new_head: whether the classifier is not in them.
+
+        Raises:
+            ValueError: they cannot; names the fields that the number of weights follows from.
+        """
+        head = (self.embed_dim[-1] + 1) * (self.num_labels or 0)
+        if self.parameters - (head if new_head else 0) > size:
+            raise ValueError(
+                f"{self.size_in_words} of its config.json do not fit {source}, whose weights take "
+                f"{size:,} bytes"
+            )
+
+    @property
+    def size_in_words(self) -> str:
+        """The number of parameters, and the fields that it follows from most."""
+        names = ("num_channels", "embed_dim", "depth", "mlp_ratio", "num_labels")
+        fields = ", ".join(f"{name} {reprlib.repr(getattr(self, name))}" for name in names)
+        return f"the {self.parameters:,} parameters ({fields})"
 
     @property
     def minimum_image_size(self) -> int:
@@ -385,7 +484,24 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CvtConfig":
-        """As in transformers; a `config_dict` without `hidden_act` comes from its own CvtConfig."""
+        """As in transformers; a `config_dict` without `hidden_act` comes from its own CvtConfig.
+
+        Raises:
+            ValueError: a field is illegal, or asks for quantisation or for code from the hub, which
+                only an argument of `from_pretrained` may.
+        """
+        if config_dict.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config: quantised weights are not read; save the model in one of "
+                + ", ".join(DTYPES)
+            )
+        for name in ("attn_implementation", "_attn_implementation"):
+            value = config_dict.get(name)
+            if value is not None and (not isinstance(value, str) or "/" in value):
+                raise ValueError(
+                    f"{name} = {value!r}: a configuration names no kernel of the hub; must be the "
+                    "name of an attention function, as sdpa or eager"
+                )
         if "hidden_act" not in config_dict:
             config_dict = {**config_dict, "layer_norm_eps": 1e-5}
             if hub.published(kwargs.get("name_or_path", "")):  # as AutoConfig passes it

@@ -26,6 +26,7 @@ from cvt.limits import check_counts
 from cvt.predict import BLANK, classify, ranked, scores
 from cvt.runtime.base import Runtime
 from cvt.runtime.torch_runtime import TorchRuntime
+from cvt.text import csv_cell
 
 BINS = 15  # of the calibration error, as in its paper
 MOST_CONFIDENT = 60  # mistakes whose images are kept
@@ -491,4 +492,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path, overwrite: bool
         for name, table in tables.items():
             path = written / f"{name}.csv"
             with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-                csv.writer(file).writerows(table)
+                csv.writer(file).writerows(
+                    [csv_cell(cell) if isinstance(cell, str) else cell for cell in row]
+                    for row in table
+                )

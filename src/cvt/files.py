@@ -1,11 +1,32 @@
 """Writing without losing anything: beside the target first, then moved into place."""
 
+import errno
+import hashlib
+import json
 import os
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LEAST_SPACE = 2**16  # bytes of a disk that counts as full when a library fails on it
+CHECKSUMS = "checksums.json"
+# The files of a model whose sums are kept; a model card may be edited.
+SUMMED = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json",
+          "adapter_config.json")  # fmt: skip
+
+
+def check_path(path: str | os.PathLike, name: str) -> None:
+    """Refuse an empty path, which would be the working folder.
+
+    Raises:
+        ValueError: it is empty; `name` says which it is.
+    """
+    if not os.fspath(path):
+        raise ValueError(f"{name} = '': an empty path names nothing; the working folder is '.'")
 
 
 @contextmanager
@@ -17,14 +38,19 @@ def staged(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `target` is there already and may not be overwritten; an empty folder may.
+        OSError: the disk is full, or has no inodes left.
+        ValueError: `target` is empty.
     """
+    check_path(target, "output")
     asked, target = target, Path(target).resolve()  # so that "..", too, has a name of its own
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{asked} exists already; nothing was overwritten")
     if not target.name or any(parent.is_file() for parent in target.parents):
         raise NotADirectoryError(f"{asked} cannot be written: it has no folder to be in")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside:
+    with (
+        full_disk_named(asked, target.parent),
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside,
+    ):
         written = Path(beside, target.name)
         yield written
         if target.exists() and target.is_dir() != written.is_dir():
@@ -33,12 +59,50 @@ def staged(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
         follow_umask([written, *written.rglob("*")], Path(beside))
         sync(written)
         if target.is_dir():
-            for file in sorted(path for path in written.rglob("*") if path.is_file()):
+            # Sums of what is replaced are gone before, and the new ones come after it.
+            (target / CHECKSUMS).unlink(missing_ok=True)
+            files = [path for path in written.rglob("*") if path.is_file()]
+            for file in sorted(files, key=lambda path: (path.name == CHECKSUMS, path)):
                 moved = target / file.relative_to(written)
                 moved.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, moved)
         else:
             os.replace(written, target)
+
+
+@contextmanager
+def full_disk_named(target: str | Path, folder: Path) -> Iterator[None]:
+    """Create a folder, and turn what a full disk there causes into one sentence about `target`.
+
+    Libraries hide the cause: they raise errors of their own kinds for it.
+
+    Raises:
+        OSError: the disk is full, or has no inodes left.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause and not (isinstance(cause, OSError) and cause.errno in FULL):
+            cause = cause.__cause__ or cause.__context__
+        is_ours = isinstance(error, OSError | ValueError)
+        if cause or (not is_ours and full_disk(folder)):
+            why = full_disk(folder) or (isinstance(cause, OSError) and cause.strerror)
+            raise OSError(f"{target} was not written: {why}") from error
+        raise
+
+
+def full_disk(folder: Path) -> str:
+    """In words, that the disk of a folder is full; empty if it is not, or there is no way to see."""
+    try:
+        found = os.statvfs(folder)
+    except (AttributeError, OSError):  # Windows; no folder
+        return ""
+    if found.f_files and not found.f_favail:
+        return "its disk has no inodes left, and a file needs one"
+    free = found.f_bavail * found.f_frsize
+    return f"its disk is full, with {free:,} bytes left" if free < LEAST_SPACE else ""
 
 
 def follow_umask(paths: Iterable[Path], folder: Path) -> None:
@@ -62,6 +126,82 @@ def follow_umask(paths: Iterable[Path], folder: Path) -> None:
             wanted = mode | (of_folder if path.is_dir() else of_file)
             if wanted != mode:
                 path.chmod(wanted)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+Sums = dict[str, tuple[int, str]]  # name, relative to the folder → bytes, SHA-256
+
+
+def sums_of(folder: Path, names: Iterable[str]) -> Sums:
+    """Size and SHA-256 of files in a folder; a folder among them stands for all below it."""
+    paths = [file for name in names for file in (folder / name, *(folder / name).rglob("*"))]
+    files = sorted({file for file in paths if file.is_file()})
+    return {
+        file.relative_to(folder).as_posix(): (file.stat().st_size, sha256(file)) for file in files
+    }
+
+
+def damaged_file(folder: Path, sums: Sums) -> Path | None:
+    """The first file that has the size that it had, and other bytes; None if all are whole.
+
+    A file of another size was edited or written by other software: a damaged disk or line changes
+    bytes, and what is cut off, every reader notices.
+    """
+    for name, (size, digest) in sums.items():
+        path = folder / name
+        if path.is_file() and path.stat().st_size == size and sha256(path) != digest:
+            return path
+    return None
+
+
+def write_checksums(folder: Path) -> None:
+    """Write `checksums.json`: size and SHA-256 of the weights and the settings of a model."""
+    names = [path.name for form in SUMMED for path in folder.glob(form)]
+    content = json.dumps(sums_of(folder, names), indent=2) + "\n"
+    (folder / CHECKSUMS).write_text(content, encoding="utf-8")
+
+
+def check_checksums(folder: str | os.PathLike) -> None:
+    """Make sure that a model folder is as it was written, where it has a `checksums.json`.
+
+    Raises:
+        ValueError: a file is damaged, or checksums.json is.
+    """
+    path = Path(folder, CHECKSUMS)
+    if not path.is_file():
+        return
+    try:
+        sums = {
+            str(name): (int(size), str(digest)) for name, (size, digest) in read_json(path).items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged; delete it to do without it") from error
+    if damaged := damaged_file(Path(folder), sums):
+        raise ValueError(
+            f"{damaged} is damaged: its SHA-256 is not the one in {CHECKSUMS}; if it was changed "
+            f"on purpose, delete {CHECKSUMS}"
+        )
+
+
+def read_json(path: Path) -> Any:
+    """What is in a JSON file.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deep.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deep") from None
 
 
 LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer of git-lfs begins

@@ -4,13 +4,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from cvt.files import follow_umask, pointer_fault
+from cvt.files import CHECKSUMS, check_checksums, follow_umask, pointer_fault
+from cvt.text import printable
 from cvt.zoo import PUBLISHED, Published
 
 logger = logging.getLogger(__name__)
@@ -98,20 +99,9 @@ def load_strictly(
     judgement to the caller.
 
     Raises:
-        ValueError: weights are missing, unexpected or of the wrong shape; lists all of them. Or a
-            file of them is a pointer of git-lfs, or those of an adapter are alone.
+        ValueError: weights are missing, unexpected or of the wrong shape; lists all of them.
         OSError: there is no such model, or it cannot be reached.
     """
-    if name is not None and os.path.isdir(name):
-        choices = ("subfolder", "variant", "use_safetensors")
-        files = weight_files(name, **{each: kwargs[each] for each in choices if each in kwargs})
-        if fault := next(filter(None, map(pointer_fault, files)), None):
-            raise ValueError(fault)
-        if not files and all(Path(name, file).is_file() for file in (ADAPTER, "config.json")):
-            raise ValueError(
-                f"{name} is an adapter: cvt.checkpoints.load_classifier merges it with its base, "
-                "as every command does"
-            )
     with resolved(name, kwargs) as source:
         if kwargs.get("ignore_mismatched_sizes") or kwargs.get("output_loading_info"):
             return load(source, *args, **kwargs)
@@ -120,12 +110,50 @@ def load_strictly(
             model, loaded = load(source, *args, **kwargs)
         except SafetensorError as error:
             raise OSError(f"the weights of {name} cannot be read: {error}") from error
+        except Exception as error:  # torch advises to run what is in a pickle
+            if fault := next(filter(None, map(pickle_fault, local_files(name, kwargs))), None):
+                raise ValueError(fault) from error
+            raise
     mismatched = {name: sizes for name, *sizes in loaded["mismatched_keys"]}
     new_head = "num_labels" in kwargs or "id2label" in kwargs
     new_weights(
         model, name, loaded["missing_keys"], loaded["unexpected_keys"], mismatched, new_head
     )
     return model
+
+
+def local_files(name: str | os.PathLike | None, kwargs: Mapping[str, Any]) -> list[Path]:
+    """The files of weights that `PreTrainedModel.from_pretrained` reads, where they are here.
+
+    Args:
+        name: of the model; if it is no folder, there are no such files.
+        kwargs: its other arguments.
+
+    Raises:
+        ValueError: a file is a pointer of git-lfs, or there are weights of an adapter alone.
+    """
+    if name is None or not os.path.isdir(name):
+        return []
+    choices = ("subfolder", "variant", "use_safetensors")
+    files = weight_files(name, **{each: kwargs[each] for each in choices if each in kwargs})
+    if fault := next(filter(None, map(pointer_fault, files)), None):
+        raise ValueError(fault)
+    if not files and all(Path(name, file).is_file() for file in (ADAPTER, "config.json")):
+        raise ValueError(
+            f"{name} is an adapter: cvt.checkpoints.load_classifier merges it with its base, "
+            "as every command does"
+        )
+    return files
+
+
+def verify_folder(name: str | os.PathLike | None) -> None:
+    """Compare a model folder with its `checksums.json`, if it is a folder that has one.
+
+    Raises:
+        ValueError: a file is damaged; names it.
+    """
+    if name is not None and os.path.isdir(name):
+        check_checksums(name)
 
 
 def weight_files(
@@ -157,6 +185,23 @@ def weight_files(
     return [path, *(path.with_name(shard) for shard in shards)]
 
 
+def pickle_fault(path: Path) -> str:
+    """Why a pickled file of weights cannot be used; empty if it can, or is no pickle."""
+    import torch
+
+    if path.suffix != ".bin":
+        return ""
+    with suppress(Exception):  # a damaged file fails in many ways: zip, pickle, storage sizes
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if isinstance(content, dict) and all(isinstance(v, torch.Tensor) for v in content.values()):
+            return ""
+    return (
+        f"{path} was not read: it holds more than tensors, or is not whole; nothing in a file is "
+        "run. `cvt convert` reads the weights of a checkpoint of training; else save "
+        "model.state_dict() alone"
+    )
+
+
 def save_readable(
     save: Callable[..., None], folder: str | os.PathLike, *args: Any, **kwargs: Any
 ) -> None:
@@ -167,6 +212,8 @@ def save_readable(
         return {path: (found.st_ino, found.st_mtime_ns) for path, found in files}
 
     before = weights()
+    if os.path.isdir(folder):
+        Path(folder, CHECKSUMS).unlink(missing_ok=True)  # of what is about to be replaced
     save(folder, *args, **kwargs)
     if written := [path for path, found in weights().items() if before.get(path) != found]:
         follow_umask(written, Path(folder))
@@ -214,8 +261,8 @@ def list_faults(
     missing: Iterable[str], unexpected: Iterable[str], mismatched: Mapping[str, Sequence]
 ) -> str:
     """A line for each weight that does not fit; `mismatched` has the shapes found and expected."""
-    faults = [f"missing {name}" for name in missing]
-    faults += [f"unexpected {name}" for name in unexpected]
+    faults = [f"missing {printable(name)}" for name in missing]
+    faults += [f"unexpected {printable(name)}" for name in unexpected]
     for name, (found, expected) in mismatched.items():
-        faults.append(f"{name} is {tuple(found)}, expected {tuple(expected)}")
+        faults.append(f"{printable(name)} is {tuple(found)}, expected {tuple(expected)}")
     return "".join(f"\n  {fault}" for fault in faults)

@@ -396,6 +396,7 @@ class CvtPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: CvtConfig) -> None:
         config.validate()
+        config.check_memory()
         super().__init__(config)
 
     @torch.no_grad()
@@ -426,8 +427,20 @@ class CvtPreTrainedModel(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> "Self":
-        """As in transformers, published names too, and strict: see `hub.load_strictly`."""
+        """As in transformers, published names too, and strict: see `hub.load_strictly`.
+
+        A folder with a `checksums.json` is compared with it, unless `verify=False` is given.
+        """
         load = super().from_pretrained
+        if kwargs.pop("verify", True):
+            hub.verify_folder(pretrained_model_name_or_path)
+        if files := hub.local_files(pretrained_model_name_or_path, kwargs):
+            config = kwargs.get("config") or pretrained_model_name_or_path
+            if not isinstance(config, CvtConfig):
+                config = CvtConfig.from_pretrained(config, **kwargs | {"config": None})
+            new_head = "num_labels" in kwargs or "id2label" in kwargs
+            size = sum(file.stat().st_size for file in files if file.is_file())
+            config.check_file(size, pretrained_model_name_or_path, new_head)
         return hub.load_strictly(load, pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:

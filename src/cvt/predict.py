@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from cvt.configuration import CvtConfig
 from cvt.datasets import images_below
 from cvt.datasets.folder import Skipped, unreadable
+from cvt.files import check_path
 from cvt.images import ImageError, Source, StoredImage, check_range, decode, pixels_needed
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import PixelError, Runtime
@@ -77,6 +78,7 @@ def find_images(sources: Iterable[str | Path]) -> Iterator[Path]:
 
 
 def _found(source: str | Path) -> Iterator[Path]:
+    check_path(source, "source")
     path, fault = Path(source), "does not exist"
     if path.is_file():
         return iter([path])

@@ -23,6 +23,7 @@ from cvt.evaluate import BINS, Evaluation
 from cvt.files import staged
 from cvt.images import Source, decode
 from cvt.predict import Prediction
+from cvt.text import printable
 
 logger = logging.getLogger(__name__)
 INK, GREY, BLUE, RIGHT, WRONG = "#222222", "#9a9a9a", "#2166ac", "#1b7837", "#c51b29"
@@ -255,6 +256,7 @@ def _thumbnail(source: Source) -> Image.Image:
 
 
 def _short(name: str, width: int) -> str:
+    name = printable(name)
     return name if len(name) <= width else name[: width - 1] + "…"
 
 
@@ -276,11 +278,13 @@ def write_report(
         FileExistsError: `path` is there already and may not be overwritten.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -5,13 +5,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from cvt.files import locked, sync
+from cvt.files import full_disk_named, locked, sync
 from cvt.predict import Prediction
+from cvt.text import UNSAFE, csv_cell
 
 HEADER = ["path", "rank", "label", "score"]  # of the csv file, which has a row per class
 SETTINGS = "settings.json"
@@ -55,7 +56,9 @@ class Results:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.claimed.close()
+        # What a full disk left unwritten, closing the file tries to write again.
+        with suppress(OSError) if exception[0] else nullcontext():
+            self.claimed.close()
 
     def missing(self, paths: Iterable[Path], settings: Mapping[str, Any]) -> Iterator[Path]:
         """Those of these images that are not in the file; to be called before anything is written.
@@ -82,7 +85,7 @@ class Results:
         self.count = done.total()
 
         def is_missing(path: Path) -> bool:
-            key = _key(str(path))
+            key = _key(str(path) if self.target.suffix == ".jsonl" else csv_cell(str(path)))
             if done[key]:  # an image that is named twice is classified twice
                 done[key] -= 1
                 return False
@@ -91,14 +94,27 @@ class Results:
         return filter(is_missing, paths)
 
     def write(self, prediction: Prediction) -> None:
-        """Add an image; it stays even if this process is killed now."""
+        """Add an image; it stays even if this process is killed now.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        with full_disk_named(self.growing, self.target.parent):
+            self._write(prediction)
+
+    def _write(self, prediction: Prediction) -> None:
         file = self.file or self._begin()
         if self.target.suffix == ".jsonl":
             file.write(json_line(prediction) + "\n")
         else:
             form = ".9g" if prediction.are_values else ".6f"  # of a value all that float32 has
             csv.writer(file).writerows(
-                (prediction.path, rank, record["label"], f"{record['score']:{form}}")
+                (
+                    csv_cell(str(prediction.path)),
+                    rank,
+                    csv_cell(record["label"]),
+                    f"{record['score']:{form}}",
+                )
                 for rank, record in enumerate(prediction.records, start=1)
             )
         file.flush()
@@ -202,4 +218,6 @@ def _key(path: str) -> bytes:
 def json_line(prediction: Prediction) -> str:
     """A prediction as a line of JSON."""
     record = {"path": str(prediction.path), "predictions": prediction.records}
-    return json.dumps(record, ensure_ascii=False)
+    return UNSAFE.sub(
+        lambda found: f"\\u{ord(found[0]):04x}", json.dumps(record, ensure_ascii=False)
+    )

@@ -123,6 +123,7 @@ def load_authors(
         # What a model without a head was saved as has no LayerNorm for it, either.
         new_head = hub.CLASSIFIER if weights.keys() & hub.CLASSIFIER else hub.HEAD - weights.keys()
         config.num_labels = num_labels
+    config.check_file(sum(w.nbytes for w in weights.values()), path, bool(new_head))
     model = CvtForImageClassification(config)
     expected = model.state_dict()
     counters = {name for name in expected if name.endswith(hub.COUNTER)} - weights.keys()

@@ -10,7 +10,7 @@ from cvt.checkpoints.authors import nonfinite
 from cvt.checkpoints.loading import image_size_of, load_classifier, load_processor
 from cvt.checkpoints.names import authors_to_transformers, transformers_to_authors
 from cvt.checkpoints.reading import CheckpointError, read_weights
-from cvt.files import staged
+from cvt.files import staged, write_checksums
 from cvt.labels import read_labels
 from cvt.modeling import CvtForImageClassification
 
@@ -88,6 +88,7 @@ def convert(
             image_size = image_size_of(processor)
             model.save_pretrained(written)
             processor.save_pretrained(written)
+            write_checksums(written)
             again = CvtForImageClassification.from_pretrained(written).eval()
         else:
             told = (model.config.hidden_act, model.config.layer_norm_eps)

@@ -9,6 +9,7 @@ from cvt import hub
 from cvt.checkpoints import adapters
 from cvt.checkpoints.authors import load_authors, read_file
 from cvt.configuration import VARIANTS, CvtConfig
+from cvt.files import check_checksums, check_path
 from cvt.images import image_processor
 from cvt.modeling import CvtForImageClassification
 from cvt.zoo import PUBLISHED
@@ -23,6 +24,7 @@ def load_classifier(
     num_labels: int | None = None,
     hidden_act: str | None = None,
     allow_nonfinite: bool = False,
+    verify: bool = True,
 ) -> CvtForImageClassification:
     """A trained classifier.
 
@@ -33,11 +35,13 @@ def load_classifier(
         num_labels: make a new, random classifier for so many classes if the source's has others.
         hidden_act: the activation, if not the source's own.
         allow_nonfinite: accept NaN and infinite weights in an authors' file.
+        verify: compare a folder with its `checksums.json`, where it has one.
 
     Raises:
         FileNotFoundError: `source` is none of these.
         ValueError: its weights do not fit; lists every fault.
     """
+    check_path(source, "source")
     if Path(source).is_file():
         return load_authors(
             source,
@@ -51,14 +55,20 @@ def load_classifier(
     if not hub.published(source) and not Path(source).is_dir():
         raise unknown_model(source)
     if adapters.is_adapter(source):
-        return load_adapted(Path(source), num_labels=num_labels, hidden_act=hidden_act)
+        return load_adapted(
+            Path(source), num_labels=num_labels, hidden_act=hidden_act, verify=verify
+        )
     given = {"num_labels": num_labels, "hidden_act": hidden_act}
     given = {name: value for name, value in given.items() if value is not None}
-    return CvtForImageClassification.from_pretrained(source, **given)
+    return CvtForImageClassification.from_pretrained(source, verify=verify, **given)
 
 
 def load_adapted(
-    folder: Path, *, num_labels: int | None = None, hidden_act: str | None = None
+    folder: Path,
+    *,
+    num_labels: int | None = None,
+    hidden_act: str | None = None,
+    verify: bool = True,
 ) -> CvtForImageClassification:
     """A trained classifier from a folder with an adapter, as PEFT saves it, merged with its base.
 
@@ -70,6 +80,7 @@ def load_adapted(
         num_labels: as in `load_classifier`.
         hidden_act: the activation, if not the one it was trained with: that of the config.json
             beside it, GELU if it was trained on a model of transformers, else its base's.
+        verify: as in `load_classifier`, of the adapter and of its base.
 
     Raises:
         ImportError: peft is not installed.
@@ -78,6 +89,8 @@ def load_adapted(
         ValueError: the weights of its base do not fit.
     """
     adapters.require_peft(folder)
+    if verify:
+        check_checksums(folder)
     weights, config = adapters.read_adapter(folder), adapters.config_of(folder)
     own = adapters.activation_of(folder)
     with adapters.no_word_of_new_heads():
@@ -85,6 +98,7 @@ def load_adapted(
             adapters.base_of(folder),
             num_labels=adapters.classes_of(weights),
             hidden_act=hidden_act or own,
+            verify=verify,
         )
     if config is not None and config.num_labels == base.config.num_labels:
         base.config.class_names = config.class_names
@@ -108,6 +122,7 @@ def load_config(source: str | Path) -> CvtConfig:
     Raises:
         FileNotFoundError: `source` is none of these.
     """
+    check_path(source, "source")
     if Path(source).is_file():
         return read_file(source).config
     if Path(source).is_dir():

@@ -15,6 +15,7 @@ from cvt.cli.info import info
 from cvt.cli.predict import predict
 from cvt.cli.recipes import recipes
 from cvt.cli.train import train
+from cvt.text import printable
 
 app = typer.Typer(
     name="cvt",
@@ -59,6 +60,11 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a name that cannot be printed stops nothing
             stream.reconfigure(errors="backslashreplace")
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    for before, argument in zip(["cvt", *arguments], arguments, strict=False):
+        if not argument or (argument.startswith("-") and argument.endswith("=")):
+            option = argument.rstrip("=") or before
+            typer.echo(f"Error: an empty word, after {option}, names nothing", err=True)
+            sys.exit(2)
     try:
         app(arguments)
     except Exception as error:
@@ -71,5 +77,5 @@ def main() -> None:
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else "\nRun again with --debug for a traceback."
         typer.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-        typer.echo(f"{kind}{error}{hint}", err=True)
+        typer.echo(printable(f"{kind}{error}{hint}", keep="\n"), err=True)
         sys.exit(1)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,12 +17,31 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
-# Names of files and classes are printed as they are, never as markup and never broken.
-out = Console(highlight=False, markup=False, soft_wrap=True)
+from cvt.text import printable
+
+
+class SafeConsole(Console):
+    """Prints names of files and classes without what a terminal obeys; never as markup."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As in rich, of `cvt.text.printable`; cells of tables come here too."""
+        return super().render_str(printable(text, keep="\n"), **options)
+
+
+class SafeFormatter(logging.Formatter):
+    """Formats records without what a terminal obeys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As in logging, of `cvt.text.printable`."""
+        return printable(super().format(record), keep="\n")
+
+
+out = SafeConsole(highlight=False, markup=False, soft_wrap=True)
 # How the figures of a step are shown.
 WORDS = {"loss": "loss {:.3f}", "lr": "lr {:.2e}", "images_per_second": "{:.0f} images/s"}
-err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+err = SafeConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def quiet_libraries() -> None:
@@ -31,7 +51,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(SafeFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 
 def bars() -> Progress:

@@ -10,6 +10,7 @@ from cvt.cli.predict import (
     BatchSize,
     Device,
     MaxPixels,
+    NoVerify,
     Precision,
     RuntimeName,
     Threads,
@@ -61,6 +62,7 @@ def evaluate(
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of a table's images.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of a table's labels.")] = None,
+    no_verify: NoVerify = False,
     force: Annotated[bool, typer.Option(help="Overwrite what output and report name.")] = False,
 ) -> None:
     """Measure accuracy, per class too, and calibration; classes are matched by name."""
@@ -99,7 +101,10 @@ def evaluate(
     ):
         if page:
             from cvt.report import write_report
-        classifier = open_runtime(model, runtime, precision, device, threads, images=total)
+        verify = not no_verify
+        classifier = open_runtime(
+            model, runtime, precision, device, threads, images=total, verify=verify
+        )
         err.print(f"runtime: {classifier.describe}")
         processor = load_processor(model, classifier.config)
         with bar("evaluate", total) as step:

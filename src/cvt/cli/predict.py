@@ -59,6 +59,13 @@ MaxPixels = Annotated[
     ),
 ]
 
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify", help="Do not compare the files with the SHA-256 that were written with them."
+    ),
+]
+
 
 def predict(
     model: Annotated[str, typer.Argument(help="MODEL that classifies, or an exported folder.")],
@@ -83,6 +90,7 @@ def predict(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the output of an interrupted run.")
     ] = False,
+    no_verify: NoVerify = False,
     force: Annotated[
         bool, typer.Option(help="Overwrite the output file, and what an interrupted run left.")
     ] = False,
@@ -106,7 +114,11 @@ def predict(
     with Results(output, resume, force) if output else nullcontext() as results:
         first = list(islice(paths, MANY))  # to count them; the rest is read later
         paths = chain(first, paths)
-        classifier = open_runtime(model, runtime, precision, device, threads, images=len(first))
+        classifier = open_runtime(
+            *(model, runtime, precision, device, threads),
+            images=len(first),
+            verify=not no_verify,
+        )
         err.print(f"runtime: {classifier.describe}")
         processor = load_processor(model, classifier.config)
         topk = scores_per_image(topk, classifier.config)
@@ -162,9 +174,10 @@ def identity(model: str, runtime: "Runtime") -> dict[str, Any]:
 def line(prediction: "Prediction", as_json: bool) -> str:
     """A prediction as a line of text or of JSON."""
     from cvt.results import json_line
+    from cvt.text import printable
 
     if as_json:
         return json_line(prediction)
     form = "{label} {score:g}" if prediction.are_values else "{label} {score:.1%}"
     classes = "  ".join(form.format(**record) for record in prediction.records)
-    return f"{prediction.path}: {classes}"
+    return printable(f"{prediction.path}: {classes}")

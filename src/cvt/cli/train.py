@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cvt.text import printable
 from cvt.train.recipe import FIELDS, load_recipe, read_settings, value_type
 
 
@@ -57,7 +58,7 @@ def train(
         settings = read_settings(config, changes)
         recipe = load_recipe(None, settings)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise typer.BadParameter(printable(str(error), keep="\n")) from None
 
     from cvt.cli.console import TrainingBars, out, quiet_libraries
     from cvt.train import loop

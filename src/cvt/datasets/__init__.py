@@ -54,6 +54,7 @@ from cvt.datasets.labelled import (
     split,
 )
 from cvt.datasets.split_file import read_split, without_trained, write_split
+from cvt.files import check_path
 from cvt.labels import read_labels
 
 __all__ = [
@@ -227,6 +228,7 @@ def _chosen(data: str | Path, splits: SplitReaders, *names: tuple[str, ...]) -> 
 
 def _splits(data: str | Path, options: _Options) -> SplitReaders:
     """The splits of `data`, by the reader of its kind."""
+    check_path(data, "data")
     name = os.fspath(data)
     streaming = name.startswith("stream:")
     name = name.removeprefix("stream:")

@@ -32,13 +32,13 @@ from cvt.export.tensorflow import (
     write_litert,
     write_saved_model,
 )
-from cvt.files import staged
+from cvt.files import check_path, staged, sums_of
 from cvt.fused import fuse
 from cvt.graph import onnx_graph, openvino_graph, torch_graph
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime import PRECISIONS, open_runtime
 from cvt.runtime.base import require
-from cvt.runtime.manifest import DYNAMIC, FORMATS, Manifest
+from cvt.runtime.manifest import DYNAMIC, FORMATS, NAME, Manifest
 from cvt.runtime.torch_runtime import DTYPES
 
 FILES = {
@@ -116,6 +116,7 @@ def export(
     libraries = LIBRARIES[to] + (("nncf",) if precision == "int8" else ())
     extra = "tensorflow" if to in BY_KERAS else "export"
     require(f"an export to {to} in {precision}", *libraries, extra=extra)
+    check_path(source, "source")
     if Path(output).resolve() == Path(source).resolve():
         raise ValueError(f"{output} is the model itself; export to another folder")
     with staged(output, overwrite=overwrite) as folder:
@@ -175,6 +176,7 @@ def export(
                 "checks": [asdict(check) for check in checks],
             },
             agreement=agreement if precision == "int8" else None,
+            files=sums_of(folder, [path.name for path in folder.iterdir() if path.name != NAME]),
         )
         manifest.write(folder)
     return manifest

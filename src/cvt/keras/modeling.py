@@ -154,6 +154,7 @@ class TFCvtPreTrainedModel(keras.Model):
             )
         self.config = as_config(config)
         self.config.validate()
+        self.config.check_memory()
         self.data_format = data_format
 
     @property

@@ -54,6 +54,7 @@ def load(
         kwargs: `config` in the place of the source's, fields of it to set otherwise, and those for
             the hub, `OF_HUB`.
     """
+    verify = kwargs.pop("verify", True)
     of_hub = {name: kwargs.pop(name) for name in OF_HUB if name in kwargs}
     given = kwargs.pop("config", None)
     default = CvtConfig()
@@ -68,9 +69,12 @@ def load(
     if os.path.isfile(source):
         config, found = read_authors(Path(source), kwargs)
     else:
+        if verify:
+            hub.verify_folder(source)
         config = given or CvtConfig.from_pretrained(source, **of_hub, **kwargs)
         with hub.resolved(source, of_hub) as resolved:
             files = find(resolved, of_hub)
+        config.check_file(sum(os.path.getsize(file) for file in files), source, new_head)
         found = {name: weight for file in files for name, weight in read(file).items()}
     model = make(given or config)
     is_classifier = bool(hub.HEAD & named_variables(model).keys())

@@ -34,6 +34,7 @@ def open_runtime(
     threads: int | None = None,
     *,
     images: int | None = None,
+    verify: bool = True,
 ) -> "Runtime":
     """Make a classifier ready to run.
 
@@ -51,6 +52,8 @@ def open_runtime(
             which TensorFlow takes only before it has computed anything.
         images: how many are to be classified, where that is known: `auto` converts a model for
             many only.
+        verify: compare the files of an export or a model folder with the SHA-256 that were written
+            with them; reading takes about a second for each GB.
 
     Raises:
         TypeError: an argument is of a wrong type; names it.
@@ -59,6 +62,7 @@ def open_runtime(
             offloaded, or pointers of git-lfs.
         ImportError: the runtime is not installed; says what to install.
     """
+    from cvt.files import check_path
     from cvt.runtime.opening import open_export, open_model
 
     for name, value, choices in (
@@ -71,6 +75,9 @@ def open_runtime(
             )
     if threads is not None:
         check_counts(threads=threads)
+    if isinstance(source, str | Path):
+        check_path(source, "source")
     if isinstance(source, str | Path) and Path(source, "export.json").is_file():
-        return open_export(Path(source), runtime, precision, device, threads)
-    return open_model(source, runtime, precision or "fp32", device, threads, images)
+        return open_export(Path(source), runtime, precision, device, threads, verify)
+    chosen = (runtime, precision or "fp32", device, threads)
+    return open_model(source, *chosen, images=images, verify=verify)

@@ -2,10 +2,11 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from cvt.files import Sums, read_json, sha256
 from cvt.runtime import PRECISIONS
 
 NAME = "export.json"
@@ -17,6 +18,15 @@ FORMATS = {  # → runtime
     "litert": "litert",
 }
 DYNAMIC = ("batch", "size")
+
+
+def _is_sum(name: str, value: Any) -> bool:
+    return (
+        ".." not in name.split("/")
+        and not os.path.isabs(name)
+        and isinstance(value, list)
+        and [type(each) for each in value] == [int, str]
+    )
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Manifest:
         parity: how close it came to the torch model.
         agreement: share of images that were not used for calibration on which an int8 export names
             the class that the torch model names; None for other precisions.
+        files: size and SHA-256 of every file beside export.json; empty in exports of before.
     """
 
     format: str
@@ -44,6 +55,23 @@ class Manifest:
     versions: dict[str, str]
     parity: dict[str, Any]
     agreement: float | None = None
+    files: Sums = field(default_factory=dict)
+
+    def verify(self, folder: Path) -> None:
+        """Make sure that the files of an export are as they were written.
+
+        Raises:
+            ValueError: one is damaged or missing; names it.
+        """
+        for name, (size, digest) in self.files.items():
+            path = folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != size or sha256(path) != digest:
+                fault = "is missing" if found is None else "is damaged or was changed"
+                raise ValueError(
+                    f"{path} {fault}: its SHA-256 is not the one in {NAME}; export the model "
+                    "again, or open it with --no-verify (verify=False)"
+                )
 
     def write(self, folder: Path) -> None:
         """Write export.json into a folder."""
@@ -59,10 +87,12 @@ class Manifest:
         """
         path = folder / NAME
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        names = {field.name for field in fields(cls)}
+        names = {each.name for each in fields(cls)}
+        if isinstance(found, dict):
+            found.setdefault("files", {})
         if not isinstance(found, dict) or found.keys() != names:
             raise ValueError(f"{path}: must be an object of {', '.join(sorted(names))}")
         size = found["image_size"]
@@ -76,6 +106,8 @@ class Manifest:
             "versions": isinstance(found["versions"], dict),
             "parity": isinstance(found["parity"], dict),
             "agreement": found["agreement"] is None or isinstance(found["agreement"], float),
+            "files": isinstance(found["files"], dict)
+            and all(_is_sum(name, value) for name, value in found["files"].items()),
         }
         for name, fit in fits.items():
             if not fit:

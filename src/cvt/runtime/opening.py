@@ -36,6 +36,7 @@ def open_model(
     device: str,
     threads: int | None,
     images: int | None = None,
+    verify: bool = True,
 ) -> Runtime:
     """A runtime of a model that is loaded, or to be loaded."""
     if precision == "int8":
@@ -51,7 +52,11 @@ def open_model(
     if runtime == "auto":
         runtime = fastest(device, precision, images)
     loaded = isinstance(source, CvtForImageClassification)
-    model = source if isinstance(source, CvtForImageClassification) else load_classifier(source)
+    model = (
+        source
+        if isinstance(source, CvtForImageClassification)
+        else load_classifier(source, verify=verify)
+    )
     refuse_offloaded(model)
     model.eval()
     if runtime == "openvino":
@@ -70,7 +75,12 @@ def open_model(
 
 
 def open_export(
-    folder: Path, runtime: str, precision: str | None, device: str, threads: int | None
+    folder: Path,
+    runtime: str,
+    precision: str | None,
+    device: str,
+    threads: int | None,
+    verify: bool = True,
 ) -> Runtime:
     """The runtime of an exported folder."""
     manifest = Manifest.read(folder)
@@ -84,6 +94,8 @@ def open_export(
             )
         demand(precision)  # OpenVINO computes a graph of full precision in a lower one, too
     device = _device(device, own)
+    if verify:
+        manifest.verify(folder)
     config = CvtConfig.from_pretrained(folder)
     size = None if "size" in manifest.dynamic else manifest.image_size
     rest: Any = (threads, size, "batch" not in manifest.dynamic)

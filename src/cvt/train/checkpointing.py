@@ -5,17 +5,19 @@ written beside, synced and renamed, and older ones are removed only afterwards; 
 process ends, there is a whole one.
 """
 
-import hashlib
 import json
 import logging
+import reprlib
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from cvt.checkpoints.reading import load_pickle
-from cvt.files import pointer_fault, sync
+from cvt.checkpoints.reading import describe, load_pickle
+from cvt.files import pointer_fault, sha256, sync
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,110 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
     raise ValueError(f"no checkpoint in {folder} is whole: {'; '.join(faults)}")
 
 
+def check_state(state: Any, path: Path) -> None:
+    """Make sure that a state has what a run is resumed from, whoever wrote it.
+
+    Args:
+        state: of a checkpoint.
+        path: how the error calls it.
+
+    Raises:
+        ValueError: a key is missing or its value is illegal; names the key.
+    """
+    if not isinstance(state, dict):
+        raise ValueError(f"{path / STATE} holds no state of a run, but {describe(state)}")
+    for key, (fits, wanted) in KEYS.items():
+        if key not in state:
+            raise ValueError(f"{path / STATE} has no {key}")
+        try:
+            legal = fits(state[key])
+        except (TypeError, LookupError, AttributeError):  # of another type somewhere inside
+            legal = False
+        if not legal:
+            shown = reprlib.repr(state[key])
+            raise ValueError(f"{path / STATE}: {key} = {shown}: must be {wanted}")
+    if fault := _moments_fault(state):
+        raise ValueError(f"{path / STATE}: optimizer does not fit model: {fault}")
+
+
+def check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], key: str) -> None:
+    """Make sure that weights of a state are those of the model that its config describes.
+
+    Raises:
+        ValueError: names differ, or shapes; names the first.
+    """
+    if fault := _weights_fault(found, expected):
+        raise ValueError(f"{STATE}: {key} does not fit config: {fault}")
+
+
+def _is_count(value: Any, ge: int, le: int) -> bool:
+    return type(value) is int and ge <= value <= le
+
+
+def _is_row(row: Any) -> bool:
+    return {"epoch", "val_top1"} <= row.keys() and all(
+        value is None or isinstance(value, int | float) for value in row.values()
+    )
+
+
+def _are_tensors(value: Any) -> bool:
+    return bool(value) and all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
+
+
+KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "recipe": (lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v), "settings"),
+    "config": (lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v), "fields"),
+    "images": (lambda v: isinstance(v, str), "text"),
+    "batches_per_step": (lambda v: _is_count(v, 1, 2**20), f"an integer from 1 to {2**20}"),
+    "step": (lambda v: _is_count(v, 0, 2**62), f"an integer from 0 to {2**62}"),
+    "history": (lambda v: isinstance(v, list) and all(map(_is_row, v)), "a list of epochs"),
+    "losses": (
+        lambda v: isinstance(v, list) and all(isinstance(loss, int | float) for loss in v),
+        "a list of numbers",
+    ),
+    "corrupt": (
+        lambda v: all(isinstance(text, str) for item in v.items() for text in item),
+        "a map from names to errors",
+    ),
+    "model": (_are_tensors, "a map from names to tensors"),
+    "optimizer": (
+        lambda v: (
+            v is None or (isinstance(v["state"], dict) and isinstance(v["param_groups"], list))
+        ),
+        "a state of an optimizer, or None",
+    ),
+    "scaler": (
+        lambda v: all(isinstance(number, int | float) for number in v.values()),
+        "a map from names to numbers",
+    ),
+    "ema": (lambda v: v is None or _are_tensors(v), "a map from names to tensors, or None"),
+}
+
+
+def _weights_fault(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The first weight that is missing, unexpected or of another shape; empty if there is none."""
+    if differing := sorted(found.keys() ^ expected.keys()):
+        return f"{'unexpected' if differing[0] in found else 'missing'} {differing[0]}"
+    wrong = (name for name, weight in expected.items() if found[name].shape != weight.shape)
+    if name := next(wrong, None):
+        return f"{name} is {tuple(found[name].shape)}, expected {tuple(expected[name].shape)}"
+    return ""
+
+
+def _moments_fault(state: Mapping[str, Any]) -> str:
+    """What of an optimizer's state is not of the model's weights; empty if all is."""
+    for name, moments in (state["optimizer"] or {"state": {}})["state"].items():
+        if name not in state["model"]:
+            return f"unexpected {name}"
+        shapes = ((), (1,), tuple(state["model"][name].shape))
+        for moment, value in moments.items() if isinstance(moments, dict) else [("", None)]:
+            if value is None or (isinstance(value, Tensor) and tuple(value.shape) not in shapes):
+                return f"{name} has {moment or 'no moments'} of another shape"
+    return ""
+
+
 def fault_of(path: Path) -> str:
     """Why a checkpoint cannot be used; empty if it can."""
     try:
@@ -107,12 +213,3 @@ def fault_of(path: Path) -> str:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     return ""
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -44,13 +44,19 @@ from cvt.datasets import (
     write_split,
 )
 from cvt.evaluate import Evaluation, evaluate, write_evaluation
-from cvt.files import locked
+from cvt.files import check_path, locked
 from cvt.images import processor_of
 from cvt.modeling import Block
 from cvt.train import records
 from cvt.train.augmentation import augmentation, mixing
 from cvt.train.batches import Batch, Interrupted, Plan, batches, seed_all
-from cvt.train.checkpointing import checkpoints, newest_checkpoint, save_checkpoint
+from cvt.train.checkpointing import (
+    check_state,
+    check_weights,
+    checkpoints,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from cvt.train.finishing import Finishing
 from cvt.train.models import (
     classifier_for,
@@ -107,6 +113,7 @@ def train(recipe: Recipe, output: str | Path, progress: Progress | None = None) 
         FloatingPointError: the loss became NaN or infinite; says when and what to try.
         Stopped: SIGTERM or SIGINT; the state is saved.
     """
+    check_path(output, "output")
     output = Path(output)
     if checkpoints(output / "checkpoints"):
         raise FileExistsError(f"{output} exists already; --resume goes on with the run in it")
@@ -140,8 +147,10 @@ def resume(
         ValueError: no checkpoint is whole, the images are not the run's, a setting may not differ
             or was edited in args.yaml; else as `train`.
     """
+    check_path(output, "output")
     output = Path(output)
     path, state = newest_checkpoint(output / "checkpoints")
+    check_state(state, path)
     recipe = load_recipe(None, state["recipe"])
     if (output / "args.yaml").is_file():  # what was edited in it counts, or is refused
         edited = read_settings(output / "args.yaml")
@@ -241,6 +250,11 @@ class Run:
         self.history: list[Row] = state.get("history", [])
         self.losses: list[float] = state.get("losses", [])  # of the epoch that is going on
         self.corrupt: dict[str, str] = state.get("corrupt", {})
+        if self.step > self.plan.steps or (self.at_epoch_end and self.step and not self.losses):
+            raise ValueError(
+                f"step = {self.step}: does not fit a run of {self.plan.steps} steps, of which "
+                f"history has {len(self.history)} epochs and losses {len(self.losses)} steps"
+            )
         self.signal = 0
         self.advised = False
 
@@ -323,6 +337,9 @@ class Run:
         fp16 = recipe.precision == "fp16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         if state:
+            check_weights(state["model"], self.plain.state_dict(), "model")
+            if self.ema:
+                check_weights(state["ema"] or {}, self.ema.module.state_dict(), "ema")
             set_model_state_dict(self.plain, state["model"], options=FULL)
             if found := state["optimizer"]:
                 set_optimizer_state_dict(self.plain, self.optimizer, found, options=FULL)

@@ -6,6 +6,7 @@ options from this table. The packaged recipes, the paper's among them, are `cvt/
 
 import dataclasses
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ import yaml
 from cvt.limits import MOST_AT_ONCE, MOST_IMAGES
 
 PACKAGED = Path(__file__).parents[1] / "recipes"
+NESTED = 8  # levels of a yaml file; a recipe has two
+LARGEST: dict[type, int] = {int: 2**63 - 1}  # that a setting without a limit of its own may be
 
 
 def setting(
@@ -84,9 +87,13 @@ class Recipe:
     )
     freeze_stages: int = setting(0, "Keep the first N stages as they are.", least=0)
     head_only: bool = setting(False, "Train only the final norm and the classifier.")
-    lora_r: int = setting(0, "Train low-rank adapters of rank N and the classifier.", least=0)
+    lora_r: int = setting(
+        0, "Train low-rank adapters of rank N and the classifier.", least=0, most=4096
+    )
 
-    image_size: int = setting(224, "Height and width in pixels.", group="Images", least=1)
+    image_size: int = setting(
+        224, "Height and width in pixels.", group="Images", least=1, most=8192
+    )
     crop_pct: float | None = setting(
         None,
         "Centre crop of evaluation, if not the start's or 0.875; none from 384 pixels.",
@@ -107,7 +114,9 @@ class Recipe:
     )
     color_jitter: float = setting(0.0, "Brightness, contrast, saturation.", least=0)
     random_erase: float = setting(0.0, "Share with a random part erased.", least=0, most=1)
-    repeats: int = setting(1, "Repeated augmentation: views of an image in a step.", least=1)
+    repeats: int = setting(
+        1, "Repeated augmentation: views of an image in a step.", least=1, most=1024
+    )
     mixup: float = setting(0.0, "Mixup's alpha.", least=0)
     cutmix: float = setting(0.0, "CutMix' alpha.", least=0)
     mixup_prob: float = setting(1.0, "Share of batches that are mixed.", least=0, most=1)
@@ -119,7 +128,7 @@ class Recipe:
     epochs: int = setting(30, "Passes over the training images.", group="Optimisation", least=1)
     steps: int | None = setting(None, "Steps of the optimizer, instead of epochs.", least=1)
     batch_size: int = setting(64, "Images at a time in each process.", least=1, most=MOST_IMAGES)
-    accumulate: int = setting(1, "Batches of each process in a step.", least=1)
+    accumulate: int = setting(1, "Batches of each process in a step.", least=1, most=65536)
     optimizer: str = setting("adamw", "Optimizer.", choices=("adamw", "sgd"))
     lr: float | None = setting(None, "Highest learning rate, whatever the batch.", above=0)
     lr_base: float = setting(2.5e-4, "The same for LR_BASE_SIZE images a step, scaled.", above=0)
@@ -214,6 +223,7 @@ def checked(spec: dataclasses.Field, value: Any) -> Any:
     if value is None and optional:
         return None
     limits, fault = spec.metadata, ""
+    most = min(limits["most"], LARGEST.get(kind, math.inf))
     if kind is bool:
         words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
         value = words.get(value.lower(), value) if isinstance(value, str) else value
@@ -221,6 +231,8 @@ def checked(spec: dataclasses.Field, value: Any) -> Any:
     elif kind is str:
         value = str(value) if isinstance(value, str | Path) else value
         fault = "" if isinstance(value, str) else "must be text"
+        if value == "" and spec.default:
+            fault = "must not be empty"
         if not fault and limits["choices"] and value not in limits["choices"]:
             fault = "must be one of " + ", ".join(limits["choices"])
     else:
@@ -234,20 +246,32 @@ def checked(spec: dataclasses.Field, value: Any) -> Any:
             fault = f"must be at least {limits['least']}"
         elif number <= limits["above"]:
             fault = f"must be above {limits['above']}"
-        elif number > limits["most"]:
-            fault = f"must be at most {limits['most']}"
+        elif number > most:
+            fault = f"must be at most {most}"
         else:
             value = int(value) if isinstance(value, str) and value.isdigit() else kind(number)
     if fault:
-        meaning = limits["meaning"]
-        raise ValueError(
-            f"{spec.name} = {value}: {fault}" + (f"; it is {meaning}" if meaning else "")
-        )
+        shown = value if isinstance(value, str) and len(value) < 100 else reprlib.repr(value)
+        meaning = f"; it is {limits['meaning']}" if limits["meaning"] else ""
+        raise ValueError(f"{spec.name} = {shown}: {fault}{meaning}")
     return value
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which yaml would take the last."""
+    """Refuses a key that is given twice, of which yaml would take the last, and what unfolds."""
+
+    level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
+        self.level += 1
+        if self.level > NESTED:
+            raise yaml.YAMLError(f"it is nested more than {NESTED} levels deep")
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        if alias and not isinstance(node, yaml.ScalarNode):
+            raise yaml.YAMLError(f"*{alias.anchor} repeats a list or a map; a recipe has neither")
+        return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -308,7 +332,7 @@ def read_settings(
     if file is not None:
         try:
             read = yaml.load(find_recipe(file).read_text(encoding="utf-8"), _Loader)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:  # not UTF-8; a date of month 13
             raise ValueError(f"{file} is not yaml: {' '.join(str(error).split())}") from None
         if not isinstance(read, dict):
             raise ValueError(f"{file} has no settings, one per line as `epochs: 30`")

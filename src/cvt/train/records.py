@@ -36,8 +36,9 @@ import yaml
 
 from cvt import kernels
 from cvt.evaluate import Evaluation
-from cvt.files import staged
+from cvt.files import staged, write_checksums
 from cvt.report import plot_confusion, plot_curves, plot_mistakes
+from cvt.text import printable
 from cvt.train.batches import Plan
 from cvt.train.progress import Row
 from cvt.train.recipe import Recipe
@@ -116,7 +117,7 @@ def write_speed(output: Path, row: Row) -> None:
 def write_corrupt(output: Path, corrupt: dict[str, str]) -> None:
     """Write the training images that could not be read, and why, a line each."""
     with staged(output / "corrupt.txt", overwrite=True) as path:
-        path.write_text("".join(f"{error}\n" for error in corrupt.values()), "utf-8")
+        path.write_text("".join(f"{printable(error)}\n" for error in corrupt.values()), "utf-8")
 
 
 def write_model(
@@ -136,6 +137,8 @@ def write_model(
             for saved in (model.config, processor):  # so that it has its labels wherever it goes
                 saved.save_pretrained(beside / "adapter")
             settings.base_model_name_or_path = base
+            write_checksums(beside / "adapter")
+        write_checksums(beside)
         card = model_card(model.config, recipe, row)
         for file in beside.rglob("README.md"):  # PEFT's, of which most is left to fill in
             file.unlink()
@@ -165,7 +168,9 @@ def model_card(config: Any, recipe: Recipe, row: Row) -> str:
         "metrics": ["accuracy"],
     }
     start = "random weights" if recipe.from_scratch else f"`{name}`"
-    classes = ", ".join(config.class_names[:20]) + (", ..." if config.num_labels > 20 else "")
+    classes = printable(", ".join(config.class_names[:20])) + (
+        ", ..." if config.num_labels > 20 else ""
+    )
     results = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items() if v is not None)
     settings = yaml.safe_dump(dataclasses.asdict(shown), sort_keys=False, allow_unicode=True)
     return f"""---
