@@ -736,7 +736,7 @@ def test_heic_is_decoded_upright(tmp_path):
     pillow_heif.register_heif_opener()
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
-    Image.fromarray(photo(64, 96)).save(tmp_path / "a.heic", exif=exif, quality=100)
+    Image.fromarray(photo(64, 96)).save(tmp_path / "a.heic", exif=exif.tobytes(), quality=100)
     image = decode(tmp_path / "a.heic")
     assert image.size == (64, 96)
     expected = photo(64, 96).astype(int)[::-1].transpose(1, 0, 2)

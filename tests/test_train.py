@@ -488,6 +488,27 @@ def test_an_unreadable_image_is_counted_once_though_the_data_moves(damaged, reci
     assert len((tmp_path / "run/corrupt.txt").read_text().splitlines()) == len(names)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_names_of_files_need_not_be_utf_8(photos, recipe, tmp_path):
+    data = tmp_path / os.fsdecode(b"caf\xe9")
+    break_images(photos, data, 0)
+    for number in range(12):
+        (data / f"red/{number:02d}.png").rename(
+            data / "red" / os.fsdecode(b"\xe9%02d.png" % number)
+        )
+    (data / "red" / os.fsdecode(b"\xe903.png")).write_bytes(b"no image")
+    with pytest.raises(Stopped):
+        train(recipe(data=str(data)), tmp_path / "run", progress=Watcher(stop_after=4))
+    resume(tmp_path / "run")
+    assert load_recipe(tmp_path / "run/args.yaml").data == str(data)
+    state = final_state(tmp_path / "run")
+    if state["corrupt"]:  # else it was drawn for validation
+        assert (
+            b"caf\xe9/red/\xe903.png: is not an image"
+            in (tmp_path / "run/corrupt.txt").read_bytes()
+        )
+
+
 def break_images(photos, folder, count=None):
     """A copy of the photos; the first images of each class are no images, by default all."""
     for file in photos.rglob("*.png"):

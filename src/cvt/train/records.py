@@ -117,7 +117,8 @@ def write_speed(output: Path, row: Row) -> None:
 def write_corrupt(output: Path, corrupt: dict[str, str]) -> None:
     """Write the training images that could not be read, and why, a line each."""
     with staged(output / "corrupt.txt", overwrite=True) as path:
-        path.write_text("".join(f"{printable(error)}\n" for error in corrupt.values()), "utf-8")
+        lines = "".join(f"{printable(error)}\n" for error in corrupt.values())
+        path.write_text(lines, "utf-8", "surrogateescape")  # names of files need not be UTF-8
 
 
 def write_model(
