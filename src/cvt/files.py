@@ -94,7 +94,7 @@ def full_disk_named(target: str | Path, folder: Path) -> Iterator[None]:
 
 
 def full_disk(folder: Path) -> str:
-    """In words, that the disk of a folder is full; empty if it is not, or there is no way to see."""
+    """That the disk of a folder is full, in words; empty if it is not, or nothing tells."""
     try:
         found = os.statvfs(folder)
     except (AttributeError, OSError):  # Windows; no folder
