@@ -33,7 +33,8 @@ TORCH = ("--runtime", "torch")  # starts at once
 COMMANDS = {
     "predict": [
         "model", "images", "--topk", "--batch-size", "--workers", "--runtime", "--precision",
-        "--device", "--threads", "--exact-decoding", "--output", "--json", "--resume", "--force",
+        "--device", "--threads", "--exact-decoding", "--output", "--json", "--resume",
+        "--no-verify", "--force",
     ],
     "train": [
         "words", "--config", "--output", "--resume",
@@ -56,7 +57,8 @@ COMMANDS = {
     "evaluate": [
         "model", "data", "--batch-size", "--workers", "--runtime", "--precision", "--device",
         "--threads", "--output", "--report", "--class-map",
-        "--subset", "--real-labels", "--classes", "--image-column", "--label-column", "--force",
+        "--subset", "--real-labels", "--classes", "--image-column", "--label-column",
+        "--no-verify", "--force",
     ],
     "convert": [
         "source", "dest", "--to", "--image-size", "--labels", "--num-labels", "--config",

@@ -97,7 +97,8 @@ def opened(tmp_path_factory, model, exported):
     with pytest.MonkeyPatch.context() as patch:
         for name in MODELS:
             loaded = load(folder)
-            patch.setattr(opening, "load_classifier", {folder: loaded}.pop)
+            pop = {folder: loaded}.pop
+            patch.setattr(opening, "load_classifier", lambda source, verify, pop=pop: pop(source))
             runtimes[name] = open_runtime(folder, name)
             runtimes[name].loaded = weakref.ref(loaded)
     return runtimes
