@@ -1,5 +1,6 @@
 import csv
 import json
+import logging
 import os
 import re
 import shutil
@@ -35,7 +36,7 @@ COMMANDS = {
     "predict": [
         "model", "images", "--topk", "--batch-size", "--workers", "--runtime", "--precision",
         "--device", "--threads", "--exact-decoding", "--max-pixels", "--output",
-        "--json", "--resume", "--force",
+        "--json", "--resume", "--no-verify", "--force",
     ],
     "train": [
         "words", "--config", "--output", "--resume",
@@ -58,7 +59,8 @@ COMMANDS = {
     "evaluate": [
         "model", "data", "--batch-size", "--workers", "--runtime", "--precision", "--device",
         "--threads", "--max-pixels", "--output", "--report", "--class-map",
-        "--subset", "--real-labels", "--classes", "--image-column", "--label-column", "--force",
+        "--subset", "--real-labels", "--classes", "--image-column", "--label-column",
+        "--no-verify", "--force",
     ],
     "convert": [
         "source", "dest", "--to", "--image-size", "--labels", "--num-labels", "--config",
@@ -316,6 +318,18 @@ def test_info_needs_no_weights(cvt, model_folder, name):
         ("train", "photos", "--lr", "-1"),
         ("train", "--resume", "--lr", "0.1"),
         ("train", "--resume", "--config", "mine.yaml"),
+        ("train", "photos", "--workers", "1000000"),
+        ("train", "photos", "batch_size=1000000000"),
+        ("train", "photos", "lora_r=1000000"),
+        ("train", "photos", "model="),
+        *(
+            (command, *words)
+            for words in (("",), ("", "a"), ("a", ""), ("a", "b", "--output="), ("--device", ""))
+            for command in ("predict", "train", "evaluate", "export", "benchmark", "convert")
+        ),
+        ("info", ""),
+        ("recipes", ""),
+        ("demo", "--output", ""),
         ("train", "photos", "birds"),
         ("train", "photos", "data=birds"),
         ("train", "photos", "lr=1", "--lr", "2"),
@@ -382,3 +396,31 @@ def test_a_recipe_is_printed_to_be_edited(cvt, tmp_path, monkeypatch):
     assert (code, out) == (1, "")
     assert err.startswith("Error: no packaged recipe is called photo; there are cvt-13-224x224, ")
     assert err.endswith("; is it photos?\n")
+
+
+# ------------------------------------------------------------------------------ names made to harm
+
+
+def test_names_reach_the_terminal_without_what_it_obeys(capsys):
+    from rich.table import Table
+
+    from cvt.cli import console
+
+    table = Table("class", title="[red]\u202e")
+    table.add_row("\x1b]0;owned\x07")
+    table.add_row("[red]cat[/red]")
+    console.SafeConsole(markup=False, highlight=False, width=100).print(table)
+    console.SafeConsole(markup=False, highlight=False, width=100).print("a\x9b\nb [bold]")
+    shown = capsys.readouterr().out
+    assert not set("\x1b\x07\x9b\u202e") & set(shown)
+    assert r"[red]\u202e" in shown
+    assert r"\x1b]0;owned\x07" in shown
+    assert "[red]cat[/red]" in shown
+    assert "a\\x9b\nb [bold]" in shown
+    record = logging.LogRecord("cvt", logging.WARNING, "", 0, "a\x1b[2J", (), None)
+    assert console.SafeFormatter().format(record) == r"a\x1b[2J"
+
+
+def test_an_error_names_a_file_without_what_a_terminal_obeys(cvt, model_folder):
+    code, _, err = cvt("predict", model_folder, "\x1b[2Jnowhere.png")
+    assert (code, err) == (1, "Error: \\x1b[2Jnowhere.png does not exist\n")

@@ -585,6 +585,18 @@ def test_an_evaluation_is_written_whole(classifier, processor, with_broken, brok
         write_evaluation(evaluation, tmp_path / "out")
 
 
+def test_names_made_to_harm_are_no_formulas_in_the_tables(tmp_path):
+    evaluation = by_hand(["=1+1", "-2", "a\x1b\u202e"], [(0, 1, 0.5), (2, 2, 0.6)])
+    write_evaluation(evaluation, tmp_path / "out")
+    safe = ["'=1+1", "'-2", r"a\x1b\u202e"]
+    header, *rows = read(tmp_path / "out/confusion_matrix.csv")
+    assert header[1:] == [row[0] for row in rows] == safe
+    _, *rows = read(tmp_path / "out/predictions.csv")
+    assert [(row[1], row[2], float(row[3])) for row in rows] == [
+        (safe[0], safe[1], 0.5), (safe[2], safe[2], 0.6),
+    ]  # fmt: skip
+
+
 def test_of_many_classes_only_the_cells_that_count_are_written(tmp_path):
     labels = [f"class {i}" for i in range(21_841)]
     rows = [(21_840, 3, 0.5), (21_840, 3, 0.6), (5, 5, 0.9)]

@@ -14,9 +14,14 @@ from safetensors.torch import save_file
 from small_models import make, tiny
 
 from cvt import image_processor
-from cvt.checkpoints import convert, load_classifier, transformers_to_authors
+from cvt.checkpoints import convert, load_classifier, load_config, transformers_to_authors
 from cvt.configuration import VARIANTS
+from cvt.datasets import open_labelled, open_training
+from cvt.export import export
 from cvt.files import check_checksums, locked, staged, write_checksums
+from cvt.predict import find_images
+from cvt.runtime import open_runtime
+from cvt.train import load_recipe, resume, train
 
 
 @pytest.fixture
@@ -179,12 +184,16 @@ class LibraryError(Exception):
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, hidden):
     full = OSError(errno.ENOSPC, "No space left on device")
-    with (
-        pytest.raises(OSError, match=r"a was not written: No space left on device$"),
-        staged(tmp_path / "a") as file,
-    ):
-        file.write_text("half")
-        raise LibraryError("I/O error") from full if hidden else full
+    error = LibraryError("I/O error") if hidden else full
+    error.__cause__ = full if hidden else None
+
+    def write():
+        with staged(tmp_path / "a") as file:
+            file.write_text("half")
+            raise error
+
+    with pytest.raises(OSError, match=r"a was not written: No space left on device$"):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -199,6 +208,36 @@ def test_what_a_library_does_not_say_the_disk_does(tmp_path, monkeypatch, free, 
         raise LibraryError("Serialisation failed")
     with pytest.raises(ValueError, match="ours"), staged(tmp_path / "a"):
         raise ValueError("ours")
+
+
+# ------------------------------------------------------------------------------ an empty path
+
+
+EMPTY = {
+    "staged": lambda: staged("").__enter__(),
+    "load_classifier": lambda: load_classifier(""),
+    "load_config": lambda: load_config(""),
+    "open_runtime": lambda: open_runtime(""),
+    "find_images": lambda: find_images([""]),
+    "open_labelled": lambda: open_labelled(""),
+    "open_training": lambda: open_training(""),
+    "export": lambda: export("", "out", "onnx"),
+    "export to": lambda: export("cvt-13", "", "onnx"),
+    "convert": lambda: convert("", "out"),
+    "convert to": lambda: convert("a.pth", ""),
+    "train": lambda: train(load_recipe(), ""),
+    "resume": lambda: resume(""),
+    "image_processor": lambda: image_processor(""),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_path_is_not_the_working_folder(name, summed, monkeypatch):
+    monkeypatch.chdir(summed)
+    before = sorted(summed.rglob("*"))
+    with pytest.raises((ValueError, OSError), match=r"an empty path|^: is neither"):
+        EMPTY[name]()
+    assert sorted(summed.rglob("*")) == before
 
 
 # ------------------------------------------------------------------------------ checksums

@@ -9,6 +9,7 @@ import weakref
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cvt import CvtConfig, CvtForImageClassification
+from cvt.files import sums_of
 from cvt.fused import FusedCvt, fuse
 from cvt.graph import onnx_graph, openvino_graph, torch_graph
 from cvt.runtime import available, open_runtime, opening
@@ -96,7 +98,8 @@ def opened(tmp_path_factory, model, exported):
     with pytest.MonkeyPatch.context() as patch:
         for name in MODELS:
             loaded = load(folder)
-            patch.setattr(opening, "load_classifier", {folder: loaded}.pop)
+            pop = {folder: loaded}.pop
+            patch.setattr(opening, "load_classifier", lambda source, verify, pop=pop: pop(source))
             runtimes[name] = open_runtime(folder, name)
             runtimes[name].loaded = weakref.ref(loaded)
     return runtimes
@@ -580,9 +583,42 @@ def test_a_manifest_is_read_as_it_was_written(exported):
         assert (folder / "export.json").read_text() == written
 
 
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_a_flipped_bit_in_an_export_is_refused_by_the_files_name(exported, tmp_path, kind):
+    folder = tmp_path / "export"
+    shutil.copytree(exported[kind], folder)
+    open_runtime(folder)  # without sums, as those of before
+    names = [path.name for path in folder.iterdir() if path.name != "export.json"]
+    replace(Manifest.read(folder), files=sums_of(folder, names)).write(folder)
+    open_runtime(folder)
+    manifest = Manifest.read(folder)
+    assert sorted(manifest.files) == sorted(names)
+    for name in names:
+        content = (folder / name).read_bytes()
+        for place in range(0, len(content), max(1, len(content) // 10)):
+            flipped = bytearray(content)
+            flipped[place] ^= 4
+            (folder / name).write_bytes(flipped)
+            with pytest.raises(ValueError, match=f"{name} is damaged or was changed"):
+                manifest.verify(folder)
+        with pytest.raises(ValueError, match=f"{name} is damaged or was changed.*--no-verify"):
+            open_runtime(folder)
+        (folder / name).write_bytes(content)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("LABEL_0", "tabby cat"))
+    assert open_runtime(folder, verify=False).config.class_names[0] == "tabby cat"
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        open_runtime(folder)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("files", []),
+        ("files", {"../model.onnx": [1, "a"]}),
+        ("files", {"/etc/passwd": [1, "a"]}),
+        ("files", {"model.onnx": 1}),
         ("format", "tensorflow"),
         ("format", ["onnx"]),
         ("precision", "fp8"),

@@ -47,10 +47,9 @@ def staged(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise FileExistsError(f"{asked} exists already; nothing was overwritten")
     if not target.name or any(parent.is_file() for parent in target.parents):
         raise NotADirectoryError(f"{asked} cannot be written: it has no folder to be in")
-    with (
-        full_disk_named(asked, target.parent),
-        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as beside,
-    ):
+    with full_disk_named(asked, target.parent):
+        place = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+    with place as beside, full_disk_named(asked, target.parent):  # asked before it is emptied
         written = Path(beside, target.name)
         yield written
         if target.exists() and target.is_dir() != written.is_dir():
@@ -94,7 +93,7 @@ def full_disk_named(target: str | Path, folder: Path) -> Iterator[None]:
 
 
 def full_disk(folder: Path) -> str:
-    """In words, that the disk of a folder is full; empty if it is not, or there is no way to see."""
+    """That the disk of a folder is full, in words; empty if it is not, or nothing tells."""
     try:
         found = os.statvfs(folder)
     except (AttributeError, OSError):  # Windows; no folder
