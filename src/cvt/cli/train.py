@@ -41,8 +41,7 @@ def train(
 ) -> None:
     """Train or fine-tune a classifier; the best epoch is kept as a model folder, OUTPUT/best.
 
-    With --resume, the same command starts a run or resumes it, as if it had not been stopped. In
-    several processes:
+    With --resume, the same command starts a run or resumes it exactly. In several processes:
     torchrun --nproc-per-node 8 -m cvt train ...
     """
     changes = {name: value for name, value in options.items() if value is not None}
