@@ -185,11 +185,13 @@ def _prepared(
             worker_init_fn=answer_nothing,
             generator=torch.Generator(),
         )
-        yield from ((received(pixels), errors) for pixels, errors in loader)
+        for pixels, errors in loader:
+            yield received(pixels), errors
     else:
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
             prepared = prepare(pool.map)
-            yield from (prepared[batch] for batch in batches)
+            for pixels, errors in (prepared[batch] for batch in batches):
+                yield received(pixels), errors
 
 
 class _Prepare(Dataset):
