@@ -18,6 +18,7 @@ from cvt.checkpoints import transformers_to_authors
 from cvt.cli import app
 from cvt.cli.console import TrainingBars
 from cvt.datasets import open_training, write_split
+from cvt.runtime import opening
 
 CVT = Path(sys.executable).with_name("cvt")
 
@@ -297,6 +298,22 @@ def test_info_needs_no_weights(cvt, model_folder, name):
 # ------------------------------------------------------------------------------ bad input
 
 
+@pytest.mark.parametrize("many", [5, 1000])
+def test_auto_chooses_by_the_number_of_images(cvt, photos, model_folder, monkeypatch, many):
+    counted = []
+
+    def fastest(device, precision, images):
+        counted.append(images)
+        return "fused"
+
+    monkeypatch.setattr(opening, "fastest", fastest)
+    monkeypatch.setattr(opening, "MANY", many)
+    code, out, _ = cvt("predict", model_folder, photos, "--workers", "0", "--json")
+    assert (code, len(out.splitlines()), counted) == (0, 36, [min(36, many)])
+    assert cvt("evaluate", model_folder, photos)[0] == 0
+    assert counted[1:] == [36]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -311,7 +328,16 @@ def test_info_needs_no_weights(cvt, model_folder, name):
         ("predict", "cvt-13", "a.png", "--precision", "fp8"),
         ("predict", "cvt-13", "a.png", "--threads", "0"),
         ("predict", "cvt-13", "a.png", "--workers", "-1"),
+        ("predict", "cvt-13", "a.png", "--threads", "1000000"),
+        ("predict", "cvt-13", "a.png", "--workers", "1000000"),
+        ("predict", "cvt-13", "a.png", "--batch-size", "1000000000"),
+        ("predict", "cvt-13", "a.png", "--device", "abacus"),
         ("predict", "cvt-13", "a.png", "--resume"),
+        ("evaluate", "cvt-13", "photos", "--workers", "1000000"),
+        ("benchmark", "cvt-13", "--threads", "1000000"),
+        ("benchmark", "cvt-13", "--batch-sizes", "1,1000000000"),
+        ("train", "photos", "--workers", "1000000"),
+        ("train", "photos", "--batch-size", "1000000000"),
         ("evaluate", "cvt-13", "photos", "--runtime", "jax"),
         ("convert", "a.pth", "b", "--to", "onnx"),
         ("train", "photos", "--epochs", "0"),

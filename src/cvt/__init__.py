@@ -21,8 +21,6 @@ if TYPE_CHECKING:  # the same names as in _HOME and _MODULES, for mypy, pyright 
     from cvt.modeling import CvtModel as CvtModel
     from cvt.runtime.base import PixelError as PixelError
 
-from cvt.keras_names import register_with_keras
-
 __version__ = "0.1.0"
 
 _HOME = {
@@ -41,7 +39,7 @@ _HOME = {
 _MODULES = ("checkpoints",)
 __all__ = ["__version__", *_HOME, *_MODULES]
 
-register_with_keras()
+import_module("cvt.keras_names").register_with_keras()
 
 
 if not TYPE_CHECKING:  # or type checkers would accept any name

@@ -30,6 +30,7 @@ def check_counts(**counts: Any) -> None:
         if not isinstance(count, Integral) or isinstance(count, bool):
             raise TypeError(f"{name} is of type {type(count).__name__}: must be a whole number")
         least, most = BOUNDS[name]
+        count = int(count)
         if count < least:
             raise ValueError(f"{name} = {count}: must be at least {least}")
         if most is not None and count > most:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import keras
 from keras import layers, ops
@@ -46,7 +46,7 @@ class Output(tuple):
         return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
 
     def __reduce__(self) -> tuple:
-        return _unpickled, (type(self).__bases__[1], self._asdict())
+        return _unpickled, (type(self).__bases__[1], cast(Any, self)._asdict())
 
 
 @lru_cache
@@ -209,6 +209,14 @@ class TFCvtPreTrainedModel(keras.Model):
         Files of these names are replaced, others in the folder are left alone.
         """
         weights.save(self, folder)
+
+    def export(
+        self, filepath: str | Path, *args: Any, input_signature: Any = None, **kwargs: Any
+    ) -> None:
+        """As in Keras; for any number and size of images where no signature is given."""
+        if input_signature is None:  # Keras would take that of the last call, and demand one
+            input_signature = [keras.InputSpec(shape=self.images_shape, dtype="float32")]
+        super().export(filepath, *args, input_signature=input_signature, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         """What `from_config` makes it of again."""
@@ -373,7 +381,7 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
         """
         if loss is None:
             loss = ClassificationLoss(self.config.problem_type, self.config.num_labels)
-        if isinstance(metrics, list | tuple) and self.config.num_labels > 1:
+        if isinstance(metrics, list | tuple) and (self.config.num_labels or 0) > 1:
             by_name = [each in ("accuracy", "acc") for each in metrics]
             metrics = [
                 Accuracy(name=each) if named else each
