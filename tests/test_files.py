@@ -199,7 +199,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, hidden):
 
 
 @pytest.mark.parametrize(
-    ("free", "inodes", "why"), [(1, 9, "full, with 1 b"), (9**9, 3, "3 inodes")]
+    ("free", "inodes", "why"), [(1, 99, "full, with 1 b"), (9**9, 3, "3 inodes")]
 )
 def test_what_a_library_does_not_say_the_disk_does(tmp_path, monkeypatch, free, inodes, why):
     disk = SimpleNamespace(f_files=99, f_favail=inodes, f_bavail=free, f_frsize=1)
