@@ -109,6 +109,7 @@ def test_an_authors_file_becomes_a_folder(model, tmp_path, wrapped, prefix):
     done = convert(tmp_path / "weights.pth", tmp_path / "folder", image_size=64)
     assert done.largest_difference <= 1e-6
     assert {file.name for file in (tmp_path / "folder").iterdir()} == {
+        "checksums.json",
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",

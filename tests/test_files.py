@@ -1,5 +1,6 @@
 import errno
 import os
+import resource
 import shutil
 import signal
 import stat
@@ -197,9 +198,11 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, hidden):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("free", "inodes", "why"), [(1, 9, "full, with 1 b"), (9**9, 0, "inodes")])
+@pytest.mark.parametrize(
+    ("free", "inodes", "why"), [(1, 99, "full, with 1 b"), (9**9, 3, "3 inodes")]
+)
 def test_what_a_library_does_not_say_the_disk_does(tmp_path, monkeypatch, free, inodes, why):
-    disk = SimpleNamespace(f_files=9, f_favail=inodes, f_bavail=free, f_frsize=1)
+    disk = SimpleNamespace(f_files=99, f_favail=inodes, f_bavail=free, f_frsize=1)
     monkeypatch.setattr(os, "statvfs", lambda path: disk)
     with (
         pytest.raises(OSError, match=rf"a was not written: its disk .*{why}"),
@@ -313,3 +316,16 @@ def test_sums_of_what_is_replaced_go_with_it(summed):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"other")
     assert not (summed / "checksums.json").exists()
+
+
+def test_a_full_disk_ends_no_process(tmp_path):
+    """Given a path, PyTorch's writer throws in a destructor when the disk is full."""
+    make(tiny(depth=[1, 1, 1], hidden_act="quick_gelu")).save_pretrained(tmp_path / "model")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"a\.pth was not written: .*[Ff]ile too large"):
+            convert(tmp_path / "model", tmp_path / "a.pth", to="authors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

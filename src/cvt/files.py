@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LEAST_SPACE = 2**16  # bytes of a disk that counts as full when a library fails on it
+LEAST_SPACE, LEAST_INODES = 2**16, 16  # of a disk; with less, it is why a library fails on it
 CHECKSUMS = "checksums.json"
 # The files of a model whose sums are kept; a model card may be edited.
 SUMMED = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json",
@@ -98,8 +98,8 @@ def full_disk(folder: Path) -> str:
         found = os.statvfs(folder)
     except (AttributeError, OSError):  # Windows; no folder
         return ""
-    if found.f_files and not found.f_favail:
-        return "its disk has no inodes left, and a file needs one"
+    if found.f_files and found.f_favail < LEAST_INODES:  # some are free again by now
+        return f"its disk is full, with {found.f_favail} inodes left, of which each file needs one"
     free = found.f_bavail * found.f_frsize
     return f"its disk is full, with {free:,} bytes left" if free < LEAST_SPACE else ""
 

@@ -97,7 +97,8 @@ def convert(
                     f"an authors' file does not record that this model has {told[0]} and an "
                     f"epsilon of {told[1]}; their code computes quick_gelu and 1e-05"
                 )
-            torch.save(transformers_to_authors(model.state_dict()), written)
+            with open(written, "wb") as file:  # given a path on a full disk, PyTorch aborts
+                torch.save(transformers_to_authors(model.state_dict()), file)
             again = CvtForImageClassification(model.config).to(model.dtype).eval()
             again.load_state_dict(authors_to_transformers(read_weights(written)))
         difference = largest_difference(model, again)

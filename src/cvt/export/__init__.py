@@ -14,6 +14,7 @@ and the example that the graph was made with, which needs no more than `weights_
 `model.pt2` or a SavedModel that holds anything but weights and arithmetic.
 """  # noqa: E501
 
+import io
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
@@ -229,7 +230,9 @@ def _write_graph(
     if to == "torch-export":
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine
-        torch.export.save(program, file)
+        archive = io.BytesIO()  # given a path on a full disk, PyTorch aborts the process
+        torch.export.save(program, archive)
+        file.write_bytes(archive.getbuffer())
     elif to == "onnx":
         import onnx
 

@@ -12,7 +12,7 @@
 | `confusion_matrix.png`, `mistakes.png` | of the best epoch |
 | `tensorboard/` | events for TensorBoard |
 | `corrupt.txt` | the training images that could not be read |
-| `best/`, `last/` | model folders, with preprocessing and a model card |
+| `best/`, `last/` | model folders, with preprocessing, a model card and `checksums.json` |
 | `checkpoints/` | what the run goes on from |
 """
 
