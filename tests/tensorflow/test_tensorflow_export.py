@@ -112,7 +112,8 @@ def test_an_export_of_any_size_gives_the_logits_of_the_model(exported, opened, m
     assert files_of(exported[to]) == BESIDE | FILES[to]
     assert (manifest.format, manifest.precision, manifest.image_size) == (to, "fp32", (32, 32))
     checked = {(c["images"], c["height"], c["width"]) for c in manifest.parity["checks"]}
-    assert checked == {(b, *size) for b in (1, 2, 5) for size in ((32, 32), (33, 33), (16, 48))}
+    sizes = ((32, 32), (33, 33), (16, 48), (model.config.minimum_image_size,) * 2)
+    assert checked == {(b, *size) for b in (1, 2, 5) for size in sizes}
     assert 0 < manifest.parity["largest_difference"] < 1e-4
     assert {"keras", "tensorflow"} <= manifest.versions.keys()
     for shape in ((3, 41, 29), (1, 32, 32), (2, model.config.minimum_image_size, 20)):
