@@ -343,8 +343,6 @@ def test_auto_chooses_by_the_number_of_images(cvt, photos, model_folder, monkeyp
         ("train", "photos", "--epochs", "0"),
         ("train", "photos", "--lr", "-1"),
         ("train", "--resume", "--lr", "0.1"),
-        ("train", "--resume", "--config", "mine.yaml"),
-        ("train", "photos", "--workers", "1000000"),
         ("train", "photos", "batch_size=1000000000"),
         ("train", "photos", "lora_r=1000000"),
         ("train", "photos", "model="),
