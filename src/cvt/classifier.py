@@ -108,7 +108,7 @@ class Classifier:
             allow_urls=allow_urls,
             verify=verify,
         )
-        self.runtime = open_runtime(model, runtime, precision, device, threads, verify)
+        self.runtime = open_runtime(model, runtime, precision, device, threads, verify=verify)
         self.processor = processor or load_processor(str(model), self.runtime.config)
         self.batch_size, self.exact, self.allow_urls = batch_size, exact, allow_urls
 
