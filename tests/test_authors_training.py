@@ -86,7 +86,7 @@ def test_the_whole_loop_follows_the_authors_losses(name, tmp_path, monkeypatch):
     training, losses = TRAININGS[name], []
     images, targets = map(torch.from_numpy, (training_images(), training_targets(training)))
     batches = [Batch(images[step % 2], targets[step % 2], {}) for step in range(STEPS)]
-    monkeypatch.setattr(loop, "batches", lambda *_: iter(batches))
+    monkeypatch.setattr(loop, "batches", lambda *_, **__: iter(batches))
     monkeypatch.setattr(
         Silence, "stage", lambda *_, **__: lambda **figures: losses.append(figures.get("loss"))
     )
@@ -123,9 +123,10 @@ def test_the_learning_rate_changes_each_epoch_as_the_authors():
     name = next(name for name, training in TRAININGS.items() if training.cosine)
     optimizer = our_optimizer(name, build())
     plan = Plan(images=16, batch_size=8, accumulate=1, rank=0, world=1, epochs=SCHEDULE["epochs"])
-    schedule = Schedule(optimizer, Recipe(lr_updates="epoch", **SCHEDULE), plan)
+    lr = TRAININGS[name].learning_rate
+    schedule = Schedule(Recipe(lr=lr, lr_updates="epoch", **SCHEDULE), plan)
     for step in range(plan.steps):
-        schedule.set(step)
+        schedule.set(optimizer, step)
         expected = golden(name)["learning_rates"][step // plan.steps_per_epoch]
         rates = [group["lr"] for group in optimizer.param_groups]
         assert rates == pytest.approx([expected] * len(rates), rel=1e-9)

@@ -165,8 +165,9 @@ def test_where_there_is_none_it_says_so(tmp_path):
 def whole_state():
     weight = torch.zeros(2, 3)
     return {
-        "recipe": {"epochs": 2}, "config": {"depth": [1]}, "images": "0a", "batches_per_step": 1,
-        "step": 3, "history": [{"epoch": 1, "val_top1": None}], "losses": [0.5], "corrupt": {},
+        "recipe": {"epochs": 2}, "config": {"depth": [1]}, "processor": {"size": 32},
+        "images": "0a", "batches_per_step": 1, "step": 3,
+        "history": [{"epoch": 1, "val_top1": None, "val_loss": None}], "losses": [0.5], "corrupt": {},
         "model": {"w": weight}, "scaler": {}, "ema": None,
         "optimizer": {
             "state": {"w": {"step": torch.tensor(3.0), "exp_avg": weight}}, "param_groups": [],
@@ -177,10 +178,11 @@ def whole_state():
 HARMFUL = {
     "recipe": [None, [], {1: 2}],
     "config": ["cvt-13"],
+    "processor": [None, "cvt-13"],
     "images": [None],
     "batches_per_step": [0, 10**9, 1.0, True, "2"],
     "step": [-1, 10**30, 2.5, None, torch.tensor(3)],
-    "history": [None, [{}], [1], [{"epoch": "1", "val_top1": None}], {}],
+    "history": [None, [{}], [1], [{"epoch": "1", "val_top1": None, "val_loss": None}], {}],
     "losses": [None, ["0.5"], 3],
     "corrupt": [None, {"a": 1}, []],
     "model": [None, {}, {"w": 1}, [torch.zeros(1)], {3: torch.zeros(1)}],
