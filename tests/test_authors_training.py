@@ -90,7 +90,9 @@ def test_the_whole_loop_follows_the_authors_losses(name, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Silence, "stage", lambda *_, **__: lambda **figures: losses.append(figures.get("loss"))
     )
-    build().save_pretrained(tmp_path / "start")
+    start = build()
+    start.config.class_names = [str(digit) for digit in range(LEARNER_CLASSES)]
+    start.save_pretrained(tmp_path / "start")
     recipe = Recipe(
         data="digits",  # of as many classes; its batches are not used
         model=str(tmp_path / "start"),

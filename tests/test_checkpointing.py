@@ -167,8 +167,8 @@ def whole_state():
     return {
         "recipe": {"epochs": 2}, "config": {"depth": [1]}, "processor": {"size": 32},
         "images": "0a", "batches_per_step": 1, "step": 3,
-        "history": [{"epoch": 1, "val_top1": None, "val_loss": None}], "losses": [0.5], "corrupt": {},
-        "model": {"w": weight}, "scaler": {}, "ema": None,
+        "history": [{"epoch": 1, "val_top1": None, "val_loss": None}], "losses": [0.5],
+        "corrupt": {}, "model": {"w": weight}, "scaler": {}, "ema": None,
         "optimizer": {
             "state": {"w": {"step": torch.tensor(3.0), "exp_avg": weight}}, "param_groups": [],
         },

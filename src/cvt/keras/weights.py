@@ -74,8 +74,8 @@ def load(
         config = given or CvtConfig.from_pretrained(source, **of_hub, **kwargs)
         with hub.resolved(source, of_hub) as resolved:
             files = find(resolved, of_hub)
-        config.check_file(sum(os.path.getsize(file) for file in files), source, new_head)
         found = {name: weight for file in files for name, weight in read(file).items()}
+        config.check_file(sum(os.path.getsize(file) for file in files), source, new_head)
     model = make(given or config)
     is_classifier = bool(hub.HEAD & named_variables(model).keys())
     if os.path.isfile(source) and is_classifier and not (new_head or hub.CLASSIFIER & found.keys()):
