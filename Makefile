@@ -8,13 +8,13 @@ BIN := $(VENV)/bin
 demo: $(VENV)/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
 	$(BIN)/cvt demo --output runs/demo
 
-# The longest part first; two of them at a time.
+# The longest parts first; two of them at a time.
 test: $(VENV)/dev.stamp  ## every test that needs no GPU and no network; Keras' on every backend
-	$(MAKE) --jobs 2 --output-sync test-torch test-tensorflow test-gpu_kernels \
-	  $(addprefix test-keras-,jax tensorflow torch)
+	$(MAKE) --jobs 2 --output-sync test-torch-a-f test-torch-g-z test-keras-jax test-tensorflow \
+	  test-keras-tensorflow test-keras-torch test-gpu_kernels
 
-test-torch: $(VENV)/dev.stamp
-	$(BIN)/pytest --ignore tests/keras --ignore tests/tensorflow --ignore tests/gpu_kernels
+test-torch-a-f test-torch-g-z: test-torch-%: $(VENV)/dev.stamp
+	$(BIN)/pytest tests/test_[$*]*.py
 
 test-tensorflow test-gpu_kernels: test-%: $(VENV)/dev.stamp
 	$(BIN)/pytest tests/$*

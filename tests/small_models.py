@@ -4,6 +4,7 @@ import io
 import random
 import warnings
 
+import pytest
 import torch
 
 from cvt import CvtConfig, CvtForImageClassification
@@ -83,6 +84,12 @@ def onnx_of_trace(model, pixels):
 
 
 # ------------------------------------------------------------------------------ of random shapes
+
+
+def seeds(everywhere, by_hand):
+    """So many seeds for `parametrize`, those from `everywhere` on marked as slow."""
+    slow = pytest.mark.slow
+    return [*range(everywhere), *(pytest.param(s, marks=slow) for s in range(everywhere, by_hand))]
 
 
 def conv_size(size, kernel, stride, padding):

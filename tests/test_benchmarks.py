@@ -136,7 +136,10 @@ def test_a_contestant_that_the_processor_cannot_run_has_a_row_that_says_so(
     assert "left out: precision = bf16" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino of fixed shape"])
+@pytest.mark.parametrize(
+    "runtime",
+    ["onnxruntime", pytest.param("openvino of fixed shape", marks=pytest.mark.slow)],
+)
 def test_exports_of_transformers_give_its_logits(load, inference, runtime):
     contestants = load("contestants")
     options = inference.parse(["--quick", "--image-size=64", "--threads=1"])
@@ -160,6 +163,7 @@ def test_only_the_fused_form_skips_operations(load, inference):
     assert 0.9 * all_of_it < fused < 0.95 * all_of_it
 
 
+@pytest.mark.slow
 def test_memory_and_folder_and_import_are_measured(inference, tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(inference.subprocess, "run", lambda command, **_: commands.append(command))

@@ -282,7 +282,9 @@ def test_convert_says_what_it_wrote(cvt, model_folder, tmp_path):
     assert not (tmp_path / "folder").exists()
 
 
-@pytest.mark.parametrize("name", ["cvt-13", "cvt-w24", "folder"])
+@pytest.mark.parametrize(
+    "name", ["cvt-13", pytest.param("cvt-w24", marks=pytest.mark.slow), "folder"]
+)
 def test_info_needs_no_weights(cvt, model_folder, name):
     model = model_folder if name == "folder" else name
     code, out, err = cvt("info", model, "--json", "--image-size", 64)

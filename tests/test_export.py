@@ -176,7 +176,12 @@ def test_graphs_name_what_is_dynamic_and_the_classes(exported, classifier):
 
 @pytest.mark.parametrize(
     ("to", "precision"),
-    [("onnx", "fp16"), ("openvino", "bf16"), ("openvino", "fp16"), ("torch-export", "bf16")],
+    [
+        ("onnx", "fp16"),
+        pytest.param("openvino", "bf16", marks=pytest.mark.slow),
+        ("openvino", "fp16"),
+        ("torch-export", "bf16"),
+    ],
 )
 def test_sixteen_bits_halve_the_weights_within_the_tolerance(
     exported, small, tmp_path, to, precision
@@ -210,7 +215,8 @@ def test_an_export_has_no_path_of_this_machine(exported):
 
 
 @pytest.mark.parametrize(
-    ("to", "dynamic", "resolutions"), [("openvino", ("batch",), 1), ("onnx", DYNAMIC, 4)]
+    ("to", "dynamic", "resolutions"),
+    [("openvino", ("batch",), 1), pytest.param("onnx", DYNAMIC, 4, marks=pytest.mark.slow)],
 )
 def test_int8_names_the_classes_of_fp32(digits, tmp_path, to, dynamic, resolutions):
     manifest = export(

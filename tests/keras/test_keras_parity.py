@@ -10,7 +10,7 @@ import pytest
 import torch
 from keras import initializers, ops
 from scipy import stats
-from small_models import assert_equal, images, mixed, random_case, randomise, tiny
+from small_models import assert_equal, images, mixed, random_case, randomise, seeds, tiny
 
 from cvt import CvtConfig, CvtForImageClassification, TFCvtForImageClassification, TFCvtModel, hub
 from cvt.checkpoints.names import keras_to_transformers
@@ -145,7 +145,7 @@ def gradients(model, loss):
 # ------------------------------------------------------------------------------ parity
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", seeds(20, len(SEEDS)))
 def test_outputs_equal_pytorchs(seed):
     config, pixels = case(seed)
     data_format = DATA_FORMATS[seed % 2]
@@ -159,7 +159,7 @@ def test_outputs_equal_pytorchs(seed):
     assert_equal(found, expected, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("seed", SEEDS_OF_TRAINING)
+@pytest.mark.parametrize("seed", seeds(6, len(SEEDS_OF_TRAINING)))
 def test_gradients_and_batch_statistics_of_three_steps_equal_pytorchs(seed):
     config, pixels = case(seed)
     theirs, ours = pair(config, seed)

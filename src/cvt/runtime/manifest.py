@@ -116,5 +116,6 @@ class Manifest:
                 )
         if found["file"] not in os.listdir(folder):
             raise ValueError(f"{path}: file = {found['file']!r} is not beside it")
-        tuples = {"image_size": tuple(size), "dynamic": tuple(found["dynamic"])}
+        files = {name: tuple(value) for name, value in found["files"].items()}
+        tuples = {"image_size": tuple(size), "dynamic": tuple(found["dynamic"]), "files": files}
         return cls(**found | tuples)
