@@ -17,6 +17,7 @@ from small_models import (
     onnx_of_trace,
     random_case,
     randomise,
+    seeds,
     tiny,
 )
 from torch import nn

@@ -420,7 +420,7 @@ def test_a_saved_model_that_asks_for_more_than_arithmetic_is_refused(
     path.write_bytes(saved.SerializeToString())
     with pytest.raises(ValueError, match=message):
         open_runtime(folder, verify=False)
-    with pytest.raises(ValueError, match="saved_model.pb is damaged or was changed"):
+    with pytest.raises(ValueError, match=r"saved_model.pb is damaged or was changed"):
         open_runtime(folder)
 
 
