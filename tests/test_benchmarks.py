@@ -44,6 +44,7 @@ def inference(load, monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_the_training_benchmark_writes_what_it_prints_but_not_over_a_result(
     training, tmp_path, capsys
 ):
@@ -97,6 +98,7 @@ def names(rows):
     return [" ".join(filter(None, (r["contestant"], r["runtime"], r["precision"]))) for r in rows]
 
 
+@pytest.mark.slow
 def test_models_are_timed_beside_transformers_and_beside_the_machines_rate(
     inference, tmp_path, monkeypatch, capsys
 ):
@@ -136,10 +138,8 @@ def test_a_contestant_that_the_processor_cannot_run_has_a_row_that_says_so(
     assert "left out: precision = bf16" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "runtime",
-    ["onnxruntime", pytest.param("openvino of fixed shape", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino of fixed shape"])
 def test_exports_of_transformers_give_its_logits(load, inference, runtime):
     contestants = load("contestants")
     options = inference.parse(["--quick", "--image-size=64", "--threads=1"])
@@ -465,6 +465,7 @@ def test_the_memory_of_a_step_is_counted_for_all(load, tmp_path, monkeypatch, ca
     assert "0.750" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_memory_of_our_step_is_that_of_its_profile(load):
     memory = load("memory")
     size = ("tiny", 64, 32)  # so many images that their activations are most of it

@@ -245,9 +245,9 @@ def test_a_full_disk_leaves_the_checkpoints_before(folder, size):
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_no_kill_loses_a_finished_save(tmp_path, keep):
-    torn, saves = kill_during_saves(tmp_path / "checkpoints", kills=15, keep=keep, seed=keep)
-    assert torn >= 10
-    assert saves >= 30
+    torn, saves = kill_during_saves(tmp_path / "checkpoints", kills=10, keep=keep, seed=keep)
+    assert torn >= 2
+    assert saves >= 10
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):

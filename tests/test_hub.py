@@ -240,7 +240,7 @@ def test_a_published_name_downloads_once_and_loads_with_quick_gelu(folders, expe
     ("endpoint", "variables", "reason"),
     [
         ("closed", {"HF_HUB_OFFLINE": "1"}, "unset the `HF_HUB_OFFLINE`"),
-        ("closed", {}, "refused"),
+        pytest.param("closed", {}, "refused", marks=pytest.mark.slow),
         ("silent", {"HF_HUB_ETAG_TIMEOUT": "1"}, "timed out"),
     ],
     ids=["offline mode", "closed port", "no answer"],

@@ -93,7 +93,10 @@ print({"keras", "tensorflow", "jax", "h5py"} & set(sys.modules))
 
 
 # PyTorch's compiler needs Triton where there is one, and Triton ends a process that has TensorFlow.
-@pytest.mark.parametrize("first", ["import tensorflow", "from cvt import TFCvtModel"])
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param("import tensorflow", marks=pytest.mark.slow), "from cvt import TFCvtModel"],
+)
 def test_tensorflow_and_the_compiler_of_pytorch_share_a_process(first):
     script = """
 from cvt import TFCvtModel

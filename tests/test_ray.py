@@ -79,9 +79,9 @@ def test_parquet_files_are_classified_as_predict_does(model_folder, expected, tm
 
 
 def test_files_of_good_and_of_bad_images_are_one_table(model_folder, expected, tmp_path):
-    contents = {"good": Path(next(iter(expected))).read_bytes(), "bad": b"no", "null": None}
+    contents = {"good": [Path(next(iter(expected))).read_bytes()], "bad": [b"no", None]}
     for name, content in contents.items():
-        rows = ray.data.from_arrow(pyarrow.table({"bytes": pyarrow.array([content], "binary")}))
+        rows = ray.data.from_arrow(pyarrow.table({"bytes": pyarrow.array(content, "binary")}))
         classified(rows, model_folder).write_parquet(str(tmp_path / "labels" / name))
     for file in (tmp_path / "labels").rglob("*.parquet"):
         schema = parquet.read_schema(file)

@@ -26,7 +26,7 @@ from cvt.configuration import VARIANTS
 from cvt.datasets import image_folder, open_training
 from cvt.evaluate import evaluate
 from cvt.labels import imagenet_classes
-from cvt.train import Recipe, load_recipe, loop, resume, train
+from cvt.train import Recipe, load_recipe, loop, records, resume, train
 from cvt.train.augmentation import augmentation
 from cvt.train.checkpointing import newest_checkpoint
 from cvt.train.loop import Stopped, faster, precision
@@ -46,6 +46,14 @@ EVERYTHING_RANDOM = {
     "clip_grad": 1.0,
     "layer_decay": 0.9,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing the pictures of a run takes longer than the run."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr(records, "write_pictures", lambda *_: None)
+        monkeypatch.setattr(records, "plot_curves", lambda _, path: path.touch())
 
 
 @pytest.fixture
@@ -101,13 +109,14 @@ def final_state(run):
 # ------------------------------------------------------------------------------ the run folder
 
 
+@pytest.mark.pictures
 def test_training_learns_and_leaves_a_run_folder(photos, recipe, tmp_path):
     run = tmp_path / "run"
     best = train(recipe(epochs=8), run)
     assert best["val_top1"] > 0.9
     assert {path.name for path in run.iterdir()} == {
         ".lock", "best", "last", "checkpoints", "args.yaml", "environment.json", "results.csv",
-        "speed.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "tensorboard",
+        "speed.csv", "split.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "tensorboard",
     }  # fmt: skip
     with open(run / "results.csv") as file:
         rows = list(csv.DictReader(file))
@@ -211,7 +220,13 @@ def test_averaged_weights_are_evaluated_beside_the_others_and_handed_out(photos,
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"workers": 2}, {"workers": 2, "decode_on_device": True}], ids=str
+    "changes",
+    [
+        {},
+        {"workers": 2},
+        pytest.param({"workers": 2, "decode_on_device": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_run_stopped_anywhere_resumes_to_the_bit(recipe, tmp_path, changes):
     settings = recipe(epochs=4, save_steps=2, **EVERYTHING_RANDOM, **changes)
@@ -504,7 +519,7 @@ def test_names_of_files_need_not_be_utf_8(photos, recipe, tmp_path):
     state = final_state(tmp_path / "run")
     if state["corrupt"]:  # else it was drawn for validation
         assert (
-            b"caf\xe9/red/\xe903.png: is not an image"
+            rb"caf\udce9/red/\udce903.png: is not an image"
             in (tmp_path / "run/corrupt.txt").read_bytes()
         )
 
@@ -740,7 +755,7 @@ def test_dropout_and_drop_path_are_the_recipes(model_folder):
 
 
 def test_a_fine_tuned_resolution_has_its_preprocessing_on_both_sides(recipe, tmp_path):
-    train(recipe(epochs=1, image_size=384, batch_size=2, steps=1, data="digits"), tmp_path / "run")
+    train(recipe(epochs=1, image_size=384, batch_size=2, steps=1), tmp_path / "run")
     processor = load_processor(
         tmp_path / "run/best", CvtConfig.from_pretrained(tmp_path / "run/best")
     )

@@ -521,9 +521,9 @@ def check_range(processor: Any) -> None:
     """
     mean, std = normalisation(processor)
     if min(std) <= 0:
-        raise ValueError(
-            f"the image processor has image_std = {processor.image_std}: must be above 0"
-        )
+        shown = processor.image_std
+        shown = list(shown) if isinstance(shown, Iterable) else shown
+        raise ValueError(f"the image processor has image_std = {shown}: must be above 0")
     reach = max(abs(v - m) / s for v in (0, 1) for m, s in zip(mean, std, strict=True))
     scale = _scale(processor)
     if 255 * scale > LARGEST and reach > LARGEST:

@@ -195,7 +195,10 @@ def distances(case, moments, seed):
 
 @pytest.mark.parametrize(
     ("case", "moments"),
-    [(case, True) for case in CASES] + [(case, False) for case in CASES[::3]],
+    [(case, True) for case in CASES[::3]]
+    + [pytest.param(case, True, marks=pytest.mark.slow) for case in CASES if case not in CASES[::3]]
+    + [(CASES[0], False)]
+    + [pytest.param(case, False, marks=pytest.mark.slow) for case in CASES[3::3]],
     ids=str,
 )
 def test_outputs_and_gradients_are_those_of_float64(case, moments):

@@ -145,7 +145,7 @@ def gradients(model, loss):
 # ------------------------------------------------------------------------------ parity
 
 
-@pytest.mark.parametrize("seed", seeds(20, len(SEEDS)))
+@pytest.mark.parametrize("seed", seeds(12 if BACKEND == "jax" else 20, len(SEEDS)))
 def test_outputs_equal_pytorchs(seed):
     config, pixels = case(seed)
     data_format = DATA_FORMATS[seed % 2]
@@ -159,7 +159,7 @@ def test_outputs_equal_pytorchs(seed):
     assert_equal(found, expected, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("seed", seeds(6, len(SEEDS_OF_TRAINING)))
+@pytest.mark.parametrize("seed", seeds(4 if BACKEND == "jax" else 6, len(SEEDS_OF_TRAINING)))
 def test_gradients_and_batch_statistics_of_three_steps_equal_pytorchs(seed):
     config, pixels = case(seed)
     theirs, ours = pair(config, seed)

@@ -118,7 +118,7 @@ def write_corrupt(output: Path, corrupt: dict[str, str]) -> None:
     """Write the training images that could not be read, and why, a line each."""
     with staged(output / "corrupt.txt", overwrite=True) as path:
         lines = "".join(f"{printable(error)}\n" for error in corrupt.values())
-        path.write_text(lines, "utf-8", "surrogateescape")  # names of files need not be UTF-8
+        path.write_text(lines, "utf-8")
 
 
 def write_model(
