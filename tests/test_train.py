@@ -116,7 +116,8 @@ def test_training_learns_and_leaves_a_run_folder(photos, recipe, tmp_path):
     assert best["val_top1"] > 0.9
     assert {path.name for path in run.iterdir()} == {
         ".lock", "best", "last", "checkpoints", "args.yaml", "environment.json", "results.csv",
-        "speed.csv", "split.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "tensorboard",
+        "speed.csv", "split.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png",
+        "tensorboard",
     }  # fmt: skip
     with open(run / "results.csv") as file:
         rows = list(csv.DictReader(file))
