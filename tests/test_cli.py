@@ -17,6 +17,7 @@ from cvt import CvtForImageClassification
 from cvt.checkpoints import transformers_to_authors
 from cvt.cli import app
 from cvt.cli.console import TrainingBars
+from cvt.cli.train import default_output
 from cvt.datasets import open_training, write_split
 from cvt.runtime import opening
 
@@ -450,3 +451,13 @@ def test_names_reach_the_terminal_without_what_it_obeys(capsys):
 def test_an_error_names_a_file_without_what_a_terminal_obeys(cvt, model_folder):
     code, _, err = cvt("predict", model_folder, "\x1b[2Jnowhere.png")
     assert (code, err) == (1, "Error: \\x1b[2Jnowhere.png does not exist\n")
+
+
+@pytest.mark.parametrize("data", [".", "../photos", "{}"])
+def test_a_run_is_written_beside_data_that_it_would_be_in(tmp_path, monkeypatch, data):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path / "photos")
+    data = data.format(tmp_path / "photos")
+    assert default_output(data, "train") == tmp_path / "runs/train"
+    for elsewhere in ("digits", "hub:owner/name", "photos.csv", ""):
+        assert default_output(elsewhere, "train") == Path("runs/train")

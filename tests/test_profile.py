@@ -46,8 +46,8 @@ def allocations(run: Callable[[], object]) -> tuple[int, int]:
     ("name", "size", "parameters", "giga_macs"),
     [
         ("cvt-13", 224, 19_997_480, 4.57),
-        ("cvt-13", 384, 19_997_480, 16.27),
-        ("cvt-21", 224, 31_622_696, 7.18),
+        pytest.param("cvt-13", 384, 19_997_480, 16.27, marks=pytest.mark.slow),
+        pytest.param("cvt-21", 224, 31_622_696, 7.18, marks=pytest.mark.slow),
         pytest.param("cvt-21", 384, 31_622_696, 24.85, marks=pytest.mark.slow),
         ("cvt-w24", 384, 277_196_392, 194.2),
     ],

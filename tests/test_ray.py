@@ -62,6 +62,7 @@ def test_images_are_classified_as_predict_does(model_folder, expected):
     check(classified(rows, model_folder).take_all(), expected)
 
 
+@pytest.mark.slow
 def test_parquet_files_are_classified_as_predict_does(model_folder, expected, tmp_path):
     structs = [{"bytes": Path(path).read_bytes(), "path": "name.png"} for path in expected]
     structs.insert(3, {"bytes": b"no", "path": "broken.png"})
