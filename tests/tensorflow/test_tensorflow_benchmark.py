@@ -15,6 +15,7 @@ def benchmark(monkeypatch):
     return importlib.import_module("keras_speed")
 
 
+@pytest.mark.slow
 def test_both_take_turns_in_processes_of_their_own(benchmark, monkeypatch, tmp_path, capsys):
     started = []
 
