@@ -108,25 +108,25 @@ def plot_curves(history: Sequence[Mapping[str, float | None]], path: Path) -> No
 
     Args:
         history: for every epoch `epoch`, `train_loss`, `val_loss` and `val_top1`, and perhaps
-            `ema_loss` and `ema_top1`; those of the test are None where there was none.
+            `ema_loss` and `ema_top1`; those of the validation are None where there was none.
         path: the picture.
     """
     figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw(left, history, "train_loss", 1, GREY, "train")
     _draw(left, history, "val_loss", 1, INK, "validation")
-    _draw(left, history, "ema_loss", 1, BLUE, "test, averaged weights")
+    _draw(left, history, "ema_loss", 1, BLUE, "validation, averaged weights")
     left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
     left.legend(frameon=False)
     points = _draw(right, history, "val_top1", 100, INK, "weights as trained")
     averaged = _draw(right, history, "ema_top1", 100, BLUE, "averaged weights")
-    right.set(xlabel="epoch", ylabel="top-1, %", title="Test accuracy")
+    right.set(xlabel="epoch", ylabel="top-1, %", title="Validation accuracy")
     if averaged:
         right.legend(frameon=False, loc="lower right")
     if points + averaged:
         best = max(points + averaged, key=lambda point: point[1])
         right.plot(*best, "o", color=RIGHT)
-        right.set(title=f"Test accuracy, at best {best[1]:.2f} %")
+        right.set(title=f"Validation accuracy, at best {best[1]:.2f} %")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.savefig(path, format="png")
