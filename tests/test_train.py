@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from training_runs import equal
+from training_runs import equal, without_pictures
 
 from cvt import CvtConfig, CvtForImageClassification, image_processor, kernels
 from cvt.checkpoints import load_classifier, load_processor, transformers_to_authors
@@ -26,7 +26,7 @@ from cvt.configuration import VARIANTS
 from cvt.datasets import image_folder, open_training
 from cvt.evaluate import evaluate
 from cvt.labels import imagenet_classes
-from cvt.train import Recipe, load_recipe, loop, records, resume, train
+from cvt.train import Recipe, load_recipe, loop, resume, train
 from cvt.train.augmentation import augmentation
 from cvt.train.checkpointing import newest_checkpoint
 from cvt.train.loop import Stopped, faster, precision
@@ -52,8 +52,7 @@ EVERYTHING_RANDOM = {
 def no_pictures(request, monkeypatch):
     """Drawing the pictures of a run takes longer than the run."""
     if "pictures" not in request.keywords:
-        monkeypatch.setattr(records, "write_pictures", lambda *_: None)
-        monkeypatch.setattr(records, "plot_curves", lambda _, path: path.touch())
+        without_pictures(monkeypatch.setattr)
 
 
 @pytest.fixture

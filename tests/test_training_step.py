@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import equal
+from training_runs import equal, without_pictures
 
 from cvt import CvtConfig, CvtForImageClassification
 from cvt.checkpoints import load_processor
 from cvt.datasets import open_training
 from cvt.evaluate import evaluate
 from cvt.modeling import Attention, ConvEmbedding
-from cvt.train import Recipe, records, resume, train
+from cvt.train import Recipe, resume, train
 from cvt.train.checkpointing import newest_checkpoint
 from cvt.train.loop import best
 
@@ -27,8 +27,7 @@ SGD = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
 def no_pictures():
     """Drawing the pictures of a run takes longer than the run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "write_pictures", lambda *_: None)
-        patch.setattr(records, "plot_curves", lambda _, path: path.touch())
+        without_pictures(patch.setattr)
         yield
 
 

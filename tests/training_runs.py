@@ -50,6 +50,14 @@ def settings(folder, **changes):
     return [f"{name}={value}" for name, value in (chosen | changes).items()]
 
 
+def without_pictures(set_attribute):
+    """Let runs draw no pictures, which takes longer than all the rest, by a kind of `setattr`."""
+    from cvt.train import records
+
+    set_attribute(records, "write_pictures", lambda *_: None)
+    set_attribute(records, "plot_curves", lambda _, path: path.touch())
+
+
 def latest(words):
     """The words, of several with the same key the last."""
     return list({word.partition("=")[0]: word for word in words}.values())
@@ -99,7 +107,6 @@ def _train(words, log, before, environment):
 
     from cvt.__main__ import main
     from cvt.cli.console import TrainingBars
-    from cvt.train import records
 
     multiprocessing.set_start_method("fork", force=True)  # of workers, as without the server
     os.setsid()
@@ -109,8 +116,7 @@ def _train(words, log, before, environment):
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     TrainingBars.EVERY = -1
-    records.write_pictures = lambda *_: None  # drawing takes longer than all the rest
-    records.plot_curves = lambda _, path: path.touch()
+    without_pictures(setattr)
     if before is not None:
         before()
     sys.argv = ["cvt", "train", *latest(words)]

@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from cvt.cli.predict import (
     Threads,
     Workers,
 )
+
+if TYPE_CHECKING:
+    from cvt.datasets import Images
 
 
 def evaluate(
@@ -70,7 +73,7 @@ def evaluate(
 
     from cvt.checkpoints import load_processor
     from cvt.cli.console import bar, err, out, quiet_libraries
-    from cvt.datasets import LabelledImages, StreamedImages, open_labelled, without_trained
+    from cvt.datasets import StreamedImages, open_labelled
     from cvt.evaluate import evaluate as evaluate_images
     from cvt.evaluate import read_class_map, read_real_labels, write_evaluation
     from cvt.files import staged
@@ -80,17 +83,7 @@ def evaluate(
     images = open_labelled(
         data, classes=classes, image_column=image_column, label_column=label_column
     )
-    split_file = Path(model).resolve().parent / "split.csv"
-    if isinstance(images, LabelledImages) and split_file.is_file():  # of the run that the model is
-        whole, (images, trained) = images, without_trained(images, split_file)
-        if images is not whole:
-            err.print(f"the {len(images)} validation images of {len(whole)}, by {split_file}")
-        if trained:
-            err.print(
-                f"{trained} of the {len(images)} images have the names of images that the model "
-                f"was trained on, by {split_file}: it may be less accurate on others",
-                style="yellow",
-            )
+    images = not_trained_on(images, model)
     total = images.length if isinstance(images, StreamedImages) else len(images)
     mapped = read_class_map(class_map) if class_map else None
     real = read_real_labels(real_labels) if real_labels else None
@@ -154,3 +147,26 @@ def evaluate(
             f"{len(result.failures)} of {result.images + len(result.failures)} images skipped"
         )
         raise typer.Exit(3)
+
+
+def not_trained_on(images: "Images", model: str) -> "Images":
+    """The validation images, if the run of the model has drawn them from these; else all.
+
+    How many the model was trained on, by their names, is printed.
+    """
+    from cvt.cli.console import err
+    from cvt.datasets import LabelledImages, without_trained
+
+    split_file = Path(model).resolve().parent / "split.csv"
+    if not isinstance(images, LabelledImages) or not split_file.is_file():
+        return images
+    kept, trained = without_trained(images, split_file)
+    if kept is not images:
+        err.print(f"the {len(kept)} validation images of {len(images)}, by {split_file}")
+    if trained:
+        err.print(
+            f"{trained} of the {len(kept)} images have the names of images that the model "
+            f"was trained on, by {split_file}: it may be less accurate on others",
+            style="yellow",
+        )
+    return kept

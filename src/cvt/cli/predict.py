@@ -28,6 +28,8 @@ Precision = Annotated[
 
 def known_device(name: str) -> str:
     """The device, which there is."""
+    if name in ("auto", "cpu"):  # there always; PyTorch is imported for the others alone
+        return name
     from cvt.runtime.opening import check_device
 
     try:

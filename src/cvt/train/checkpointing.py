@@ -136,6 +136,10 @@ def _is_count(value: Any, ge: int, le: int) -> bool:
     return type(value) is int and ge <= value <= le
 
 
+def _is_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
 def _is_row(row: Any) -> bool:
     return {"epoch", "val_top1", "val_loss"} <= row.keys() and all(
         value is None or isinstance(value, int | float) for value in row.values()
@@ -149,9 +153,9 @@ def _are_tensors(value: Any) -> bool:
 
 
 KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "recipe": (lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v), "settings"),
-    "config": (lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v), "fields"),
-    "processor": (lambda v: isinstance(v, dict) and all(isinstance(k, str) for k in v), "settings"),
+    "recipe": (_is_map, "settings"),
+    "config": (_is_map, "fields"),
+    "processor": (_is_map, "settings"),
     "images": (lambda v: isinstance(v, str), "text"),
     "batches_per_step": (lambda v: _is_count(v, 1, 2**20), f"an integer from 1 to {2**20}"),
     "step": (lambda v: _is_count(v, 0, 2**62), f"an integer from 0 to {2**62}"),

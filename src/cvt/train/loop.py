@@ -632,9 +632,11 @@ class Run:
 
     def test(self, is_done: bool) -> None:
         """Evaluate the best model on the images that were held out; once, if the run was done."""
+        if self.test_images is None:
+            return
         folder = self.output / "test"
         (is_known,) = broadcast_object_list([is_done and folder.exists()])
-        if self.test_images is None or is_known:
+        if is_known:
             return
         model: Any = rebuilt(self.config.to_dict())
         if self.main:

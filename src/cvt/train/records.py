@@ -141,9 +141,7 @@ def write_model(
             write_checksums(beside / "adapter")
         write_checksums(beside)
         card = model_card(model.config, recipe, row)
-        for file in beside.rglob("README.md"):  # PEFT's, of which most is left to fill in
-            file.unlink()
-        for place in (beside, *beside.glob("adapter")):
+        for place in (beside, *beside.glob("adapter")):  # there it replaces PEFT's own card
             (place / "README.md").write_text(card, "utf-8")
 
 
