@@ -89,9 +89,12 @@ def test_eight_threads_get_the_serial_answers(model_folder, paths, runtime):
 
 
 def test_it_travels_as_its_arguments(model_folder, paths):
-    clf = Classifier(model_folder, "torch", batch_size=3, exact=True, allow_urls=True)
+    clf = Classifier(
+        model_folder, "torch", batch_size=3, exact=True, max_pixels=10**6, allow_urls=True
+    )
     again = pickle.loads(pickle.dumps(clf))
     assert (again.batch_size, again.exact, again.allow_urls) == (3, True, True)
+    assert again.max_pixels == 10**6
     assert again(paths) == clf(paths)
 
 
@@ -99,6 +102,12 @@ def test_a_loaded_model_comes_with_its_processor(classifier, processor, clf, pat
     with pytest.raises(ValueError, match="give its processor"):
         Classifier(classifier)
     assert Classifier(classifier, "torch", processor=processor)(paths[0]) == clf(paths[0])
+
+
+def test_an_image_of_too_many_pixels_is_refused(model_folder, paths):
+    clf = Classifier(model_folder, "torch", max_pixels=24 * 40 - 1)
+    with pytest.raises(ImageError, match=r"is 40 x 24 pixels; at most 959 are decoded"):
+        clf(paths[0])
 
 
 @pytest.mark.parametrize("exact", [False, True])

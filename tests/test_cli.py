@@ -66,15 +66,15 @@ COMMANDS = {
     ],
     "convert": [
         "source", "dest", "--to", "--image-size", "--labels", "--num-labels", "--config",
-        "--hidden-act", "--allow-nonfinite", "--force",
+        "--hidden-act", "--allow-nonfinite", "--no-verify", "--force",
     ],
     "export": [
         "model", "output", "--to", "--precision", "--dynamic", "--image-size", "--calibration",
-        "--min-agreement", "--force",
+        "--min-agreement", "--no-verify", "--force",
     ],
     "benchmark": [
         "model", "--runtimes", "--precisions", "--batch-sizes", "--image-sizes", "--threads",
-        "--device", "--seconds", "--output", "--force",
+        "--device", "--seconds", "--output", "--no-verify", "--force",
     ],
     "info": ["model", "--image-size", "--batch-size", "--json"],
     "recipes": ["name"],
@@ -338,6 +338,7 @@ def test_auto_chooses_by_the_number_of_images(cvt, photos, model_folder, monkeyp
         ("predict", "cvt-13", "a.png", "--resume"),
         ("evaluate", "cvt-13", "photos", "--workers", "1000000"),
         ("benchmark", "cvt-13", "--threads", "1000000"),
+        ("info", "cvt-13", "--batch-size", "1000000000"),
         ("benchmark", "cvt-13", "--batch-sizes", "1,1000000000"),
         ("train", "photos", "--workers", "1000000"),
         ("train", "photos", "--batch-size", "1000000000"),

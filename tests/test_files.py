@@ -281,10 +281,33 @@ def test_a_flipped_bit_in_a_model_folder_is_refused_by_the_files_name(summed, na
     check_checksums(summed)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("convert", "{}", "{}-out"),
+        ("export", "{}", "{}-out", "--to", "torch-export", "--image-size", "32"),
+        ("benchmark", "{}", "--runtimes", "torch", "--seconds", "0", "--image-sizes", "32"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_the_commands_open_a_damaged_model_only_without_verification(cvt, summed, command):
+    command = [word.format(summed) for word in command]
+    flip(summed / "model.safetensors")
+    code, _, errors = cvt(*command)
+    assert code == 1
+    assert "model.safetensors is damaged" in errors
+    code, _, errors = cvt(*command, "--no-verify")
+    assert code == 0, errors
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 8
+    path.write_bytes(content)
+
+
 def test_a_damaged_model_opens_only_without_verification(summed):
-    weights = bytearray((summed / "model.safetensors").read_bytes())
-    weights[-3] ^= 8
-    (summed / "model.safetensors").write_bytes(weights)
+    flip(summed / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         load_classifier(summed)
     load_classifier(summed, verify=False)

@@ -103,26 +103,37 @@ def slow_second_batch():
     quick, loop.seed_all = loop.seed_all, seed
 
 
-def stuck_worker():
-    from cvt.train import batches
-
+def stuck(module):
     def read(source, **limits):
-        if source.name == "train-red-03.png":
+        if source.name in ("train-red-03.png", "val-red-02.png"):
             print("stuck", flush=True)
             time.sleep(1000)
         return decode(source, **limits)
 
-    decode, batches.decode, batches.POLL_SECONDS = batches.decode, read, 0.2
+    decode, module.decode, module.POLL_SECONDS = module.decode, read, 0.2
 
 
-def test_a_signal_is_heard_while_a_worker_is_stuck(folder, words, whole):
-    output = folder / "stuck"
+def stuck_training_worker():
+    from cvt.train import batches
+
+    stuck(batches)
+
+
+def stuck_validation_worker():
+    from cvt import predict
+
+    stuck(predict)
+
+
+@pytest.mark.parametrize("patch", [stuck_training_worker, stuck_validation_worker])
+def test_a_signal_is_heard_while_a_worker_is_stuck(folder, words, whole, patch):
+    output = folder / patch.__name__
     words = [*words, "workers=2", "--output", str(output)]
-    process = Process(words, folder / "stuck.log", stuck_worker)
+    process = Process(words, folder / f"{output.name}.log", patch)
     process.wait_for("stuck").send(signal.SIGTERM)
     assert process.exit_code() == 143
     assert f"stopped and saved after {newest(output)['step']} steps" in process.printed
-    resumed = Process(["--resume", "--output", str(output)], folder / "stuck.log")
+    resumed = Process(["--resume", "--output", str(output)], folder / f"{output.name}.log")
     assert resumed.exit_code() == 0
     equal(newest(output) | {"recipe": None}, whole | {"recipe": None})  # workers differ
 

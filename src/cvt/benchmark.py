@@ -134,6 +134,8 @@ def benchmark(
     device: str = "auto",
     seconds: float = 3.0,
     step: Callable[[], object] = lambda: None,
+    *,
+    verify: bool = True,
 ) -> list[Measurement]:
     """Time a model on random images, from pixels to logits.
 
@@ -152,6 +154,7 @@ def benchmark(
         device: `auto`, `cpu` or `cuda`.
         seconds: to spend on each combination, its preparation not counted.
         step: called whenever a combination is done.
+        verify: as in `open_runtime`.
 
     Raises:
         FileNotFoundError: `source` is none of these.
@@ -177,11 +180,11 @@ def benchmark(
     check_device(device)
 
     config = load_config(source)
-    model = source if exported else _classifier(source, config)
+    model = source if exported else _classifier(source, config, verify)
     combinations: dict[tuple[str, str], Runtime | str] = {}  # or why there is none
     for runtime, precision in itertools.product(runtimes, wanted):
         try:
-            opened = open_runtime(model, runtime, precision, device, threads)
+            opened = open_runtime(model, runtime, precision, device, threads, verify=verify)
             combinations[opened.name, opened.precision] = opened
         except (ValueError, ImportError, RuntimeError) as error:
             combinations[runtime, precision or ""] = str(error)
@@ -201,10 +204,12 @@ def benchmark(
     return results
 
 
-def _classifier(source: str | Path, config: CvtConfig) -> CvtForImageClassification:
+def _classifier(
+    source: str | Path, config: CvtConfig, verify: bool
+) -> CvtForImageClassification:
     """The model itself; of a name, one like it with random weights, which are as fast."""
     if Path(source).exists():
-        return load_classifier(source).eval()
+        return load_classifier(source, verify=verify).eval()
     return CvtForImageClassification(config).eval()
 
 

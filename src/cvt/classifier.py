@@ -64,6 +64,7 @@ class Classifier:
         batch_size: images run through the model at a time.
         processor: the image processor, if not the model's own; a loaded model needs one.
         exact: decode large JPEGs whole, see `cvt.predict.classify`.
+        max_pixels: the pixels that an image may have, see `cvt.images.decode`.
         allow_urls: fetch images whose http or https URL is given, of up to 64 MiB and within 30
             seconds. Whoever chooses the URLs then reaches what this machine can reach.
         verify: see `cvt.runtime.open_runtime`.
@@ -90,6 +91,7 @@ class Classifier:
         batch_size: int = 32,
         processor: Callable | None = None,
         exact: bool = False,
+        max_pixels: int | None = None,
         allow_urls: bool = False,
         verify: bool = True,
     ) -> None:
@@ -105,12 +107,14 @@ class Classifier:
             batch_size=batch_size,
             processor=processor,
             exact=exact,
+            max_pixels=max_pixels,
             allow_urls=allow_urls,
             verify=verify,
         )
         self.runtime = open_runtime(model, runtime, precision, device, threads, verify=verify)
         self.processor = processor or load_processor(str(model), self.runtime.config)
-        self.batch_size, self.exact, self.allow_urls = batch_size, exact, allow_urls
+        self.batch_size, self.allow_urls = batch_size, allow_urls
+        self.exact, self.max_pixels = exact, max_pixels
 
     def __reduce__(self) -> tuple:
         return self._anew, ()  # a runtime does not travel; its arguments do
@@ -189,7 +193,8 @@ class Classifier:
     ) -> Iterator[Prediction | Result]:
         size = self.batch_size if batch_size is None else batch_size
         check_counts(top_k=top_k, batch_size=size, workers=workers)
-        return predict(self.runtime, self.processor, sources, top_k, size, workers, self.exact)
+        settings = (top_k, size, workers, self.exact, self.max_pixels)
+        return predict(self.runtime, self.processor, sources, *settings)
 
     def _source(self, image: Any) -> Source:
         """What `cvt.predict` takes, of what a call takes."""

@@ -346,6 +346,7 @@ def evaluate(
     config: CvtConfig | None = None,
     exact: bool = True,
     max_pixels: int | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Classify labelled images and compare; classes are matched by name.
 
@@ -368,6 +369,7 @@ def evaluate(
         config: the classifier's, where `model` does not have it.
         exact: decode every image whole, see `cvt.predict.classify`.
         max_pixels: the pixels that an image may have, likewise.
+        interrupted: whether to give up while a worker is stuck, likewise.
 
     Returns:
         The evaluation; with `world` > 1 the share of this rank, for `Evaluation.joined`.
@@ -378,6 +380,7 @@ def evaluate(
             decoded, an image has no place in the real labels, a stream of unknown length is to be
             shared, or the model is a regression.
         FloatingPointError: the model's answer is not finite.
+        cvt.predict.Interrupted: `interrupted` was true while no image came.
     """
     check_counts(batch_size=batch_size, workers=workers)
     runtime = model if isinstance(model, Runtime) else TorchRuntime(model, config)
@@ -398,8 +401,9 @@ def evaluate(
     mistakes: list[Mistake] = []  # a heap
     failures: list[Failure] = []
     share, sent = tee(_share(images, indices, batch_size, rank, world))
+    sources = (source for _, (source, _) in sent)
     results = classify(
-        runtime, processor, (s for _, (s, _) in sent), batch_size, workers, exact, max_pixels
+        runtime, processor, sources, batch_size, workers, exact, max_pixels, interrupted
     )
     for result, (position, (source, label)) in zip(results, share, strict=True):
         if position is None:

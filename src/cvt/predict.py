@@ -31,6 +31,7 @@ from cvt.runtime.base import PixelError, Runtime
 from cvt.runtime.torch_runtime import TorchRuntime
 
 logger = logging.getLogger(__name__)
+POLL_SECONDS = 2.0  # between the questions whether to go on waiting for a worker
 BLANK = Image.new("RGB", (32, 32), "grey")  # in the place of what cannot be decoded
 
 
@@ -113,6 +114,7 @@ def classify(
     workers: int = 0,
     exact: bool = False,
     max_pixels: int | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[Result]:
     """Classify images, batch by batch, in their order.
 
@@ -136,9 +138,11 @@ def classify(
             do in a daemonic process, which may have no processes of its own.
         exact: decode every image whole, but for those of more than `cvt.images.LARGE_PIXELS`.
         max_pixels: the pixels that an image may have, see `cvt.images.decode`.
+        interrupted: whether to give up while a worker is stuck.
 
     Raises:
         ValueError: the processor is not for decoded images; names its setting.
+        Interrupted: `interrupted` was true, and `POLL_SECONDS` passed without a batch.
     """
     runtime = model if isinstance(model, Runtime) else TorchRuntime(model)
     check_range(processor)
@@ -148,7 +152,7 @@ def classify(
     read = partial(decode, max_pixels=max_pixels, least_of_large=needed)
     prepare = partial(_Prepare, processor, read if exact else partial(read, least=needed))
     batches, sent = tee(_batches(sources, batch_size))
-    prepared = _prepared(prepare, sent, workers)
+    prepared = _prepared(prepare, sent, workers, interrupted)
     for (pixels, errors), batch in zip(prepared, batches, strict=True):
         try:
             of_batch = runtime(pixels, of_processor=True)
@@ -168,7 +172,10 @@ def _batches(sources: Iterable[Source], batch_size: int) -> Iterator[list[Source
 
 
 def _prepared(
-    prepare: Callable[..., "_Prepare"], batches: Iterable[list[Source]], workers: int
+    prepare: Callable[..., "_Prepare"],
+    batches: Iterable[list[Source]],
+    workers: int,
+    interrupted: Callable[[], bool],
 ) -> Iterator[tuple[Tensor, list[str | None]]]:
     """Of each batch the pixels, (B, 3, H, W), and what is wrong with each image, if anything."""
     if workers and not multiprocessing.current_process().daemon:
@@ -184,14 +191,40 @@ def _prepared(
             num_workers=workers,
             worker_init_fn=answer_nothing,
             generator=torch.Generator(),
+            timeout=POLL_SECONDS,
         )
-        for pixels, errors in loader:
+        for pixels, errors in fetched(loader, interrupted):
             yield received(pixels), errors
     else:
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
             prepared = prepare(pool.map)
             for pixels, errors in (prepared[batch] for batch in batches):
                 yield received(pixels), errors
+
+
+class Interrupted(Exception):  # noqa: N818
+    """The batch that is waited for is no longer wanted."""
+
+
+def fetched(loader: DataLoader, interrupted: Callable[[], bool]) -> Iterator[Any]:
+    """The batches of a loader with a timeout; one of its workers may be stuck.
+
+    Raises:
+        Interrupted: the timeout passed without a batch, and `interrupted` was true.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # the loader can be asked again afterwards
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            if interrupted():
+                raise Interrupted from None
+        else:
+            yield batch
 
 
 class _Prepare(Dataset):

@@ -45,6 +45,7 @@ def convert(
     config: str | Path | None = None,
     hidden_act: str | None = None,
     allow_nonfinite: bool = False,
+    verify: bool = True,
     force: bool = False,
 ) -> Conversion:
     """Convert a checkpoint, and check the result by reading it back and comparing outputs.
@@ -61,6 +62,7 @@ def convert(
         hidden_act: the activation, where the source's own is wrong: a folder downloaded from the
             authors' models on the hub says nothing of its QuickGELU.
         allow_nonfinite: accept NaN and infinite weights.
+        verify: compare the source with its `checksums.json`, where it has one.
         force: overwrite files in `dest`.
 
     Raises:
@@ -77,6 +79,7 @@ def convert(
             num_labels=num_labels,
             hidden_act=hidden_act,
             allow_nonfinite=allow_nonfinite,
+            verify=verify,
         ).eval()
         bad = [] if allow_nonfinite else nonfinite(model.state_dict())
         if bad:

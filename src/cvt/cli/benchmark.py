@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cvt.cli.predict import Device, count
+from cvt.cli.predict import Device, NoVerify, count
 from cvt.limits import BOUNDS
 
 
@@ -39,6 +39,7 @@ def benchmark(
     output: Annotated[
         Path | None, typer.Option(help="New folder for benchmark.csv and benchmark.png.")
     ] = None,
+    no_verify: NoVerify = False,
     force: Annotated[bool, typer.Option(help="Overwrite files in the output folder.")] = False,
 ) -> None:
     """Time a model over runtimes, precisions, batch and image sizes, from pixels to logits.
@@ -72,6 +73,7 @@ def benchmark(
                 device,
                 seconds,
                 step,
+                verify=not no_verify,
             )
         devices = ", ".join(dict.fromkeys(row.device for row in rows if row.device))
         title = f"{model} on {devices}"

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from cvt.cli.predict import NoVerify
+
 
 class Dialect(StrEnum):
     """What a checkpoint can be converted to."""
@@ -42,6 +44,7 @@ def convert(
         Activation | None, typer.Option(help="Activation, if not the source's.")
     ] = None,
     allow_nonfinite: Annotated[bool, typer.Option(help="Accept NaN and infinite weights.")] = False,
+    no_verify: NoVerify = False,
     force: Annotated[bool, typer.Option(help="Overwrite files in DEST.")] = False,
 ) -> None:
     """Convert a checkpoint, and check the result by reading it back and comparing outputs."""
@@ -59,6 +62,7 @@ def convert(
         config=config,
         hidden_act=hidden_act and hidden_act.value,
         allow_nonfinite=allow_nonfinite,
+        verify=not no_verify,
         force=force,
     )
     model = done.model.config

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from cvt.cli.predict import NoVerify
+
 
 def export(
     model: Annotated[str, typer.Argument(help="MODEL to export.")],
@@ -31,6 +33,7 @@ def export(
         float,
         typer.Option(min=0, max=1, help="Share of images that int8 must classify as fp32 does."),
     ] = 0.99,
+    no_verify: NoVerify = False,
     force: Annotated[bool, typer.Option(help="Overwrite files in OUTPUT.")] = False,
 ) -> None:
     """Export a classifier to other software, and check the result against the torch model."""
@@ -49,6 +52,7 @@ def export(
         image_size=image_size,
         calibration=calibration,
         min_agreement=min_agreement,
+        verify=not no_verify,
         overwrite=force,
         progress=err.print,
     )

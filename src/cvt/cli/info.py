@@ -6,13 +6,15 @@ from typing import Annotated
 
 import typer
 
+from cvt.cli.predict import count
+
 
 def info(
     model: Annotated[str, typer.Argument(help="MODEL, or a variant: cvt-13, cvt-21, cvt-w24.")],
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Height and width in pixels, if not the model's.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time, for the memory.")] = 1,
+    batch_size: Annotated[int, count("batch_size", "Images at a time, for the memory.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's parameters, operations, stages and memory, without running it."""

@@ -79,6 +79,7 @@ def export(
     calibration: str | Path | None = None,
     min_agreement: float = 0.99,
     calibration_images: int = 300,
+    verify: bool = True,
     overwrite: bool = False,
     progress: Callable[[str], object] = lambda step: None,
 ) -> Manifest:
@@ -100,6 +101,7 @@ def export(
         calibration: for int8, a folder with images of the kind that the model is for.
         min_agreement: for int8, the share of images, from 0 to 1, that must get the same class.
         calibration_images: from that folder at most, and as many others to check with.
+        verify: compare the source with its `checksums.json`, where it has one.
         overwrite: replace files in `output`.
         progress: told of every step, in words.
 
@@ -127,7 +129,7 @@ def export(
             ([], []) if calibration is None else two_halves(Path(calibration), calibration_images)
         )
         progress(f"loading {source}")
-        model = load_classifier(source).float().eval()
+        model = load_classifier(source, verify=verify).float().eval()
         processor = load_processor(source, model.config, image_size)
         size = (image_size_of(processor),) * 2
         model.config.save_pretrained(folder)

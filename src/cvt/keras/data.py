@@ -31,6 +31,7 @@ def image_dataset(
     crop_scale: float = 0.35,
     flip: float = 0.5,
     seed: int = 0,
+    max_pixels: int | None = None,
 ) -> "tf.data.Dataset":
     """Images, preprocessed as `cvt evaluate` does, or random views of them to train on.
 
@@ -50,6 +51,7 @@ def image_dataset(
         crop_scale: the smallest share of an image's area that a crop has.
         flip: the share of the crops that are mirrored.
         seed: of everything random; the same seed gives the same views, if the dataset is new.
+        max_pixels: the pixels that an image may have, see `cvt.images.decode`.
 
     Returns:
         Batches of pixels, (B, 3, H, W) or (B, H, W, 3) in float32, and class indices, (B,) in
@@ -90,7 +92,7 @@ def image_dataset(
 
     def sample(index: Any, label: Any, view: Any) -> tuple[Any, Any]:
         made = tf.numpy_function(
-            lambda index, view: pixels(decode(sources[int(index)]), view),
+            lambda index, view: pixels(decode(sources[int(index)], max_pixels=max_pixels), view),
             (index, view),
             tf.float32,
             stateful=False,

@@ -21,11 +21,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cvt.datasets import LabelledImages, StreamedImages
 from cvt.images import REDUCED, ImageError, Source, decode
-from cvt.predict import answer_nothing, received, shared
+from cvt.predict import POLL_SECONDS, answer_nothing, fetched, received, shared
 from cvt.train.recipe import Recipe
 from cvt.train.unfinished import Unfinished, View, together, undecoded
-
-POLL_SECONDS = 2.0  # between questions whether a run that waits for a batch is to stop
 
 
 def seed_all(*numbers: int) -> None:
@@ -178,37 +176,6 @@ def with_tensors(value: Any, change: Callable) -> Any:
     return value
 
 
-class Interrupted(Exception):  # noqa: N818
-    """The run is to stop, and the next batch is not there yet."""
-
-
-class Batches(Iterator[Batch]):
-    """The batches of a loader; while none comes, asks whether to go on waiting.
-
-    Args:
-        loader: gives the batches; a worker of it may be stuck.
-        interrupted: whether the run is to stop.
-    """
-
-    def __init__(self, loader: DataLoader, interrupted: Callable[[], bool]) -> None:
-        self.loader, self.interrupted = iter(loader), interrupted
-
-    def __next__(self) -> Batch:
-        """The next batch.
-
-        Raises:
-            Interrupted: the run is to stop, and `POLL_SECONDS` passed without a batch.
-        """
-        while True:
-            try:
-                return with_tensors(next(self.loader), received)
-            except RuntimeError as error:  # the loader can be asked again afterwards
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
-                if self.interrupted():
-                    raise Interrupted from None
-
-
 def batches(
     images: LabelledImages | StreamedImages,
     augment: Callable[[Any], Tensor | View],
@@ -220,6 +187,9 @@ def batches(
     """This process's batches from step `start` to the end of the run.
 
     Each worker makes whole batches, two ahead, on one thread, which is torch's way with workers.
+
+    Raises:
+        cvt.predict.Interrupted: `interrupted` was true, and no batch came for `POLL_SECONDS`.
     """
     # What the smallest crop keeps, of which a view is made.
     crop = recipe.image_size * math.sqrt(recipe.crop_ratio / recipe.crop_scale)
@@ -237,4 +207,4 @@ def batches(
         worker_init_fn=answer_nothing,
         timeout=POLL_SECONDS if recipe.workers else 0,
     )
-    return Batches(loader, interrupted)
+    return (with_tensors(batch, received) for batch in fetched(loader, interrupted))

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -47,9 +47,10 @@ from cvt.evaluate import Evaluation, evaluate, write_evaluation
 from cvt.files import check_path, locked
 from cvt.images import processor_of
 from cvt.modeling import Block
+from cvt.predict import Interrupted
 from cvt.train import records
 from cvt.train.augmentation import augmentation, mixing
-from cvt.train.batches import Batch, Interrupted, Plan, batches, seed_all
+from cvt.train.batches import Batch, Plan, batches, seed_all
 from cvt.train.checkpointing import (
     check_state,
     check_weights,
@@ -348,7 +349,7 @@ class Run:
                 self.ema.module.load_state_dict(state["ema"])
         self.batches: Iterator[Batch] = batches(
             *(self.train_images, augment, recipe, self.plan, self.step),
-            interrupted=lambda: self.signal > 0,
+            interrupted=self.interrupted,
         )
 
     def announce(self) -> None:
@@ -680,7 +681,10 @@ class Run:
                 world=world,
                 config=self.config,
                 max_pixels=self.recipe.max_pixels,
+                interrupted=self.interrupted,
             )
+        except Interrupted:
+            self.leave_waiting()
         except FloatingPointError as error:
             raise self.diverged(str(error), self.step - 1) from None
         return Evaluation.joined(gather_object([part]))
@@ -726,7 +730,7 @@ class Run:
                 raise self.diverged("weights became NaN or infinite", self.step - 1)
             save_checkpoint(self.output / "checkpoints", self.step, state, self.recipe.keep)
 
-    def stop(self, together: bool = False) -> None:
+    def stop(self, together: bool = False) -> NoReturn:
         """Save and leave, as a signal has asked for; all processes together if all stop here."""
         self.save()
         if together:  # torchrun kills the one that saves as soon as another has left
@@ -734,8 +738,12 @@ class Run:
         self.progress.say(f"stopped and saved after {self.step} steps; --resume goes on")
         raise Stopped(128 + (self.signal or signal.SIGTERM))
 
-    def leave_waiting(self) -> None:
-        """Leave while a batch does not come, as a signal has asked for; the step is not taken."""
+    def interrupted(self) -> bool:
+        """Whether a signal has asked the run to stop."""
+        return self.signal > 0
+
+    def leave_waiting(self) -> NoReturn:
+        """Leave while no image comes, as a signal has asked for; a step is not taken."""
         if not self.sharded:  # whose state only all processes together can save
             self.stop()
         raise Stopped(128 + self.signal)
