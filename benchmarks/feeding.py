@@ -8,12 +8,11 @@ Pictures of 500 x 375 pixels, as most of ImageNet's, but of some 70 kB where tho
 through `cvt.train.batches` as in a run of the recipe cvt-13-224x224. One worker process
 - decode: decodes them, and throws away what it has;
 - crop: decodes, crops, mirrors and normalises;
-- recipe: does the whole augmentation;
-- augment_on_device, decode_on_device: leaves a part to the device, by the settings of that name.
+- recipe: does the whole augmentation.
 
-What the device does is measured alone and taken off the rate of the step, which is that of cvt-13
-at 224 in bf16, compiled, with batches of 256 images that are there already. The workers are as many
-as then deliver no less than the step takes, if each has a core of its own.
+The rate of the step is that of cvt-13 at 224 in bf16, compiled, with batches of 256 images that are
+there already. The workers are as many as then deliver no less than the step takes, if each has a
+core of its own.
 
 Prints a table and writes it to `results/feeding-<device>-torch<version>-<date>.csv`.
 """
@@ -25,7 +24,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from contestants import shape
@@ -47,22 +45,15 @@ from cvt.benchmark import device_name, in_turns, middle, timed, versions
 from cvt.datasets import LabelledImages
 from cvt.train.augmentation import augmentation
 from cvt.train.batches import Batch, Plan, batches
-from cvt.train.finishing import Finishing
 from cvt.train.recipe import Recipe, load_recipe
-from cvt.train.unfinished import Drawing
 
 RECIPE = "cvt-13-224x224"
 WAYS: dict[str, dict[str, object]] = {
     "decode": {},
     "crop": {"auto_augment": None, "random_erase": 0.0},
     "recipe": {},
-    "augment_on_device": {"augment_on_device": True},
-    "decode_on_device": {"decode_on_device": True},
 }
-COLUMNS = (
-    *("way", "worker_images_per_second", "device_images_per_second"),
-    *("step_images_per_second", "workers", "note"),
-)
+COLUMNS = ("way", "worker_images_per_second", "step_images_per_second", "workers")
 
 
 def nothing(image: object) -> Tensor:
@@ -72,17 +63,11 @@ def nothing(image: object) -> Tensor:
 
 def from_a_worker(recipe: Recipe, paths: list[Path], way: str) -> Iterator[Batch]:
     """The batches of a run, which goes on without end."""
-    augment = nothing if way == "decode" else augmentation(recipe, processor_of(recipe))
-    if recipe.augment_on_device:
-        augment = Drawing(augment, recipe)
+    processor = image_processor(shape(recipe.model), image_size=recipe.image_size)
+    augment = nothing if way == "decode" else augmentation(recipe, processor)
     images = LabelledImages(paths, ["picture"] * len(paths))
     plan = Plan(len(paths), recipe.batch_size, accumulate=1, rank=0, world=1, epochs=10**6)
     return batches(images, augment, recipe, plan, start=0)
-
-
-def processor_of(recipe: Recipe) -> Any:
-    """The image processor of a recipe."""
-    return image_processor(shape(recipe.model), image_size=recipe.image_size)
 
 
 def rate(
@@ -93,19 +78,12 @@ def rate(
     return images / middle(times[run])
 
 
-def way_rates(way: str, paths: list[Path], options: argparse.Namespace) -> tuple[float, float]:
-    """Images per second of one worker, and of the device, infinite where it has nothing to do."""
+def worker_rate(way: str, paths: list[Path], options: argparse.Namespace) -> float:
+    """Images per second of one worker."""
     recipe = load_recipe(RECIPE, WAYS[way] | {"workers": 1, "batch_size": options.batch_size})
-    finishing = None
-    if recipe.augment_on_device:  # first, since it may say that the device cannot
-        finishing = Finishing(recipe, processor_of(recipe), torch.device(options.device))
     delivered = from_a_worker(recipe, paths, way)
-    batch = next(delivered)  # starts the worker
-    worker = rate(partial(next, delivered), recipe.batch_size, options)
-    if finishing is None:
-        return worker, math.inf
-    finish = partial(finishing, batch)
-    return worker, rate(finish, recipe.batch_size, options, CLOCKS[options.device])
+    next(delivered)  # starts the worker
+    return rate(partial(next, delivered), recipe.batch_size, options)
 
 
 def rate_of_step(options: argparse.Namespace) -> float:
@@ -120,19 +98,9 @@ def measure(paths: list[Path], options: argparse.Namespace) -> Iterator[Row]:
     """A row for each way."""
     step = options.rate or rate_of_step(options)
     for way in WAYS:
-        row = dict.fromkeys(COLUMNS, "") | {"way": way}
-        try:
-            worker, device = way_rates(way, paths, options)
-        except ValueError as error:  # the device cannot
-            yield row | {"note": str(error)}
-            continue
-        left = 1 / (1 / step + 1 / device)
-        yield row | {
-            "worker_images_per_second": round(worker, 1),
-            "device_images_per_second": "" if device == math.inf else round(device, 1),
-            "step_images_per_second": round(left, 1),
-            "workers": math.ceil(left / worker),
-        }
+        worker = worker_rate(way, paths, options)
+        rates = (round(worker, 1), round(step, 1), math.ceil(step / worker))
+        yield dict(zip(COLUMNS, (way, *rates), strict=True))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -13,7 +13,6 @@ from cvt.images import StoredImage
 from cvt.train import Recipe
 from cvt.train.augmentation import augmentation, mixing
 from cvt.train.batches import Plan, batches, draws, seed_all
-from cvt.train.unfinished import Drawing
 
 PLAIN = {
     "image_size": 16, "crop_scale": 1.0, "crop_ratio": 1.0, "flip": 0.0, "label_smoothing": 0.0,
@@ -146,20 +145,18 @@ def test_seeds_of_neighbouring_places_have_nothing_in_common():
     assert all(len({values[i] for values in drawn}) == 4 for i in range(3))
 
 
-@pytest.mark.parametrize("changes", [{}, {"augment_on_device": True}], ids=str)
-def test_workers_do_without_shared_memory(changes, monkeypatch, caplog):
+def test_workers_do_without_shared_memory(monkeypatch, caplog):
     def fail(tensor):
         raise RuntimeError("no space")
 
     images = LabelledImages(
         [StoredImage(str(i), Image.new("RGB", (20, 20), (i, 0, 0))) for i in range(4)], [*"abab"]
     )
-    recipe = Recipe(batch_size=4, image_size=16, workers=1, **changes)
+    recipe = Recipe(batch_size=4, image_size=16, workers=1)
     processor = image_processor(CvtConfig(), image_size=16)
 
     def one():
         augment = augmentation(recipe, processor)
-        augment = Drawing(augment, recipe) if changes else augment
         (batch,) = batches(images, augment, recipe, Plan(4, 4, 1, 0, 1, 1), 0)
         return batch
 
@@ -169,8 +166,6 @@ def test_workers_do_without_shared_memory(changes, monkeypatch, caplog):
     found = one()
     assert torch.equal(found.pixels, expected.pixels)
     assert torch.equal(found.targets, expected.targets)
-    if changes:
-        assert torch.equal(found.unfinished.erased, expected.unfinished.erased)
     assert len([line for line in caplog.messages if "shared memory" in line]) == 1
 
 

@@ -54,8 +54,7 @@ COMMANDS = {
         "--lr-base-size", "--weight-decay", "--momentum", "--layer-decay", "--clip-grad",
         "--warmup-epochs", "--warmup-lr", "--min-lr", "--cooldown-epochs", "--lr-updates",
         "--ema-decay",
-        "--precision", "--channels-last", "--compile", "--gradient-checkpointing", "--fsdp",
-        "--augment-on-device", "--decode-on-device",
+        "--precision", "--compile", "--gradient-checkpointing", "--fsdp",
         "--seed", "--eval-every", "--save-steps", "--keep",
     ],
     "evaluate": [

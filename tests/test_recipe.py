@@ -116,11 +116,6 @@ def test_settings_that_contradict_each_other_are_named(changes, named):
         load_recipe(changes=changes)
 
 
-def test_decoding_on_the_device_is_augmenting_there_too():
-    assert load_recipe(changes={"decode_on_device": "true"}).augment_on_device
-    assert not Recipe().augment_on_device
-
-
 def test_large_numbers_in_words_stay_exact():
     assert load_recipe(changes={"seed": "9007199254740993"}).seed == 9007199254740993
 

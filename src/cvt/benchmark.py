@@ -204,9 +204,7 @@ def benchmark(
     return results
 
 
-def _classifier(
-    source: str | Path, config: CvtConfig, verify: bool
-) -> CvtForImageClassification:
+def _classifier(source: str | Path, config: CvtConfig, verify: bool) -> CvtForImageClassification:
     """The model itself; of a name, one like it with random weights, which are as fast."""
     if Path(source).exists():
         return load_classifier(source, verify=verify).eval()

@@ -23,7 +23,6 @@ from cvt.datasets import LabelledImages, StreamedImages
 from cvt.images import REDUCED, ImageError, Source, decode
 from cvt.predict import POLL_SECONDS, answer_nothing, fetched, received, shared
 from cvt.train.recipe import Recipe
-from cvt.train.unfinished import Unfinished, View, together, undecoded
 
 
 def seed_all(*numbers: int) -> None:
@@ -46,16 +45,11 @@ class Draw(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Views (B, 3, H, W), their classes (B,), and the images that could not be read.
-
-    Where the device is to finish the views, they are in uint8, and those that it has to decode are
-    not among them.
-    """
+    """Views (B, 3, H, W), their classes (B,), and the images that could not be read."""
 
     pixels: Tensor
     targets: Tensor
     failures: dict[str, str]
-    unfinished: Unfinished | None = None
 
 
 @dataclass(frozen=True)
@@ -143,10 +137,10 @@ def draws(
 class Views(Dataset):
     """Reads and augments; what cannot be read is given back as its error."""
 
-    def __init__(self, augment: Callable[[Any], Tensor | View], read: Callable = decode) -> None:
+    def __init__(self, augment: Callable[[Any], Tensor], read: Callable = decode) -> None:
         self.augment, self.read = augment, read
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor | View | ImageError, Draw]:
+    def __getitem__(self, draw: Draw) -> tuple[Tensor | ImageError, Draw]:
         seed_all(*draw.seed)
         try:
             return self.augment(self.read(draw.image)), draw
@@ -159,26 +153,18 @@ def collate(views: list[tuple[Any, Draw]]) -> Batch:
     read = [view for view, _ in views if not isinstance(view, ImageError)]
     targets = torch.tensor([d.target for view, d in views if not isinstance(view, ImageError)])
     failures = {str(d.image): str(view) for view, d in views if isinstance(view, ImageError)}
-    if read and isinstance(read[0], View):
-        pixels, unfinished = together(read)
-        batch = Batch(pixels, targets, failures, unfinished)
-    else:
-        batch = Batch(torch.stack(read) if read else torch.empty(0), targets, failures)
+    batch = Batch(torch.stack(read) if read else torch.empty(0), targets, failures)
     return with_tensors(batch, shared) if get_worker_info() else batch
 
 
-def with_tensors(value: Any, change: Callable) -> Any:
+def with_tensors(batch: Batch, change: Callable) -> Batch:
     """A batch with its tensors changed, or the arrays that stand for them."""
-    if isinstance(value, Tensor | np.ndarray):
-        return change(value)
-    if isinstance(value, Batch | Unfinished):
-        return type(value)(*(with_tensors(field, change) for field in value))
-    return value
+    return batch._replace(pixels=change(batch.pixels), targets=change(batch.targets))
 
 
 def batches(
     images: LabelledImages | StreamedImages,
-    augment: Callable[[Any], Tensor | View],
+    augment: Callable[[Any], Tensor],
     recipe: Recipe,
     plan: Plan,
     start: int,
@@ -194,7 +180,7 @@ def batches(
     # What the smallest crop keeps, of which a view is made.
     crop = recipe.image_size * math.sqrt(recipe.crop_ratio / recipe.crop_scale)
     read = partial(
-        undecoded if recipe.decode_on_device else decode,
+        decode,
         max_pixels=recipe.max_pixels,
         least_of_large=math.ceil(REDUCED * crop),
     )

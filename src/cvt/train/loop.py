@@ -58,7 +58,6 @@ from cvt.train.checkpointing import (
     newest_checkpoint,
     save_checkpoint,
 )
-from cvt.train.finishing import Finishing
 from cvt.train.models import (
     classifier_for,
     frozen,
@@ -71,7 +70,6 @@ from cvt.train.models import (
 from cvt.train.optimization import Schedule, optimizer_for
 from cvt.train.progress import Progress, Row, Silence
 from cvt.train.recipe import LENGTH, Recipe, load_recipe, read_settings, resumed_recipe
-from cvt.train.unfinished import Drawing
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -311,16 +309,12 @@ class Run:
             model = regularised(model, recipe)
             self.processor = processor_for(recipe, model.config)
         self.config = model.config
-        augment: Any = augmentation(recipe, self.processor)
-        self.finishing = None
-        if recipe.augment_on_device:
-            augment = Drawing(augment, recipe)
-            self.finishing = Finishing(recipe, self.processor, self.device)
+        augment = augmentation(recipe, self.processor)
         self.mix = mixing(recipe, len(model.config.class_names))
         if recipe.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.plain: Any = trainable(model, recipe).to(self.device)
-        if recipe.channels_last and not recipe.fsdp:  # it shards contiguous weights only
+        if not recipe.fsdp:  # it shards contiguous weights only
             self.plain.to(memory_format=torch.channels_last)
         self.ema = None
         if recipe.ema_decay:
@@ -467,7 +461,7 @@ class Run:
             self.advised = True
             self.progress.say(
                 f"{100 * waiting:.0f} % of the time in epoch {epoch} went by waiting for images; "
-                f"what helps: {', '.join(faster(self.recipe, self.device))}"
+                f"what helps: more workers (now {self.recipe.workers}, on {os.cpu_count()} cores)"
             )
 
     def next_batch(self) -> Batch:
@@ -487,8 +481,6 @@ class Run:
         for turn in range(plan.accumulate):
             batch = self.next_batch()
             seed_all(recipe.seed, plan.number(step, turn))
-            if self.finishing:
-                batch = self.finishing(batch)
             failures |= batch.failures
             is_blank = not len(batch.targets)
             blanks += is_blank
@@ -522,7 +514,7 @@ class Run:
 
     def mixed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images and targets on the device, mixed; not if an unreadable image left an odd batch."""
-        memory = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
+        memory = torch.channels_last
         pixels = batch.pixels.to(self.device, non_blocking=True, memory_format=memory)
         targets = batch.targets.to(self.device, non_blocking=True)
         off = self.recipe.mixup_off_epoch
@@ -803,15 +795,6 @@ def precision(name: str, device: torch.device) -> str:
         return name
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if has_bf16 else "fp32"
-
-
-def faster(recipe: Recipe, device: torch.device) -> list[str]:
-    """What a run that waits for images can do about it."""
-    chosen = [f"more workers (now {recipe.workers}, on {os.cpu_count()} cores)"]
-    if device.type == "cuda":
-        settings = ("augment_on_device", "decode_on_device")
-        chosen += [name for name in settings if not getattr(recipe, name)]
-    return chosen
 
 
 def best(history: list[Row]) -> Row:

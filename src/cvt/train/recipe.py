@@ -154,16 +154,9 @@ class Recipe:
         group="Machine",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    channels_last: bool = setting(True, "Images and convolutions in channels-last memory.")
     compile: bool = setting(False, "Compile the model with torch.compile.")
     gradient_checkpointing: bool = setting(False, "Less memory for about a third more time.")
     fsdp: bool = setting(False, "Shard weights and optimizer over the processes.")
-    augment_on_device: bool = setting(
-        False, "Workers only decode and crop; the GPU does the rest, a batch at a time."
-    )
-    decode_on_device: bool = setting(
-        False, "Workers only read JPEGs; the GPU decodes, crops and augments them."
-    )
 
     seed: int = setting(0, "Of weights, order, augmentation and split.", group="Run", least=0)
     eval_every: int = setting(1, "Epochs between evaluations.", least=1)
@@ -173,8 +166,6 @@ class Recipe:
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             object.__setattr__(self, spec.name, checked(spec, getattr(self, spec.name)))
-        if self.decode_on_device:
-            object.__setattr__(self, "augment_on_device", True)
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"batch_size = {self.batch_size}: mixup and cutmix need an even one")
         if self.fsdp and (self.ema_decay or self.lora_r):
