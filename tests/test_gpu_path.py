@@ -346,7 +346,6 @@ def recipe(tmp_path, photos, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_recompilation")
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 def test_the_model_of_a_run_is_compiled_once_and_whole(recipe, tmp_path, monkeypatch):
     """Over epochs and evaluations, batches mixed or not, accumulated, and every learning rate."""
     compile_with, backend = torch.compile, CompileCounterWithBackend("aot_eager")

@@ -312,7 +312,7 @@ class Run:
         augment = augmentation(recipe, self.processor)
         self.mix = mixing(recipe, len(model.config.class_names))
         if recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         self.plain: Any = trainable(model, recipe).to(self.device)
         if not recipe.fsdp:  # it shards contiguous weights only
             self.plain.to(memory_format=torch.channels_last)
