@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cvt import kernels
 from cvt.classifier import Classifier
+from cvt.kernels.qkv_projection import OnePassAttention
+from cvt.kernels.recompute import RecomputingBlock
+from cvt.modeling import Block, SelfAttention
 from cvt.profile import profile
 
 SMALL = ["--variant=tiny", "--image-size=32", "--batch-size=2", "--steps=2", "--threads=1"]
@@ -221,11 +223,10 @@ def label(row):
 LIMITS = ["product of matrices", "copy"]
 CONTESTANTS = [
     *("transformers eager", "transformers compiled", "cvt eager", "cvt compiled"),
-    *("cvt kernels eager", "cvt kernels compiled"),
+    *("cvt triton eager", "cvt triton compiled"),
 ]
 FUSED = [
     *("cvt fused eager", "cvt fused compiled", "cvt fused CUDA graph"),
-    *("cvt fused kernels eager", "cvt fused kernels compiled", "cvt fused kernels CUDA graph"),
 ]
 YARDSTICKS = ["test_convnext compiled", "test_convnext eager"]
 
@@ -281,7 +282,7 @@ def test_a_contestant_that_fails_at_once_or_in_its_turns_has_a_row_that_says_why
 
 def test_after_the_budget_nothing_is_begun_and_every_row_says_so(gpu, tmp_path):
     rows = table(gpu, tmp_path, "--budget=0")
-    assert [row["question"] for row in rows] == ["inference"] * 16 + ["training"] * 10
+    assert [row["question"] for row in rows] == ["inference"] * 13 + ["training"] * 10
     for row in rows:
         assert row["note"] == "TimeoutError: the budget of 0 seconds is spent"
         assert row["ms_per_step"] == ""
@@ -315,35 +316,35 @@ def test_tables_come_in_the_order_of_their_importance(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("question", "form", "precision", "mode", "autocast"),
+    ("question", "form", "precision", "attention", "block", "autocast"),
     [
-        ("inference", "", "bf16", "off", True),
-        ("inference", "kernels", "bf16", "auto", True),
-        ("inference", "fused", "bf16", "off", False),
-        ("inference", "fused kernels", "bf16", "auto", False),
-        ("training", "", "fp32", "off", False),
-        ("training", "kernels", "bf16", "auto", True),
+        ("inference", "", "bf16", SelfAttention, Block, True),
+        ("inference", "triton", "bf16", OnePassAttention, Block, True),
+        ("inference", "fused", "bf16", None, None, False),
+        ("training", "", "fp32", SelfAttention, RecomputingBlock, False),
+        ("training", "triton", "bf16", OnePassAttention, RecomputingBlock, True),
     ],
 )
 def test_a_step_has_the_kernels_and_the_precision_of_its_contestant(
-    gpu, monkeypatch, question, form, precision, mode, autocast
+    gpu, monkeypatch, question, form, precision, attention, block, autocast
 ):
-    seen = []
+    seen, chosen = [], {attention, block} - {None}
 
     def compiled(model, dynamic, mode):
         model.register_forward_pre_hook(note)
         return model
 
     def note(model, pixels):
-        seen.append((kernels.projections(), torch.is_autocast_enabled("cpu"), model.training))
+        kinds = {type(module) for module in model.modules()}
+        assert {kind for kind in kinds if issubclass(kind, SelfAttention | Block)} == chosen
+        seen.append((torch.is_autocast_enabled("cpu"), model.training))
 
     monkeypatch.setattr(torch, "compile", compiled)
     case = gpu.Case(question, *gpu.QUICK, precision)
     contestant = gpu.Contestant("cvt", form, "compiled")
     step = gpu.stepping(gpu.made("cvt", case, "cpu"), contestant, case, "cpu")
-    with kernels.projections_as("torch"):
-        step()
-    assert seen == [(mode, autocast, question == "training")]
+    step()
+    assert seen == [(autocast, question == "training")]
 
 
 def test_operations_and_bytes_are_those_of_products_there_and_back(gpu):
@@ -408,11 +409,10 @@ def test_the_benchmark_of_the_projections_tells_bandwidth_and_gain(load, tmp_pat
     monkeypatch.setattr(projections, "COPIED", 2**10)
     turns = partial(projections.in_turns, turn=0)
     monkeypatch.setattr(projections, "in_turns", turns)
-    with kernels.projections_as("off"):
-        projections.run(projections.parse(["--quick", "--device=cpu", f"--results={tmp_path}"]))
+    projections.run(projections.parse(["--quick", "--device=cpu", f"--results={tmp_path}"]))
     with next(tmp_path.iterdir()).open() as file:
         rows = list(csv.DictReader(file))
-    ways = ["off eager", "auto eager", "off compiled", "auto compiled"]
+    ways = ["modules eager", "modules compiled", "triton eager", "triton compiled"]
     one_stage = ["forward ", "backward ", *(f"projections {way}" for way in ways), "copy "]
     assert [f"{row['what']} {row['how']}" for row in rows] == 3 * one_stage
     for row in rows:
@@ -445,8 +445,8 @@ def test_the_memory_of_a_step_is_counted_for_all(load, tmp_path, monkeypatch, ca
     others = [(name, "") for name in memory.YARDSTICKS]
     of_cvt_13, of_cvt_21 = [("transformers", ""), *others, *ours], [("transformers", ""), *ours]
     assert [(row["model"], row["form"]) for row in rows] == 2 * of_cvt_13 + 2 * of_cvt_21
-    assert {row["variant"] for row in rows[:14]} == {"cvt-13"}
-    assert [row["precision"] for row in rows[:14]] == [*["fp32"] * 7, *["bf16"] * 7]
+    assert {row["variant"] for row in rows[:16]} == {"cvt-13"}
+    assert [row["precision"] for row in rows[:16]] == [*["fp32"] * 8, *["bf16"] * 8]
     assert {(row["image_size"], row["batch_size"]) for row in rows} == {("224", "256")}
     for row in rows:
         expected = {"transformers": ("4.0", "1.000"), "cvt": ("3.0", "0.750")}
@@ -464,7 +464,8 @@ def test_the_memory_of_our_step_is_that_of_its_profile(load):
     expected = profile(memory.shape("tiny"), 64, batch_size=32).training_bytes
     assert counted == pytest.approx(expected, rel=0.02)
     assert memory.peak(size, "bf16", "cvt", "") < 0.7 * counted
-    assert memory.peak(size, "fp32", "cvt", "kernels") < 0.98 * counted
+    assert memory.peak(size, "fp32", "cvt", "triton") < 0.98 * counted
+    assert memory.peak(size, "fp32", "cvt", "plain") > 1.05 * counted
     assert memory.peak(size, "fp32", "cvt", "gradient checkpointing") < 0.7 * counted
 
 

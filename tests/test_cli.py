@@ -54,7 +54,8 @@ COMMANDS = {
         "--lr-base-size", "--weight-decay", "--momentum", "--layer-decay", "--clip-grad",
         "--warmup-epochs", "--warmup-lr", "--min-lr", "--cooldown-epochs", "--lr-updates",
         "--ema-decay",
-        "--precision", "--compile", "--gradient-checkpointing", "--fsdp",
+        "--precision", "--compile", "--recompute-activations", "--gradient-checkpointing", "--fsdp",
+        "--triton",
         "--seed", "--eval-every", "--save-steps", "--keep",
     ],
     "evaluate": [

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 from training_runs import equal, without_pictures
 
-from cvt import CvtConfig, CvtForImageClassification, image_processor, kernels
+from cvt import CvtConfig, CvtForImageClassification, image_processor
 from cvt.checkpoints import load_classifier, load_processor, transformers_to_authors
 from cvt.configuration import VARIANTS
 from cvt.datasets import image_folder, open_training
@@ -141,10 +141,9 @@ def test_a_run_folder_tells_how_the_run_was_started(recipe, tmp_path):
     settings = recipe(epochs=1, ema_decay=0.5)
     train(settings, tmp_path / "run")
     assert load_recipe(tmp_path / "run/args.yaml") == replace(settings, precision="fp32")
-    with kernels.projections_as("torch"):
-        resume(tmp_path / "run")
+    resume(tmp_path / "run")
     starts = json.loads((tmp_path / "run/environment.json").read_text())
-    assert [start["projections"] for start in starts] == ["off", "torch"]
+    assert len(starts) == 2
     assert starts[0]["packages"]["torch"] == version("torch")
     assert (starts[0]["images_per_step"], starts[0]["lr"]) == (8, 3e-3)
 

@@ -9,7 +9,7 @@ Shapes are as in `modeling.py`: B batch, C channels, H W grid, N tokens, h heads
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
-from cvt import kernels
 from cvt.configuration import check_queries
 from cvt.modeling import (
     Block,
@@ -29,6 +28,7 @@ from cvt.modeling import (
     Projection,
     QuickGELU,
     Stage,
+    channels_last,
     checked_pixels,
     split_tokens,
     to_heads,
@@ -40,6 +40,11 @@ from cvt.modeling import (
 CACHED = 2**22
 
 # ------------------------------------------------------------------------------ operators
+
+
+def is_captured() -> bool:
+    """Whether the operators become a graph, of torch.compile, torch.export or a trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def known(module: Any, kind: type[nn.Module]) -> Any:
@@ -75,7 +80,7 @@ class Operator(nn.Module):
         """Whether the packed weight is to be used: not while PyTorch traces what is computed."""
         return (
             self.weight.device.type == "cpu"
-            and not kernels.is_captured()
+            and not is_captured()
             and not torch.is_autocast_enabled("cpu")  # which knows PyTorch's own operators only
             and torch.backends.mkldnn.is_available()
             and (self.weight.dtype is torch.float32 or self.is_native_bfloat16())
@@ -145,24 +150,6 @@ class Conv(Operator):
         return F.conv2d(image, self.weight, self.bias, stride, padding, dilation, groups)
 
 
-class Projections(Operator):
-    """The folded convolutions of query, key and value in one pass, see `kernels.convolve`."""
-
-    def __init__(self, parts: Sequence[kernels.Part], dtype: torch.dtype) -> None:
-        folds = [fold(part.convolution, part.norm) for part in parts]
-        weight = kernels.taps_of(weight for weight, _ in folds)  # (3, K², C)
-        bias = torch.stack([bias for _, bias in folds])  # (3, C)
-        super().__init__(weight, bias, torch.promote_types(dtype, torch.float32))
-        self.stride = parts[1].convolution.stride[0]
-
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Of tokens (B, N, C), what the Linears read: (B, N, C) and twice (B, N', C)."""
-        *made, _, _ = kernels.convolve(
-            tokens, self.weight, self.bias, *grid, self.stride, moments=False
-        )
-        return tuple(made)
-
-
 class LayerNorm(Operator):
     """LayerNorm over channels."""
 
@@ -224,8 +211,6 @@ class FusedBlock(nn.Module):
         self.convolve_query = folded(attention.convolution_projection_query, dtype)
         self.convolve_key = folded(attention.convolution_projection_key, dtype)
         self.convolve_value = folded(attention.convolution_projection_value, dtype)
-        parts = kernels.parts_of(attention.projections)
-        self.convolve = Projections(parts, dtype) if parts else None
         self.query = scaled(attention.projection_query, dtype, by=attention.scale)
         self.key = scaled(attention.projection_key, dtype)
         self.value = scaled(attention.projection_value, dtype)
@@ -259,8 +244,6 @@ class FusedBlock(nn.Module):
         if class_token_only:
             x, of_query = x[:, :1], normed[:, :1]
             of_key, of_value = convolved(self.convolve_key), convolved(self.convolve_value)
-        elif self.convolve and kernels.runs_on(normed):
-            of_query, of_key, of_value = self.convolve(normed, grid)
         else:
             of_query = convolved(self.convolve_query)
             of_key, of_value = convolved(self.convolve_key), convolved(self.convolve_value)
@@ -319,7 +302,7 @@ class FusedStage(nn.Module):
         """The same, on a CPU on as many images at once as its caches hold."""
         H, W = self.grid(image)
         images = max(1, CACHED // (H * W * self.hidden))
-        if kernels.is_captured() or image.device.type != "cpu" or len(image) <= images:
+        if is_captured() or image.device.type != "cpu" or len(image) <= images:
             return self(image, *options)
         parts = [self(part, *options) for part in image.split(images)]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -386,7 +369,7 @@ class FusedCvt(nn.Module):
         if output_attentions is None:
             output_attentions = config.output_attentions
         logits_only = self.is_classifier and not output_hidden_states and not output_attentions
-        image = kernels.channels_last(image, self.dtype)
+        image = channels_last(image.to(self.dtype))
         hidden_states: tuple[Tensor, ...] = ()
         attentions: tuple[Tensor, ...] = ()
         for stage in cast(Iterable[FusedStage], self.stages):

@@ -16,7 +16,6 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from cvt import kernels
 from cvt.fused import FusedCvt
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def torch_graph(
     of_batch = {0: Dim.DYNAMIC} if "batch" in dynamic else {}
     of_size = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if "size" in dynamic else {}
     shapes = {"pixel_values": of_batch | of_size}
-    with quiet(), kernels.projections_as("off"):  # other software has PyTorch's own operators only
+    with quiet():
         program = torch.export.export(Logits(model).eval(), (example,), dynamic_shapes=shapes)
     least = config.minimum_image_size
     without_guards(program, (1, config.num_channels, least, least))

@@ -10,6 +10,8 @@ Parameter names are those of `transformers.models.cvt`, so that weights pass bot
 import math
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -23,9 +25,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cvt import hub, kernels
+from cvt import hub
 from cvt.configuration import CvtConfig, StageConfig, check_queries
-from cvt.kernels import GELU, BatchNorm, QuickGELU
 from cvt.losses import classification_loss
 
 # ------------------------------------------------------------------------------ elementary layers
@@ -43,6 +44,11 @@ def to_image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, H·W, C) to (B, C, H, W)."""
     B, _, C = tokens.shape
     return tokens.view(B, *grid, C).permute(0, 3, 1, 2)
+
+
+def channels_last(image: Tensor) -> Tensor:
+    """(B, C, H, W) in channels-last memory; vmap has no memory format."""
+    return image.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def to_heads(x: Tensor, heads: int) -> Tensor:
@@ -81,18 +87,25 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.4f}"
 
 
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), with which the released models were trained, by the fused silu."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(1.702 * x) / 1.702
+
+
 class Dense(nn.Module):
     """Linear, activation, dropout."""
 
     def __init__(self, width_in: int, width_out: int, dropout: float, activation: str = "") -> None:
         super().__init__()
-        activations = {"": nn.Identity, "gelu": GELU, "quick_gelu": QuickGELU}
+        activations = {"": nn.Identity, "gelu": nn.GELU, "quick_gelu": QuickGELU}
         self.dense = nn.Linear(width_in, width_out)
         self.activation = activations[activation]()
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.activation(kernels.linear(self.dense, x)))
+        return self.dropout(self.activation(self.dense(x)))
 
 
 # -------------------------------------------- convolutional token embedding, section 3.1
@@ -128,9 +141,9 @@ class Projection(nn.Module):
         super().__init__()
         self.convolution_projection: nn.Module = nn.Identity()
         if method == "dw_bn":
-            convolution = kernels.DepthwiseConv(width, kernel, stride, padding)
+            convolution = nn.Conv2d(width, width, kernel, stride, padding, groups=width, bias=False)
             self.convolution_projection = nn.Sequential(
-                OrderedDict(convolution=convolution, normalization=BatchNorm(width))
+                OrderedDict(convolution=convolution, normalization=nn.BatchNorm2d(width))
             )
         elif method == "avg":
             self.convolution_projection = nn.AvgPool2d(kernel, stride, padding, ceil_mode=True)
@@ -180,47 +193,35 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, grid: tuple[int, int], output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
-        N = x.shape[1]
+        B, N, C = x.shape
         query, key, value = (
-            to_heads(tokens, self.num_heads)  # (B, h, N, d), N' for keys
-            for tokens in self.project(kernels.autocast(x), grid)
+            to_heads(tokens, self.num_heads)  # (B, h, N, d), N' for keys and values
+            for tokens in self.project(x, grid)
         )
         check_queries(query.shape[2], N, grid)
-        # Behind SDPA, `torch.onnx.export(dynamo=False)` writes the traced batch's size as fixed.
-        to_onnx = torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
-        written_out = output_attentions or to_onnx
-        implementation = "eager" if written_out else self.config._attn_implementation
+        implementation = "eager" if output_attentions else self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        if implementation == "sdpa" and self.training and kernels.chunks_pay(query, key):
-            attend = kernels.chunked_attention
         dropout = self.dropout if self.training else 0.0
         context, weights = attend(
             self, query, key, value, None, scaling=self.scale, dropout=dropout
         )  # (B, N, h, d)
-        return context.flatten(2), weights
+        return context.reshape(B, -1, C), weights
 
-    @property
-    def projections(self) -> list[tuple[Any, Any]]:
-        """Of query, key and value: the convolutional projection and the Linear behind it."""
-        return [
-            (self.convolution_projection_query, self.projection_query),
-            (self.convolution_projection_key, self.projection_key),
-            (self.convolution_projection_value, self.projection_value),
-        ]
-
-    def project(self, x: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+    def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, N, C), keys and values (B, N', C)."""
-        if made := kernels.project(x, grid, self.projections):
-            return made
         class_token, tokens = split_tokens(x, grid)  # (B, 1, C) or None, (B, H·W, C)
         image = to_image(tokens, grid)  # (B, C, H, W)
-        made = []
-        for convolutional, linear in self.projections:
-            projected = convolutional(image)  # (B, H'·W', C)
+
+        def convolve(projection: nn.Module) -> Tensor:
+            projected = projection(image)  # (B, H'·W', C)
             if class_token is not None:
                 projected = torch.cat((class_token, projected), dim=1)
-            made.append(linear(projected))
-        return made
+            return projected
+
+        query = self.projection_query(convolve(self.convolution_projection_query))
+        key = self.projection_key(convolve(self.convolution_projection_key))
+        value = self.projection_value(convolve(self.convolution_projection_value))
+        return query, key, value
 
 
 class Attention(nn.Module):
@@ -241,6 +242,20 @@ class Attention(nn.Module):
 # ------------------------------------------------------------------------------ the network
 
 
+@contextmanager
+def batch_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """BatchNorm updates copies of its running statistics, which are dropped afterwards."""
+    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers()]
+    for norm, name, buffer in kept:
+        setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)
+
+
 class Block(GradientCheckpointingLayer):
     """Convolutional Transformer block: attention and MLP, each normed before and residual."""
 
@@ -255,12 +270,26 @@ class Block(GradientCheckpointingLayer):
         self.layernorm_after = LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(
-        self, x: Tensor, grid: tuple[int, int], output_attentions: bool
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        output_attentions: bool,
+        passes: list[None] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        attended, weights = self.attention(self.layernorm_before(x), grid, output_attentions)
+        # Under gradient checkpointing, the backward pass runs this again with the same list: a
+        # batch counts once in the running statistics.
+        with batch_statistics_kept(self) if passes else nullcontext():
+            attended, weights = self.attention(self.layernorm_before(x), grid, output_attentions)
+        if passes is not None:
+            passes.append(None)
         x = x + self.drop_path(attended)
-        x = x + self.drop_path(self.output(self.intermediate(self.layernorm_after(x))))
+        x = x + self.drop_path(self.mlp(self.layernorm_after(x)))
         return x, weights
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """(B, N, C) to the same, through the hidden layer."""
+        x = self.intermediate(x)  # (B, N, mlp_ratio · C)
+        return self.output(x)
 
 
 class Stage(nn.Module):
@@ -286,7 +315,9 @@ class Stage(nn.Module):
         x = self.dropout(x)
         attentions: tuple[Tensor, ...] = ()
         for block in self.layers:
-            x, weights = block(x, (H, W), output_attentions)
+            # Of a compiled model, operators are computed again, and not `forward`.
+            passes: list[None] | None = None if torch.compiler.is_compiling() else []
+            x, weights = block(x, (H, W), output_attentions, passes)
             if output_attentions:
                 attentions += (weights,)
         class_token, tokens = split_tokens(x, (H, W))
@@ -358,8 +389,7 @@ class Encoder(nn.Module):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         image = checked_pixels(pixel_values, self.config.num_channels, self.minimum_image_size)
-        dtype = next(self.parameters()).dtype
-        image = kernels.channels_last(image, dtype)
+        image = channels_last(image.to(next(self.parameters()).dtype))
         class_token = None
         hidden_states: tuple[Tensor, ...] = ()
         attentions: tuple[Tensor, ...] = ()
@@ -420,7 +450,7 @@ class CvtPreTrainedModel(PreTrainedModel):
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, Stage) and module.cls_token is not None:
             init.trunc_normal_(module.cls_token, std=std)
-        elif isinstance(module, LayerNorm | BatchNorm):
+        elif isinstance(module, LayerNorm | nn.BatchNorm2d):
             super()._init_weights(module)
 
     @classmethod

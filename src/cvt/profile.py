@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import initialization
 
 from cvt.configuration import CvtConfig
+from cvt.kernels import recompute_activations
 from cvt.macs import MacCounter
 from cvt.modeling import CvtForImageClassification
 
@@ -135,12 +136,14 @@ def inference_peak(model: CvtForImageClassification, pixels: Tensor) -> int:
 def training_peak(model: CvtForImageClassification, pixels: Tensor) -> int:
     """Most bytes alive in a forward, backward and AdamW step on `pixels` (B, C, H, W).
 
-    It is not the first step: the optimizer has its state from the start.
+    The model recomputes its activations, as in `cvt train`. It is not the first step: the optimizer
+    has its state from the start.
 
     Raises:
         ValueError: a BatchNorm sees one value per channel.
     """
     model.train()
+    recompute_activations(model)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     with LiveMemory([*model.state_dict().values(), pixels]) as memory:
         for parameter in model.parameters():

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cvt.kernels import triton_projection
+from cvt.kernels import qkv_triton
 
 CAPABILITIES = {torch.bfloat16: (80, 90), torch.float32: (90,)}  # of an A100, of an H100 or H200
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -43,10 +43,10 @@ def compile_instead(launch, kernel, *tensors, **flags):
 
 
 if __name__ == "__main__":
-    triton_projection.Launch.__call__ = compile_instead
+    qkv_triton.Launch.__call__ = compile_instead
     taps, lines = torch.empty(3, 9, 384, device="meta"), torch.empty(3, 2, 384, device="meta")
     for dtype in TYPES:
         tokens = torch.empty(2, 197, 384, dtype=dtype, device="meta")
         inputs = tokens, taps, (14, 14), 2, True  # of the last stage, at 224 pixels
-        *outputs, _ = triton_projection.forward(tokens, taps, lines[:, 0], *inputs[2:])
-        triton_projection.backward(outputs, outputs, lines, *inputs)
+        *outputs, _ = qkv_triton.forward(tokens, taps, lines[:, 0], *inputs[2:])
+        qkv_triton.backward(outputs, outputs, lines, *inputs)

@@ -46,6 +46,7 @@ from cvt.datasets import (
 from cvt.evaluate import Evaluation, evaluate, write_evaluation
 from cvt.files import check_path, locked
 from cvt.images import processor_of
+from cvt.kernels import apply_cpu_bf16, apply_triton, recompute_activations
 from cvt.modeling import Block
 from cvt.predict import Interrupted
 from cvt.train import records
@@ -311,8 +312,14 @@ class Run:
         self.config = model.config
         augment = augmentation(recipe, self.processor)
         self.mix = mixing(recipe, len(model.config.class_names))
+        if recipe.recompute_activations:
+            recompute_activations(model)
         if recipe.gradient_checkpointing:
             model.activation_checkpointing_enable()
+        if recipe.triton:
+            apply_triton(model)
+        if self.device.type == "cpu" and recipe.precision == "bf16":
+            apply_cpu_bf16(model)
         self.plain: Any = trainable(model, recipe).to(self.device)
         if not recipe.fsdp:  # it shards contiguous weights only
             self.plain.to(memory_format=torch.channels_last)

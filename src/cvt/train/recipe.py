@@ -155,8 +155,14 @@ class Recipe:
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = setting(False, "Compile the model with torch.compile.")
+    recompute_activations: bool = setting(
+        True, "Recompute the MLPs' activations in the backward pass: less memory."
+    )
     gradient_checkpointing: bool = setting(False, "Less memory for about a third more time.")
     fsdp: bool = setting(False, "Shard weights and optimizer over the processes.")
+    triton: bool = setting(
+        False, "Triton's kernels for query, key and value on a GPU; not run on one yet."
+    )
 
     seed: int = setting(0, "Of weights, order, augmentation and split.", group="Run", least=0)
     eval_every: int = setting(1, "Epochs between evaluations.", least=1)

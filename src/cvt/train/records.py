@@ -34,7 +34,6 @@ from typing import Any
 import torch
 import yaml
 
-from cvt import kernels
 from cvt.evaluate import Evaluation
 from cvt.files import staged, write_checksums
 from cvt.report import plot_confusion, plot_curves, plot_mistakes
@@ -56,7 +55,6 @@ def write_settings(output: Path, recipe: Recipe, plan: Plan, device: torch.devic
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-        "projections": kernels.projections(),
         "processes": plan.world,
         "images_per_step": plan.images_per_step,
         "lr": recipe.peak_lr(plan.images_per_step),

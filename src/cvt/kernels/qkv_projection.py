@@ -12,90 +12,57 @@ what they make of them four times more. Here:
   a line in its outputs for them.
 - `_LinearWithClassToken` gives the class token the weight that is not folded.
 
-On a GPU `cvt::convolve` is Triton's kernels (`triton_projection.py`), elsewhere PyTorch's own
-operators (`torch_projection.py`); to torch.compile, torch.export and autocast it is one operator.
+On a GPU `cvt::convolve` is Triton's kernels (`qkv_triton.py`), elsewhere PyTorch's own operators
+(`qkv_reference.py`); to torch.compile, torch.export and autocast it is one operator.
+
+The kernels were checked in Triton's interpreter and never run on a GPU, so nothing applies them
+unless asked to.
 
 B batch, C channels, N tokens with the class token, if there is one, in front; (H, W) their grid.
 q, k and v stand for what is made of the tokens for queries, keys and values.
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cvt.kernels import torch_projection
-from cvt.kernels.operators import BatchNorm, DepthwiseConv, is_transformed
-from cvt.kernels.torch_projection import keys_shape, taps_of
-
-MODES = ("off", "auto", "torch")
+from cvt.kernels import qkv_reference
+from cvt.kernels.qkv_reference import keys_shape, taps_of
+from cvt.modeling import SelfAttention
 
 
-def set_projections(mode: str) -> None:
-    """Choose how models compute the projections of attention, from now on and in this process.
+def apply_triton(model: nn.Module) -> None:
+    """Make a model compute query, key and value in one pass over the tokens.
+
+    By Triton's kernels on a GPU, by PyTorch's own operators elsewhere. An attention whose
+    projections are not those of the paper, or were replaced, computes as before; so does a trace,
+    and torch.func. State dicts stay as they are. A second derivative raises an error.
 
     Args:
-        mode: `off`, the default: convolutions, BatchNorms and Linears one by one, as modules.
-            `auto`: in one pass, by Triton's kernels on a GPU where there is Triton, and as `off`
-            elsewhere. `torch`: in one pass, by PyTorch's own operators. The environment variable
-            CVT_PROJECTIONS is what a process begins with.
-
-    `auto` was checked in Triton's interpreter and never run on a GPU, so it is not the default.
-
-    Raises:
-        ValueError: there is no such mode.
+        model: any of `cvt.modeling`; changed in place.
     """
-    global _mode
-    _mode = checked(mode)
-
-
-def checked(mode: str) -> str:
-    """The mode, if there is such a one."""
-    if mode not in MODES:
-        raise ValueError(
-            f"projections = {mode!r}, of set_projections or the environment variable "
-            f"CVT_PROJECTIONS: must be one of {', '.join(MODES)}"
-        )
-    return mode
-
-
-def projections() -> str:
-    """What `set_projections` chose."""
-    return _mode
-
-
-_mode = checked(os.environ.get("CVT_PROJECTIONS") or "off")
-
-
-@contextmanager
-def projections_as(mode: str) -> Iterator[None]:
-    """`set_projections` for a while."""
-    before = projections()
-    set_projections(mode)
-    try:
-        yield
-    finally:
-        set_projections(before)
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            module.__class__ = OnePassAttention
 
 
 # ------------------------------------------------------------------------------ the operator
 
 
 def triton_kernels(tokens: Tensor) -> Any:
-    """Triton's implementation where it is to run, on a GPU or in the interpreter; else None."""
+    """Triton's implementation where it runs, on a GPU or in the interpreter; else None."""
     can = tokens.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    has_type = tokens.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if projections() != "auto" or not (can and has_type):
+    if not can or tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None
     try:
-        from cvt.kernels import triton_projection
+        from cvt.kernels import qkv_triton
     except ImportError:  # Triton is not installed
         return None
-    return triton_projection
+    return qkv_triton
 
 
 @torch.library.custom_op("cvt::convolve", mutates_args=())
@@ -127,7 +94,7 @@ def convolve(
         that its gradient need not be as large as the tokens'; mean and variance (without Bessel's
         correction) of every channel over batch and grid, before rounding, (2, 3, C) or (0, 3, C).
     """
-    kernels = triton_kernels(tokens) or torch_projection
+    kernels = triton_kernels(tokens) or qkv_reference
     q, k, v, found = kernels.forward(tokens, taps, bias, (height, width), stride, moments)
     class_token = tokens[:, : tokens.shape[1] - height * width].clone()
     for output in (q, k, v):
@@ -174,7 +141,7 @@ def convolve_backward(
     Returns:
         Gradients of tokens (B, N, C), and of taps and then biases (3 K² + 3, C).
     """
-    kernels = triton_kernels(tokens) or torch_projection
+    kernels = triton_kernels(tokens) or qkv_reference
     size, upstream = (height, width), [gradient.contiguous() for gradient in upstream]
     dtokens, dtaps = kernels.backward(upstream, outputs, lines, tokens, taps, size, stride, moments)
     if tokens.shape[1] > height * width:
@@ -253,27 +220,27 @@ class _LinearWithClassToken(torch.autograd.Function):
         )
 
 
-class Part(NamedTuple):
-    """What makes queries, keys or values of tokens: a convolution, its norm and a Linear."""
+class QKVParts(NamedTuple):
+    """Of query, key or value: the convolution, its norm and the Linear."""
 
     convolution: nn.Conv2d
-    norm: BatchNorm
+    norm: nn.BatchNorm2d
     linear: nn.Linear
 
 
-def parts_of(projections: Sequence[tuple[Any, nn.Module]]) -> list[Part]:
-    """The parts of q, k and v; none if they are not the paper's, or something took their place.
-
-    Args:
-        projections: a `cvt.modeling.Projection` and the Linear behind it, each.
-    """
+def parts_of(attention: SelfAttention) -> list[QKVParts]:
+    """The parts of query, key and value; none if `convolve` does not compute what they do."""
     parts = []
-    for projection, linear in projections:
-        modules = [*projection.modules(), linear]
-        kinds = [nn.Sequential, DepthwiseConv, BatchNorm, nn.Linear]
+    for projection, linear in (
+        (attention.convolution_projection_query, attention.projection_query),
+        (attention.convolution_projection_key, attention.projection_key),
+        (attention.convolution_projection_value, attention.projection_value),
+    ):
+        modules: list[Any] = [*projection.modules(), linear]
+        kinds = [nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.Linear]
         if [type(module) for module in modules[1:]] != kinds or not all(map(is_bare, modules)):
             return []
-        parts.append(Part(*modules[2:]))
+        parts.append(QKVParts(*modules[2:]))
     norms = [part.norm for part in parts]
     same = (
         len({(part.norm.training, part.norm.eps, part.linear.bias is None) for part in parts}) == 1
@@ -292,7 +259,7 @@ def is_bare(module: nn.Module) -> bool:
 
 
 def fits(convolutions: Sequence[nn.Conv2d]) -> bool:
-    """Whether `convolve` makes what these three depthwise convolutions, of q, k and v, make."""
+    """Whether `convolve` computes these three depthwise convolutions, of query, key and value."""
     q, k, v = convolutions
     side = q.kernel_size[0]
     return (
@@ -303,28 +270,62 @@ def fits(convolutions: Sequence[nn.Conv2d]) -> bool:
     )
 
 
-def runs_on(tokens: Tensor) -> bool:
-    """Whether `set_projections` chose `convolve` for such tokens."""
-    if torch.jit.is_tracing():
-        return False  # who runs a trace has PyTorch's own operators only
-    if is_transformed():
-        return False  # torch.func would take the tangent of an operator for zero
-    return projections() == "torch" or triton_kernels(tokens) is not None
+def is_transformed() -> bool:
+    """Whether torch.func, such as its vmap or jvp, changes what is computed now.
+
+    It would take the tangent of an operator for zero; PyTorch has no public way to ask.
+    """
+    return not torch.compiler.is_compiling() and bool(torch._C._functorch.peek_interpreter_stack())
+
+
+class OnePassAttention(SelfAttention):
+    """A `SelfAttention` that computes query, key and value in one pass over the tokens."""
+
+    def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, N, C), keys and values (B, N', C)."""
+        # Who runs a trace has PyTorch's own operators only.
+        is_seen = torch.jit.is_tracing() or is_transformed()
+        parts = [] if is_seen else parts_of(self)
+        return project(x, grid, parts) if parts else super().project(x, grid)
+
+
+@torch.no_grad()
+def update_statistics(
+    norm: nn.BatchNorm2d, deviation: Tensor, variance: Tensor, count: int
+) -> None:
+    """Count a batch of known moments in the running statistics of a norm.
+
+    Args:
+        norm: the norm.
+        deviation: of the batch's mean from the running mean, (C,).
+        variance: without Bessel's correction, (C,).
+        count: of values in each channel.
+
+    Raises:
+        ValueError: there is one value only.
+    """
+    if count == 1:
+        raise ValueError("BatchNorm needs more than one value per channel in training")
+    momentum: Any = norm.momentum
+    mean: Any = norm.running_mean
+    running: Any = norm.running_var
+    batches: Any = norm.num_batches_tracked
+    batches.add_(1)
+    mean.add_(deviation, alpha=momentum)
+    running.mul_(1 - momentum)
+    running.add_(variance, alpha=momentum * count / (count - 1))
 
 
 def project(
-    tokens: Tensor, grid: tuple[int, int], projections: Sequence[tuple[Any, nn.Module]]
-) -> list[Tensor]:
-    """Queries, keys and values of the tokens, (B, N, C) or (B, N', C) each, if chosen; else none.
+    tokens: Tensor, grid: tuple[int, int], parts: Sequence[QKVParts]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, N, C), keys and values (B, N', C) of the tokens.
 
     Args:
         tokens: (B, N, C), N being that of the grid, or one more with a class token in front.
         grid: (H, W).
-        projections: of q, k and v, as in `parts_of`.
+        parts: of query, key and value.
     """
-    parts = parts_of(projections) if runs_on(tokens) else []
-    if not parts:
-        return []
     tokens = tokens.contiguous()
     convolutions, norms, linears = zip(*parts, strict=True)
     taps = taps_of(convolution.weight for convolution in convolutions)
@@ -337,12 +338,14 @@ def project(
     if not norms[0].training:
         gain = scale * torch.rsqrt(torch.stack([norm.running_var for norm in norms]) + eps)
         bias = shift - means * gain
-        *made, _, _ = convolve(tokens, taps * gain[:, None], bias, *geometry, False)
-        return [linear(x) for linear, x in zip(linears, made, strict=True)]
+        *convolved, _, _ = convolve(tokens, taps * gain[:, None], bias, *geometry, False)
+        query, key, value = (linear(x) for linear, x in zip(linears, convolved, strict=True))
+        return query, key, value
     # Centred on the running means, the outputs lose the least where they are rounded.
-    *made, class_token, (mean, variance) = convolve(tokens, taps, -means, *geometry, True)
-    for norm, x, deviation, spread in zip(norms, made, mean, variance, strict=True):
-        norm.track(deviation, spread, len(x) * (x.shape[1] - class_token.shape[1]))
+    *convolved, class_token, (mean, variance) = convolve(tokens, taps, -means, *geometry, True)
+    for norm, x, deviation, spread in zip(norms, convolved, mean, variance, strict=True):
+        count = len(x) * (x.shape[1] - class_token.shape[1])
+        update_statistics(norm, deviation, spread, count)
 
     # Linear(norm(x)) is another Linear of x, with the moments of the batch in its weight.
     weight = torch.stack([linear.weight for linear in linears])  # (3, C', C)
@@ -353,10 +356,14 @@ def project(
     if linears[0].bias is not None:
         own = torch.stack([linear.bias for linear in linears])
     of_tokens = (folded, (bias + own).to(tokens.dtype))
-    if not class_token.shape[1]:
-        return [F.linear(*of_part) for of_part in zip(made, *of_tokens, strict=True)]
-    of_class = (weight.to(tokens.dtype), own.to(tokens.dtype))
-    return [
-        _LinearWithClassToken.apply(x, class_token, *of_part)
-        for x, *of_part in zip(made, *of_tokens, *of_class, strict=True)
-    ]
+    if class_token.shape[1]:
+        of_class = (weight.to(tokens.dtype), own.to(tokens.dtype))
+        query, key, value = (
+            _LinearWithClassToken.apply(x, class_token, *weights)
+            for x, *weights in zip(convolved, *of_tokens, *of_class, strict=True)
+        )
+    else:
+        query, key, value = (
+            F.linear(*arguments) for arguments in zip(convolved, *of_tokens, strict=True)
+        )
+    return query, key, value

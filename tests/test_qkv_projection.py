@@ -1,11 +1,7 @@
 """Projections in one pass are those of the modules one by one, whatever is asked of a model."""
 
 import copy
-import os
-import pickle
 import random
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -19,15 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cvt import CvtBackbone, CvtConfig, CvtForImageClassification, CvtModel, fuse, kernels
-from cvt.graph import torch_graph
-from cvt.kernels import projection
+from cvt import CvtConfig, CvtForImageClassification
+from cvt.kernels import apply_triton, qkv_projection
+from cvt.kernels.qkv_projection import convolve
 
-MODES = ["off", "auto", "torch"]
 BLOCKS = 6  # of a tiny model
 CONVOLVE = "cvt.convolve.default"
 SEEDS = range(8)
-every_mode = pytest.mark.parametrize("mode", MODES)
 
 
 # ------------------------------------------------------------------------------ helpers
@@ -56,14 +50,20 @@ def targets(batch):
     return torch.arange(batch) % 2
 
 
-def step(model, pixels, mode, autocast=False):
+def applied(model):
+    """A copy of the model in which query, key and value are computed in one pass."""
+    model = copy.deepcopy(model)
+    apply_triton(model)
+    return model
+
+
+def step(model, pixels, autocast=False):
     """Outputs, gradients and buffers of a copy of the model after a step that updates nothing."""
     model = copy.deepcopy(model)
     torch.manual_seed(0)
-    with kernels.projections_as(mode):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            output = model(pixels, labels=targets(len(pixels)))
-        output.loss.backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(pixels, labels=targets(len(pixels)))
+    output.loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"logits": output.logits, "loss": output.loss}, gradients, dict(model.named_buffers())
 
@@ -77,10 +77,8 @@ def distances(found, expected):
     return torch.stack([(a - b).norm() / b.norm() for a, b in zip(*both, strict=True)])
 
 
-def assert_same_in_both_modes(model, pixels):
-    for found, expected in zip(
-        step(model, pixels, "torch"), step(model, pixels, "off"), strict=True
-    ):
+def assert_the_same(model, pixels):
+    for found, expected in zip(step(applied(model), pixels), step(model, pixels), strict=True):
         assert_equal(found, expected, tolerance=1e-9)
 
 
@@ -145,22 +143,22 @@ def arguments(case, dtype=torch.float64):
 @every_case
 def test_the_operators_are_what_pytorch_asks_of_operators(case):
     tokens, taps, bias, *options = arguments(case, torch.bfloat16)
-    torch.library.opcheck(kernels.convolve, (tokens, taps, bias, *options))
+    torch.library.opcheck(convolve, (tokens, taps, bias, *options))
     with torch.no_grad():
-        *outputs, class_token, _ = kernels.convolve(tokens, taps, bias, *options)
+        *outputs, class_token, _ = convolve(tokens, taps, bias, *options)
         upstream, lines = [torch.ones_like(y) for y in outputs], taps.new_ones(3, 2, taps.shape[2])
         backward = upstream, class_token, outputs, lines, tokens, taps, *options
-        torch.library.opcheck(projection.convolve_backward, backward)
+        torch.library.opcheck(qkv_projection.convolve_backward, backward)
 
 
 @every_case
 def test_the_gradients_of_convolutions_and_moments_are_exact(case):
     *tensors, height, width, stride, moments = arguments(case)
 
-    def convolve(*tensors):
-        return kernels.convolve(*tensors, height, width, stride, moments)[: 4 + moments]
+    def compute(*tensors):
+        return convolve(*tensors, height, width, stride, moments)[: 4 + moments]
 
-    assert torch.autograd.gradcheck(convolve, tensors)
+    assert torch.autograd.gradcheck(compute, tensors)
 
 
 def test_the_gradients_of_a_linear_with_a_class_token_are_exact():
@@ -169,16 +167,15 @@ def test_the_gradients_of_a_linear_with_a_class_token_are_exact():
 
     def linear(tokens, *others):
         tokens = torch.cat((torch.zeros_like(tokens[:, :1]), tokens), dim=1)
-        return projection._LinearWithClassToken.apply(tokens, *others)
+        return qkv_projection._LinearWithClassToken.apply(tokens, *others)
 
     assert torch.autograd.gradcheck(linear, inputs)
 
 
 def test_a_second_derivative_is_refused_rather_than_wrong():
-    model = make(tiny())
+    model = applied(make(tiny()))
     pixels = images().requires_grad_()
-    with kernels.projections_as("torch"):
-        (gradient,) = torch.autograd.grad(model(pixels).logits.sum(), pixels, create_graph=True)
+    (gradient,) = torch.autograd.grad(model(pixels).logits.sum(), pixels, create_graph=True)
     with pytest.raises(RuntimeError, match=r"cvt\.convolve_backward.* no autograd formula"):
         gradient.sum().backward()
 
@@ -211,9 +208,8 @@ def checkpointing(model):
 def test_models_compute_and_train_the_same(prepare, seed):
     model, pixels = random_model(seed)
     model, pixels = prepare(model).double(), pixels.double()
-    assert_same_in_both_modes(model, pixels)
-    with kernels.projections_as("torch"):
-        assert convolutions(lambda: model(pixels)) == sum(model.config.depth)
+    assert_the_same(model, pixels)
+    assert convolutions(lambda: applied(model)(pixels)) == sum(model.config.depth)
 
 
 def test_the_random_models_vary_in_all_that_matters():
@@ -226,21 +222,19 @@ def test_the_random_models_vary_in_all_that_matters():
 
 def test_steps_follow_each_other_as_before():
     """Twenty steps of AdamW, whose losses, each by each, stay within a hundred thousandth."""
-    losses = {}
-    for mode in ("off", "torch"):
-        model = make(tiny(drop_path_rate=[0.1] * 3, hidden_act="quick_gelu")).train()
+    start, curves = make(tiny(drop_path_rate=[0.1] * 3, hidden_act="quick_gelu")).train(), []
+    for model in (copy.deepcopy(start), applied(start)):
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         torch.manual_seed(0)
-        with kernels.projections_as(mode):
-            losses[mode] = []
-            for i in range(20):
-                loss = model(images() + 0.1 * (i % 3), labels=targets(4)).loss
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses[mode].append(loss.item())
-    assert losses["off"][-1] < 0.5 * losses["off"][0]
-    assert losses["torch"] == pytest.approx(losses["off"], rel=1e-5)
+        curves.append([])
+        for i in range(20):
+            loss = model(images() + 0.1 * (i % 3), labels=targets(4)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curves[-1].append(loss.item())
+    assert curves[0][-1] < 0.5 * curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("prepare", [as_built, in_eval])
@@ -248,7 +242,7 @@ def test_steps_follow_each_other_as_before():
 def test_rounding_costs_no_more(prepare, precision):
     """Beside float64, of tokens whose mean is far from zero, as it is for the running means."""
     autocast = precision == "autocast"
-    sums = {"off": 0, "torch": 0}
+    sums = [0, 0]
     for seed in range(4):
         model = CvtForImageClassification(tiny(depth=[1, 1, 2]))
         randomise(model, seed)
@@ -256,37 +250,36 @@ def test_rounding_costs_no_more(prepare, precision):
             if name.endswith("layernorm_before.bias"):
                 parameter.data += 3 * torch.randn_like(parameter)
         model = prepare(model).to(torch.float32 if autocast else precision)
-        exact = step(copy.deepcopy(model).double(), images(8, 48, 48).double(), "off")
-        for mode in sums:
-            sums[mode] += distances(step(model, images(8, 48, 48), mode, autocast), exact)
-    assert (sums["torch"] <= 1.5 * sums["off"]).all(), sums
+        exact = step(copy.deepcopy(model).double(), images(8, 48, 48).double())
+        for i, each in enumerate((model, applied(model))):
+            sums[i] += distances(step(each, images(8, 48, 48), autocast), exact)
+    assert (sums[1] <= 1.5 * sums[0]).all(), sums
 
 
 def test_inputs_that_are_not_finite_stay_in_their_image():
-    model, pixels = make(tiny()), images()
+    model, pixels = applied(make(tiny())), images()
     pixels[1, 0, 20, 12] = torch.nan
-    with kernels.projections_as("torch"), torch.inference_mode():
+    with torch.inference_mode():
         found = model(pixels).logits
         assert found.isnan().all(1).tolist() == [False, True, False, False]
         torch.testing.assert_close(found[2:], model(images()).logits[2:])
 
 
 def test_a_gradient_that_overflows_skips_the_step():
-    model = make(tiny()).train()
+    model = applied(make(tiny()).train())
     optimizer, scaler = torch.optim.SGD(model.parameters()), torch.amp.GradScaler("cpu", 2.0**127)
     before = [parameter.clone() for parameter in model.parameters()]
-    with kernels.projections_as("torch"):
-        scaler.scale(100 * model(images(), labels=targets(4)).loss).backward()
+    scaler.scale(100 * model(images(), labels=targets(4)).loss).backward()
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 2.0**126
     assert all(map(torch.equal, model.parameters(), before))
 
 
-@every_mode
-def test_a_norm_of_one_value_is_refused_in_training(mode):
-    model = make(tiny()).train()
-    with kernels.projections_as(mode), pytest.raises(ValueError, match=r"more than (1|one) value"):
+@pytest.mark.parametrize("prepare", [copy.deepcopy, applied])
+def test_a_norm_of_one_value_is_refused_in_training(prepare):
+    model = prepare(make(tiny()).train())
+    with pytest.raises(ValueError, match=r"more than (1|one) value"):
         model(images(1, 16, 16))
 
 
@@ -296,15 +289,14 @@ def test_a_norm_of_one_value_is_refused_in_training(mode):
 @pytest.mark.usefixtures("no_recompilation")
 @pytest.mark.parametrize("prepare", [as_built, in_eval, checkpointing])
 def test_models_compile_into_one_graph(prepare):
-    model = prepare(one_block())
+    model = applied(prepare(one_block()))
     reference = copy.deepcopy(model)
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    with kernels.projections_as("torch"):
-        for i in range(3):
-            for each in (compiled, reference):
-                each.zero_grad()
-                each(images() + i, labels=targets(4)).loss.backward()
+    for i in range(3):
+        for each in (compiled, reference):
+            each.zero_grad()
+            each(images() + i, labels=targets(4)).loss.backward()
     assert "cvt.convolve" in backend.graphs[0].print_readable(print_output=False)
     for of in (nn.Module.named_parameters, nn.Module.named_buffers):
         for (name, found), (_, expected) in zip(of(model), of(reference), strict=True):
@@ -312,15 +304,10 @@ def test_models_compile_into_one_graph(prepare):
             torch.testing.assert_close(*pairs, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_exports_hold_no_operators_of_ours():
-    with kernels.projections_as("torch"):
-        program = torch_graph(fuse(one_block()), (32, 32))
-    assert not [node for node in program.graph.nodes if "cvt" in str(node.target)]
-
-
 def test_fsdp_trains_the_same():
     model = make(tiny()).train()
-    _, expected, _ = step(model, images(), "off")
+    _, expected, _ = step(model, images())
+    apply_triton(model)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
@@ -328,8 +315,7 @@ def test_fsdp_trains_the_same():
             for block in stage.layers:
                 fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        with kernels.projections_as("torch"):
-            model(images(), labels=targets(4)).loss.backward()
+        model(images(), labels=targets(4)).loss.backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(
                 parameter.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-6
@@ -340,14 +326,14 @@ def test_fsdp_trains_the_same():
 
 def test_transforms_of_functions_see_what_they_differentiate():
     """PyTorch would take the tangent of an operator of ours for zero."""
-    model = make(tiny(hidden_act="quick_gelu"))
-    model.set_attn_implementation("eager")
+    plain = make(tiny(hidden_act="quick_gelu"))
+    plain.set_attn_implementation("eager")
     found = []
-    for mode in ("off", "torch"):
-        with kernels.projections_as(mode):
-            _, tangent = torch.func.jvp(lambda x: model(x).logits, (images(),), (images(),))
-            gradient = torch.func.grad(lambda x: model(x).logits.sum())(images())
-            found.append((tangent, gradient))
+    for model in (plain, applied(plain)):
+        logits = lambda x, model=model: model(x).logits  # noqa: E731
+        _, tangent = torch.func.jvp(logits, (images(),), (images(),))
+        gradient = torch.func.grad(lambda x, logits=logits: logits(x).sum())(images())
+        found.append((tangent, gradient))
     assert found[0][0].norm() > 0
     torch.testing.assert_close(*found)
 
@@ -420,21 +406,21 @@ def with_batch_statistics_only(model):
 )
 def test_an_attention_that_was_changed_is_computed_by_its_modules(change):
     found = []
-    for mode in ("off", "torch"):
+    for prepare in (lambda model: None, apply_triton):
         model = make(tiny()).train()
         change(model)
-        with kernels.projections_as(mode), Operators() as operators:
+        prepare(model)
+        with Operators() as operators:
             model(images(), labels=targets(4)).loss.backward()
-        assert operators.calls[CONVOLVE] == (BLOCKS - 1) * (mode == "torch")
+        assert operators.calls[CONVOLVE] == (BLOCKS - 1) * (prepare is apply_triton)
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         found[-1] |= dict(model.named_buffers())
     assert_equal(*found, tolerance=1e-5)
 
 
 def test_synchronised_norms_are_left_alone():
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(make(tiny()))
-    with kernels.projections_as("torch"):
-        assert convolutions(lambda: model(images())) == 0
+    model = applied(nn.SyncBatchNorm.convert_sync_batchnorm(make(tiny())))
+    assert convolutions(lambda: model(images())) == 0
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -444,93 +430,20 @@ def test_projections_of_other_shapes_are_left_alone(seed):
     model = CvtForImageClassification(CvtConfig(**fields)).eval()
     randomise(model, seed)
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    assert_same_in_both_modes(model.double(), pixels.double())
+    assert_the_same(model.double(), pixels.double())
 
 
 def test_only_projections_that_fit_are_made_at_once():
-    model = make(mixed())  # convolutions in the first stage of three
-    with kernels.projections_as("torch"):
-        assert convolutions(lambda: model(images())) == 1
+    model = applied(make(mixed()))  # convolutions in the first stage of three
+    assert convolutions(lambda: model(images())) == 1
 
 
-@pytest.mark.parametrize("mode", ["off", "auto"])
-def test_nothing_changes_by_default_nor_on_a_cpu(mode):
-    model = make(tiny()).train()
-    assert kernels.projections() == "off"
-    with kernels.projections_as(mode):
-        assert convolutions(lambda: model(images())) == 0
-
-
-# ------------------------------------------------------------------------------ fused models
-
-
-@pytest.mark.parametrize("cls", [CvtForImageClassification, CvtModel, CvtBackbone])
-@pytest.mark.parametrize("request_", [{}, {"output_hidden_states": True}])
-@every_mode
-def test_fused_models_compute_what_the_models_do(mode, request_, cls):
-    model = make(tiny(out_indices=[0, 2]), cls)
-    expected = model(images(), **request_, return_dict=False)
-    with kernels.projections_as(mode):
-        fast = fuse(model)
-        found = fast(images(), **request_, return_dict=False)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        # The last block of a classifier computes its class token alone.
-        at_once = BLOCKS - (cls is CvtForImageClassification and not request_)
-        assert convolutions(lambda: fast(images(), **request_)) == at_once * (mode == "torch")
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_random_fused_models_compute_what_the_models_do(seed):
-    model, pixels = random_model(seed)
-    expected = model.eval().double()(pixels.double()).logits
-    with kernels.projections_as("torch"), torch.no_grad():
-        torch.testing.assert_close(fuse(model)(pixels).logits, expected, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [copy.deepcopy, lambda fast: pickle.loads(pickle.dumps(fast)), lambda fast: fast.float()],
-)
-def test_copies_of_fused_models_compute_the_same(other):
-    fast = fuse(make(tiny()))
-    with kernels.projections_as("torch"):
-        expected = fast(images()).logits
-        assert torch.equal(other(fast)(images()).logits, expected)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.01), (torch.float64, 1e-5)]
-)
-def test_fused_models_take_other_types(dtype, tolerance):
-    expected = make(tiny())(images()).logits
-    with kernels.projections_as("torch"):
-        for fast in (fuse(make(tiny()), dtype), fuse(make(tiny())).to(dtype)):
-            found = fast(images()).logits
-            assert found.dtype is dtype
-            assert (found - expected).norm() < tolerance * expected.norm()
-
-
-# ------------------------------------------------------------------------------ the switch
-
-
-def test_a_wrong_mode_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match=r"'fast'.* must be one of off, auto, torch"):
-        kernels.set_projections("fast")
-    assert kernels.projections() == "off"
-
-
-def test_a_mode_lasts_as_long_as_it_is_wanted():
-    with kernels.projections_as("torch"):
-        with pytest.raises(KeyError), kernels.projections_as("auto"):
-            raise KeyError(kernels.projections())
-        assert kernels.projections() == "torch"
-    assert kernels.projections() == "off"
-
-
-def test_a_wrong_mode_in_the_environment_is_refused_by_the_name_of_the_variable():
-    command = [sys.executable, "-c", "import cvt.kernels"]
-    environment = os.environ | {"CVT_PROJECTIONS": "fast"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (
-        "'fast', of set_projections or the environment variable CVT_PROJECTIONS" in process.stderr
-    )
+def test_it_leaves_no_trace_in_what_is_saved(tmp_path):
+    model = make(tiny())
+    names, config = list(model.state_dict()), model.config.to_json_string()
+    other = applied(applied(model))
+    assert (list(other.state_dict()), other.config.to_json_string()) == (names, config)
+    assert convolutions(lambda: model(images())) == 0
+    other.save_pretrained(tmp_path)
+    loaded = CvtForImageClassification.from_pretrained(tmp_path).eval()
+    assert convolutions(lambda: loaded(images())) == 0

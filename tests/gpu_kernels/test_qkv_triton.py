@@ -16,10 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_models import images
-from test_projections import one_block
+from test_qkv_projection import one_block
 
-from cvt import fuse, kernels
-from cvt.kernels import projection, triton_projection
+from cvt.kernels import apply_triton, qkv_projection, qkv_triton
+from cvt.kernels.qkv_projection import convolve
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 8192  # numbers before and after each tensor: more than an image has
@@ -28,9 +28,7 @@ GUARD = 8192  # numbers before and after each tensor: more than an image has
 @pytest.fixture(autouse=True)
 def triton_only():
     """Every test runs the kernels."""
-    with kernels.projections_as("auto"):
-        assert projection.triton_kernels(torch.empty(1, device=DEVICE)) is triton_projection
-        yield
+    assert qkv_projection.triton_kernels(torch.empty(1, device=DEVICE)) is qkv_triton
 
 
 # ------------------------------------------------------------------------------ memory
@@ -87,7 +85,7 @@ class Case(NamedTuple):
     stride: int = 2
     class_token: bool = True
     dtype: torch.dtype = torch.float32
-    programs: int = triton_projection.PROGRAMS
+    programs: int = qkv_triton.PROGRAMS
 
     def arguments(self, seed):
         """Random tokens, taps and biases, then height, width and stride."""
@@ -174,9 +172,9 @@ def distances(case, moments, seed):
     doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
     upstream = random_gradients(expected(*doubles, *options), case.dtype, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_projection, "PROGRAMS", case.programs)
+        patch.setattr(qkv_triton, "PROGRAMS", case.programs)
         allocated = poison(patch)
-        found = with_gradients(kernels.convolve, (*inputs, *options), upstream)
+        found = with_gradients(convolve, (*inputs, *options), upstream)
     upstream = [gradient.double() for gradient in upstream]
     reference = with_gradients(expected, (*doubles, *options), upstream)
 
@@ -209,9 +207,9 @@ def test_outputs_and_gradients_are_those_of_float64(case, moments):
 def test_some_cases_take_several_turns_and_do_not_fill_the_last(monkeypatch):
     turns_of, left_of = [], []
     for case in CASES:
-        monkeypatch.setattr(triton_projection, "PROGRAMS", case.programs)
+        monkeypatch.setattr(qkv_triton, "PROGRAMS", case.programs)
         tokens, taps, _, *grid, stride = case.arguments(0)
-        launch = triton_projection.Launch(tokens, taps, grid, stride)
+        launch = qkv_triton.Launch(tokens, taps, grid, stride)
         turns, cells, *_ = launch.sizes
         turns_of.append(turns)
         left_of.append(launch.programs * turns * launch.options["CELLS"] - cells)
@@ -221,14 +219,14 @@ def test_some_cases_take_several_turns_and_do_not_fill_the_last(monkeypatch):
 
 def test_memory_need_not_be_aligned():
     tokens, taps, bias, *options = (*SMALL.arguments(1), True)
-    reference = kernels.convolve(tokens, taps, bias, *options)
-    moved = kernels.convolve(guarded(tokens, before=1), guarded(taps, before=1), bias, *options)
+    reference = convolve(tokens, taps, bias, *options)
+    moved = convolve(guarded(tokens, before=1), guarded(taps, before=1), bias, *options)
     assert all(map(torch.equal, moved, reference))
 
 
 def test_upstream_gradients_may_have_any_layout():
     tokens, taps, bias, *options = (*SMALL.arguments(1), False)
-    q, k, v, *_ = kernels.convolve(tokens, taps, bias, *options)
+    q, k, v, *_ = convolve(tokens, taps, bias, *options)
     laid_out = [
         torch.ones((), device=DEVICE).expand_as(q),
         torch.randn(k.mT.shape, device=DEVICE).mT,
@@ -247,7 +245,7 @@ def test_class_tokens_take_no_part_where_there_are_moments():
     unknown[:, 0] = torch.nan
     results = []
     for given in (tokens, unknown.requires_grad_()):
-        q, k, v, _, moments = kernels.convolve(given, taps, bias, *options)
+        q, k, v, _, moments = convolve(given, taps, bias, *options)
         upstream = [torch.ones_like(output) for output in (q, k, v, moments)]
         if given is unknown:
             for gradient in upstream[:3]:
@@ -261,23 +259,23 @@ def test_class_tokens_take_no_part_where_there_are_moments():
 @pytest.mark.parametrize(("mean", "allowed"), [(10, 1e-6), (1000, 1e-4)])
 def test_moments_are_good_far_from_zero(mean, allowed, monkeypatch):
     """Tokens with a spread of 1 around `mean`, and, as in a batch of one colour, with none."""
-    monkeypatch.setattr(triton_projection, "PROGRAMS", 1)
+    monkeypatch.setattr(qkv_triton, "PROGRAMS", 1)
     tokens = mean + torch.randn(9, 16, 64, generator=torch.Generator().manual_seed(mean)).to(DEVICE)
     taps, bias = torch.ones(3, 1, 64, device=DEVICE), torch.zeros(3, 64, device=DEVICE)
-    *_, (_, variance) = kernels.convolve(tokens, taps, bias, 4, 4, 1, True)
+    *_, (_, variance) = convolve(tokens, taps, bias, 4, 4, 1, True)
     exact = tokens.double().var((0, 1), correction=0).expand_as(variance)
     assert distance(variance, exact) < allowed
     tokens = tokens[:1, :1].expand_as(tokens).contiguous()
-    *_, (_, variance) = kernels.convolve(tokens, taps, bias, 4, 4, 1, True)
+    *_, (_, variance) = convolve(tokens, taps, bias, 4, 4, 1, True)
     assert (variance.abs() < 1e-12 * mean**2).all()
 
 
 def test_what_is_not_finite_stays_where_it_is_read():
     tokens, taps, bias, *options = (*SMALL.arguments(1), False)
-    *reference, _, _ = kernels.convolve(tokens, taps, bias, *options)
+    *reference, _, _ = convolve(tokens, taps, bias, *options)
     tokens = tokens.detach().clone()
     tokens[1, 1, 3], tokens[1, 9, 5] = torch.nan, torch.inf
-    *found, _, _ = kernels.convolve(tokens, taps, bias, *options)
+    *found, _, _ = convolve(tokens, taps, bias, *options)
     for output, expected in zip(found, reference, strict=True):
         assert not output[1, :, [3, 5]].isfinite().all()
         output[1, :, [3, 5]] = expected[1, :, [3, 5]]
@@ -290,35 +288,39 @@ def test_what_is_not_finite_stays_where_it_is_read():
 def test_the_operators_give_what_they_say_when_compiled():
     arguments = (*SMALL.arguments(1), True)
     checks = ("test_faketensor",)  # the others do not depend on what implements them
-    torch.library.opcheck(kernels.convolve, arguments, test_utils=checks)
-    *outputs, of_class, _ = (y.detach() for y in kernels.convolve(*arguments))
+    torch.library.opcheck(convolve, arguments, test_utils=checks)
+    *outputs, of_class, _ = (y.detach() for y in convolve(*arguments))
     tokens, taps, _, *options = arguments
     lines = torch.ones(3, 2, taps.shape[2], device=DEVICE)
     arguments = outputs, of_class, outputs, lines, tokens, taps, *options
-    torch.library.opcheck(projection.convolve_backward, arguments, test_utils=checks)
+    torch.library.opcheck(qkv_projection.convolve_backward, arguments, test_utils=checks)
 
 
-def steps(mode, count, prepare=lambda model: model):
-    """The losses of some steps of AdamW in a mode."""
+def steps(apply, count, prepare=lambda model: model):
+    """The losses of some steps of AdamW after a function changed the model."""
     model = one_block().to(DEVICE).train()
+    apply(model)
     optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-3), []
     targets = torch.arange(4, device=DEVICE)
     torch.manual_seed(0)
-    with kernels.projections_as(mode):
-        compute = prepare(model)
-        for i in range(count):
-            loss = compute(images().to(DEVICE) + 0.1 * (i % 3), labels=targets).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+    compute = prepare(model)
+    for i in range(count):
+        loss = compute(images().to(DEVICE) + 0.1 * (i % 3), labels=targets).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
     return losses
 
 
+def nothing(model):
+    """Leaves the model as it is."""
+
+
 def test_steps_follow_each_other_as_before():
-    losses = steps("off", 20)
+    losses = steps(nothing, 20)
     assert losses[-1] < 0.6 * losses[0]
-    assert steps("auto", 20) == pytest.approx(losses, rel=1e-5)
+    assert steps(apply_triton, 20) == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.usefixtures("no_recompilation")
@@ -326,15 +328,15 @@ def test_training_compiles_into_one_graph():
     def compiled(model):
         return torch.compile(model, fullgraph=True, backend="aot_eager")
 
-    assert steps("auto", 3, compiled) == pytest.approx(steps("off", 3), rel=1e-5)
+    assert steps(apply_triton, 3, compiled) == pytest.approx(steps(nothing, 3), rel=1e-5)
 
 
-def test_fused_models_compute_what_the_models_do():
+def test_models_compute_the_same_in_eval_mode():
     model, pixels = one_block().to(DEVICE), images().to(DEVICE)
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(pixels.double()).logits
-        for compute in (model, fuse(model)):
-            assert distance(compute(pixels).logits, expected) < 1e-5
+        apply_triton(model)
+        assert distance(model(pixels).logits, expected) < 1e-5
 
 
 # ------------------------------------------------------------------------------ compilation

@@ -1,4 +1,4 @@
-"""The convolutions of `projection.py` in PyTorch's own operators."""
+"""The convolutions of `qkv_projection.py` in PyTorch's own operators."""
 
 from collections.abc import Iterable, Sequence
 
@@ -44,7 +44,7 @@ def forward(
     stride: int,
     moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `projection.convolve` gives, but for class tokens."""
+    """What `qkv_projection.convolve` gives, but for class tokens."""
     image, weights = to_image(tokens, size).to(taps.dtype), weights_of(taps)
     keys = keys_shape(tokens.shape, size, stride)
     q, k, v = torch.empty_like(tokens), tokens.new_empty(keys), tokens.new_empty(keys)
@@ -69,7 +69,7 @@ def backward(
     stride: int,
     moments: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What `projection.convolve_backward` gives, but for class tokens."""
+    """What `qkv_projection.convolve_backward` gives, but for class tokens."""
     image, weights, C = to_image(tokens, size).to(taps.dtype), weights_of(taps), taps.shape[2]
     dimage, dweights, dbias = torch.zeros_like(image), [], []
     for i, grid in enumerate(grids(size, stride)):

@@ -1,4 +1,4 @@
-"""The convolutions of `projection.py` in Triton: one pass over the tokens forward, two backward.
+"""`cvt::convolve` in Triton: one pass over the tokens forward, two backward.
 
 All three kernels go through cells: a key, its value and the S x S queries around them, where S is
 the stride of keys and values. So a token is read (S - 1 + K)² / S² times and not K² times, 4 times
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cvt.kernels.torch_projection import grids, keys_shape
+from cvt.kernels.qkv_reference import grids, keys_shape
 
 SIZES = ["turns", "cells", "H", "W", "h", "w"]  # one kernel serves all of them
 WARPS = 4
@@ -363,7 +363,7 @@ def forward(
     stride: int,
     moments: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `projection.convolve` gives, but for class tokens."""
+    """What `qkv_projection.convolve` gives, but for class tokens."""
     launch = Launch(tokens, taps, size, stride)
     keys = keys_shape(tokens.shape, size, stride)
     q, k, v = torch.empty_like(tokens), tokens.new_empty(keys), tokens.new_empty(keys)
@@ -388,7 +388,7 @@ def backward(
     stride: int,
     moments: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What `projection.convolve_backward` gives, but for class tokens."""
+    """What `qkv_projection.convolve_backward` gives, but for class tokens."""
     launch = Launch(tokens, taps, size, stride)
     dtokens = torch.empty_like(tokens)
     dtaps = taps.new_empty(launch.programs, 3 * taps.shape[1] + 3, taps.shape[2])

@@ -1,11 +1,11 @@
-"""Triton's kernels beside float64, for random geometry and numbers: projection.py [SECONDS [SEED]].
+"""Triton's kernels beside float64, for random geometry and numbers: qkv_triton.py [SECONDS [SEED]].
 
 On a GPU, or in Triton's interpreter without one, where everything is smaller. Prints every case
 that is worse than those before it, in units of what rounding explains, and fails from 1 on, or
 where anything is read or written that should not be. For the latter, on a GPU, also:
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 \
-        python tests/stress/projection.py 60
+        python tests/stress/qkv_triton.py 60
 
 and again with `--tool racecheck` and `--tool initcheck`. None of it was ever run on a GPU.
 """
@@ -21,10 +21,9 @@ import torch
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "gpu_kernels")]
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
-from test_triton_projection import DEVICE, Case, distances
+from test_qkv_triton import DEVICE, Case, distances
 
-from cvt import kernels
-from cvt.kernels.projection import triton_kernels
+from cvt.kernels.qkv_projection import triton_kernels
 
 
 def random_case(rng):
@@ -47,15 +46,14 @@ if __name__ == "__main__":
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 300
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else time.time_ns() % 2**31
     end, count, worst = time.monotonic() + seconds, 0, 0.0
-    with kernels.projections_as("auto"):
-        assert triton_kernels(torch.empty(1, device=DEVICE))
-        while time.monotonic() < end:
-            case = random_case(random.Random(seed + count))
-            values = case.batch * case.grid[0] * case.grid[1]
-            found = distances(case, moments=values > 16, seed=seed + count)
-            if max(found.values()) > worst:
-                worst = max(found.values())
-                print(f"seed {seed + count}: {worst:.2f} {case} {found}")
-            assert worst < 1
-            count += 1
+    assert triton_kernels(torch.empty(1, device=DEVICE))
+    while time.monotonic() < end:
+        case = random_case(random.Random(seed + count))
+        values = case.batch * case.grid[0] * case.grid[1]
+        found = distances(case, moments=values > 16, seed=seed + count)
+        if max(found.values()) > worst:
+            worst = max(found.values())
+            print(f"seed {seed + count}: {worst:.2f} {case} {found}")
+        assert worst < 1
+        count += 1
     print(f"{count} cases from seed {seed} on: at most {worst:.2f} of what rounding explains")
