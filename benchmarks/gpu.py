@@ -13,9 +13,9 @@ takes hours, most of them to compile, so what matters most comes first, and ever
 the csv as soon as it is there.
 
 Contestants: transformers' CvT and ours, of the same shape, eager and compiled by torch.compile for
-that very size. Forms of ours are the model as it is and the fused one (`cvt.fuse`), which also runs
-as a CUDA graph (mode="reduce-overhead"), both without and with the kernels of the projections
-(`cvt.kernels.set_projections("auto")`). Beside cvt-13 at 224, timm's models of its size. All are
+that very size. Forms of ours are the model as `cvt train` has it, that with Triton's kernels
+(`cvt.kernels.apply_triton`), and the fused one (`cvt.fuse`), which also runs as a CUDA graph
+(mode="reduce-overhead"). Beside cvt-13 at 224, timm's models of its size. All are
 channels-last but transformers' CvT, which cannot be. bf16 is autocast, but for the fused form,
 whose weights are bf16; tf32 and fp32 say how products and convolutions of fp32 are computed.
 
@@ -27,8 +27,8 @@ Memory: the most that a contestant has allocated at a time in its steps, batch, 
 optimizer included, but not what compiling takes, nor what was there before it.
 
 Operations: those of matrix products, convolutions and attention, forward and backward, as
-`cvt.macs` counts them, in an eager step on fake tensors; of what is compiled or has kernels, in its
-form without. What attention computes again on the way back is counted. The matrix
+`cvt.macs` counts them, in an eager step on fake tensors; of what is compiled or has kernels,
+in its form without. What attention computes again on the way back is counted. The matrix
 share is their rate beside that of a product of matrices in the same precision.
 
 Bytes: the least that these operations could move, which is the inputs and outputs of each, as if
@@ -38,7 +38,7 @@ their turns with the contestants.
 
 A contestant that fails has a row that says why. Prints tables and writes
 `results/gpu-<device>-torch<version>-<date>.csv`. So far it has run on a CPU only,
-where there are no kernels and their rows tell of the model as it is.
+where PyTorch's own operators take the place of the kernels.
 """
 
 import argparse
@@ -70,8 +70,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from training import training_step
 
-from cvt import fuse, kernels
+from cvt import fuse
 from cvt.benchmark import Turns, device_name, in_turns, middle, speed_ratios, timed, versions
+from cvt.kernels import apply_triton, recompute_activations
 from cvt.macs import MacCounter
 
 # Most important first. Transformers' step on 64 images of cvt-w24 would take 129 GiB in fp32.
@@ -112,12 +113,8 @@ class Contestant(NamedTuple):
 
 RUNS = ("eager", "compiled")
 EAGER, COMPILED = REFERENCES = tuple(Contestant("transformers", "", run) for run in RUNS)
-MODELS = tuple(Contestant("cvt", form, run) for form in ("", "kernels") for run in RUNS)
-FUSED = tuple(
-    Contestant("cvt", form, run)
-    for form in ("fused", "fused kernels")
-    for run in (*RUNS, "CUDA graph")
-)
+MODELS = tuple(Contestant("cvt", form, run) for form in ("", "triton") for run in RUNS)
+FUSED = tuple(Contestant("cvt", "fused", run) for run in (*RUNS, "CUDA graph"))
 LIMITS = MATRICES, COPY = Contestant("product of matrices", "", ""), Contestant("copy", "", "")
 COLUMNS = (
     *Case._fields,
@@ -154,25 +151,23 @@ def stepping(
     images = torch.randn(case.batch_size, 3, case.image_size, case.image_size, device=device)
     if name != "transformers":
         images = images.contiguous(memory_format=torch.channels_last)
-    if "fused" in form:
+    training = case.question == "training"
+    if name == "cvt" and training:
+        recompute_activations(model)
+    if form == "triton":
+        apply_triton(model)
+    if form == "fused":
         model = fuse(model, case.dtype)
     mode = "reduce-overhead" if run == "CUDA graph" else None
     forward = Logits(model if run == "eager" else torch.compile(model, dynamic=False, mode=mode))
-    autocast = case.dtype is not torch.float32 and "fused" not in form
+    autocast = case.dtype is not torch.float32 and form != "fused"
 
     @torch.no_grad()
     def answer() -> None:
         with torch.autocast(device, case.dtype, enabled=autocast):
             forward(images)
 
-    training = case.question == "training"
-    step = training_step(model, forward, images, case.dtype) if training else answer
-
-    def switched() -> None:
-        with kernels.projections_as("auto" if "kernels" in form else "off"):
-            step()
-
-    return switched
+    return training_step(model, forward, images, case.dtype) if training else answer
 
 
 class Counter(MacCounter):
@@ -270,7 +265,7 @@ def prepare(contestant: Contestant, case: Case, device: str) -> Prepared:
     step()  # records, if it is a CUDA graph
     ready = Prepared(step, burst(step, device), case.batch_size)
     ready = ready._replace(memory=torch.cuda.max_memory_allocated() - before)
-    form = contestant.form.replace("kernels", "").strip()
+    form = "" if contestant.form == "triton" else contestant.form
     # On a CPU the fused form packs its weights, which fake tensors do not know.
     on = "cuda" if form == "fused" else device
     try:

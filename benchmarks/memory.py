@@ -10,8 +10,9 @@ what AdamW remembers, all that is kept for the backward pass and what comes and 
 takes for itself, and an allocator's gaps, are not in it.
 
 Contestants: transformers' CvT; timm's swin_tiny, convnext_tiny and pvt_v2_b2, beside cvt-13 at 224;
-ours, the same with the kernels of the projections (`set_projections`), and with gradient
-checkpointing. Precisions: fp32, and bf16 by autocast, as a GPU's: LayerNorm and softmax in fp32.
+ours as `cvt train` has it, as it is built, with Triton's kernels (`cvt.kernels.apply_triton`), and
+with gradient checkpointing. Precisions: fp32, and bf16 by autocast, as a GPU's: LayerNorm and
+softmax in fp32.
 
 Prints a table and writes `results/memory-<processor>-torch<version>-<date>.csv`.
 """
@@ -32,12 +33,11 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from training import training_step
 
-from cvt import kernels
 from cvt.benchmark import versions
+from cvt.kernels import apply_triton, recompute_activations
 from cvt.profile import LiveMemory
 
-# Ours: how `set_projections` has the projections.
-FORMS = {"": "off", "kernels": "torch", "gradient checkpointing": "off"}
+FORMS = ("", "plain", "triton", "gradient checkpointing")  # of ours
 COLUMNS = ("variant", "image_size", "batch_size", "precision", "model", "form")
 
 
@@ -57,15 +57,16 @@ def peak(size: tuple[str, int, int], precision: str, name: str, form: str) -> in
     with torch.device("meta"):
         model = build(name, shape(variant))
     with (
-        # On a GPU nothing is chosen for the speed of a CPU's bfloat16.
-        patch("cvt.kernels.operators.is_cpu_bfloat16", lambda x: False),
-        kernels.projections_as(FORMS[form]),
         FakeTensorMode(allow_non_fake_inputs=True),
         patch.object(F, "layer_norm", in_fp32(F.layer_norm)),
         patch.object(F, "softmax", in_fp32(F.softmax)),
         patch.object(Tensor, "softmax", in_fp32(Tensor.softmax)),
     ):
         model.to_empty(device="cpu")
+        if name == "cvt" and form != "plain":
+            recompute_activations(model)
+        if form == "triton":
+            apply_triton(model)
         if form == "gradient checkpointing":
             model.activation_checkpointing_enable()
         images = torch.empty(batch, 3, pixels, pixels)

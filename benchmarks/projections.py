@@ -8,9 +8,8 @@ For each stage of a CvT, on random tokens in bf16:
 - forward, backward: `cvt::convolve` and its gradients alone. Bytes are those of the tensors that
   their kernels read and write, each once; the copy share is their rate as a share of that of a copy
   on the device.
-- projections: queries, keys and values with their gradients, as `cvt.kernels.set_projections` has
-  them: `off`, which is the reference, and `auto`, both eager and compiled by torch.compile. On a
-  CPU `auto` is `off`.
+- projections: queries, keys and values with their gradients, by the modules, which is the
+  reference, and after `cvt.kernels.apply_triton`, both eager and compiled by torch.compile.
 
 All of a stage take turns, timed by CUDA events; figures are medians, and ratios the medians of the
 turns' own ratios.
@@ -19,6 +18,7 @@ Prints a table and writes `results/projections-<device>-torch<version>-<date>.cs
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -29,8 +29,10 @@ from gpu import CLOCKS
 from measuring import SHAPES, Row, command_line, count, duration, result_file, show, write_rows
 from torch import Tensor
 
-from cvt import kernels
 from cvt.benchmark import device_name, in_turns, middle, speed_ratios, versions
+from cvt.kernels import apply_triton
+from cvt.kernels.qkv_projection import convolve, parts_of
+from cvt.kernels.qkv_reference import taps_of
 from cvt.modeling import SelfAttention
 
 Runs = dict[tuple[str, str], Callable[[], object]]
@@ -40,16 +42,16 @@ COLUMNS = ("stage", "what", "how", "ms", "gb_per_second", "copy_share", "ratio")
 
 def of_kernels(attention: SelfAttention, x: Tensor, grid: tuple[int, int]) -> tuple[Runs, Row]:
     """The operator alone, forward and backward, and the bytes of both."""
-    parts = kernels.parts_of(attention.projections)
-    taps = kernels.taps_of(part.convolution.weight.detach() for part in parts)
+    parts = parts_of(attention)
+    taps = taps_of(part.convolution.weight.detach() for part in parts)
     bias = torch.zeros(3, x.shape[2], device=x.device)
     geometry = (*grid, parts[1].convolution.stride[0], True)
-    *outputs, class_token, _ = kernels.convolve(x, taps, bias, *geometry)
+    *outputs, class_token, _ = convolve(x, taps, bias, *geometry)
     upstream = [torch.randn_like(output) for output in outputs]
     lines = torch.randn(3, 2, x.shape[2], device=x.device)
     backward = torch.ops.cvt.convolve_backward
     runs = {
-        ("forward", ""): partial(kernels.convolve, x, taps, bias, *geometry),
+        ("forward", ""): partial(convolve, x, taps, bias, *geometry),
         ("backward", ""): partial(
             backward, upstream, class_token, outputs, lines, x, taps, *geometry
         ),
@@ -64,20 +66,21 @@ def of_projections(attention: SelfAttention, x: Tensor, grid: tuple[int, int]) -
     x = x.clone().requires_grad_()
     upstream = None
 
-    def step(mode: str, project: Callable) -> None:
+    def step(project: Callable) -> None:
         nonlocal upstream
-        kernels.set_projections(mode)
         with torch.autocast(x.device.type, torch.bfloat16):
             made = project(x, grid)
         upstream = upstream or [torch.randn_like(tokens) for tokens in made]
         torch.autograd.backward(made, upstream)
 
-    ways = {"eager": attention.project, "compiled": torch.compile(attention.project, dynamic=False)}
-    return {
-        ("projections", f"{mode} {way}"): partial(step, mode, project)
-        for way, project in ways.items()
-        for mode in ("off", "auto")
-    }
+    one_pass = copy.deepcopy(attention)
+    apply_triton(one_pass)
+    runs: Runs = {}
+    for how, module in (("modules", attention), ("triton", one_pass)):
+        runs["projections", f"{how} eager"] = partial(step, module.project)
+        compiled = torch.compile(module.project, dynamic=False)
+        runs["projections", f"{how} compiled"] = partial(step, compiled)
+    return runs
 
 
 def stage_rows(number: int, options: argparse.Namespace) -> list[Row]:
@@ -90,22 +93,12 @@ def stage_rows(number: int, options: argparse.Namespace) -> list[Row]:
         tokens = torch.randn(options.batch_size, H * W + stage.cls_token, stage.embed_dim)
         copied = torch.randn(COPIED)
     x = tokens.to(torch.bfloat16)
-    kernels.set_projections("auto")
     runs, moved = of_kernels(attention, x, (H, W))
     runs |= of_projections(attention, x, (H, W))
     runs["copy", ""] = partial(torch.empty_like(copied).copy_, copied)
     moved["copy"] = 2 * copied.nbytes
-
-    def alone(key: tuple[str, str]) -> None:
-        kernels.set_projections("auto")  # what the turn before chose may be another
-        runs[key]()
-
-    times = in_turns(
-        {key: partial(alone, key) for key in runs},
-        options.seconds,
-        options.turns,
-        clock=CLOCKS[options.device],
-    )
+    clock = CLOCKS[options.device]
+    times = in_turns(runs, options.seconds, options.turns, clock=clock)
     rows = []
     for (what, how), turns in times.items():
         seconds = middle(turns)
@@ -116,7 +109,7 @@ def stage_rows(number: int, options: argparse.Namespace) -> list[Row]:
             row["gb_per_second"] = f"{rate / 1e9:.4g}"
             row["copy_share"] = f"{rate / moved['copy'] * middle(times['copy', '']):.3f}"
         else:
-            row["ratio"] = f"{speed_ratios(times['projections', 'off eager'], turns)[1]:.3f}"
+            row["ratio"] = f"{speed_ratios(times['projections', 'modules eager'], turns)[1]:.3f}"
         rows.append(row)
     return rows
 

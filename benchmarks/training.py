@@ -5,7 +5,8 @@
 A step is forward, cross-entropy, backward and a fused AdamW, on one random batch that stays where
 it is; under autocast unless the precision is fp32. Both models have the same shape and a drop path
 of zero, so that neither skips work and transformers' drop path does no harm; each has the
-activation that it gives the variant, QuickGELU here and GELU there. Both are eager, or both
+activation that it gives the variant, QuickGELU here and GELU there; ours is prepared as `cvt train`
+does. Both are eager, or both
 compiled with `--compile`.
 
 Speed: the two take turns, step by step in one process, so that a busy machine slows both; the
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 
 import cvt
 from cvt.benchmark import device_name, in_turns, middle, speed_ratios
+from cvt.kernels import apply_cpu_bf16, recompute_activations
 
 CONTESTANTS = ("cvt", "transformers")
 
@@ -68,7 +70,12 @@ def training_step(
 def prepared(contestant: str, options: argparse.Namespace) -> Callable[[], None]:
     """A contestant's step."""
     torch.set_num_threads(options.threads)
-    model = Logits(build(contestant, shape(options.variant)))
+    inner = build(contestant, shape(options.variant))
+    if contestant == "cvt":  # as `cvt train` has it
+        recompute_activations(inner)
+        if options.precision == "bf16":
+            apply_cpu_bf16(inner)
+    model = Logits(inner)
     forward = torch.compile(model) if options.compile else model
     images = torch.randn(options.batch_size, 3, options.image_size, options.image_size)
     return training_step(model, forward, images, DTYPES[options.precision])
