@@ -21,7 +21,7 @@ from torch import nn
 
 from cvt import CvtConfig, CvtForImageClassification
 from cvt.checkpoints import authors_to_transformers, transformers_to_authors
-from cvt.modeling import BatchNorm, DropPath, LayerNorm, Stage
+from cvt.modeling import DropPath, LayerNorm, Stage
 
 TRAINING_CASES = [name for name, case in CASES.items() if case.training]
 GRADIENT_CASES = [name for name, case in CASES.items() if case.gradients]
@@ -196,10 +196,10 @@ def test_convolutions_start_as_torch_makes_them(fresh):
 
 
 def test_norms_start_at_one_and_zero(fresh):
-    for norm in modules(fresh, (LayerNorm, BatchNorm)):
+    for norm in modules(fresh, (LayerNorm, nn.BatchNorm2d)):
         assert (norm.weight == 1).all()
         assert not norm.bias.any()
-    for norm in modules(fresh, BatchNorm):
+    for norm in modules(fresh, nn.BatchNorm2d):
         assert not norm.running_mean.any()
         assert (norm.running_var == 1).all()
 
