@@ -25,9 +25,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cvt import hub
 from cvt.configuration import CvtConfig, StageConfig, check_queries
 from cvt.losses import classification_loss
+from cvt.strict_loading import COUNTER, load_pretrained, save_readable
 
 # ------------------------------------------------------------------------------ elementary layers
 
@@ -422,7 +422,7 @@ class CvtPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keys_to_ignore_on_load_missing = [rf"\.{hub.COUNTER}$"]  # they start at 0
+    _keys_to_ignore_on_load_missing = [rf"\.{COUNTER}$"]  # they start at 0
 
     def __init__(self, config: CvtConfig) -> None:
         config.validate()
@@ -457,25 +457,13 @@ class CvtPreTrainedModel(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> "Self":
-        """As in transformers, published names too, and strict: see `hub.load_strictly`.
-
-        A folder with a `checksums.json` is compared with it, unless `verify=False` is given.
-        """
+        """As in transformers, published names too, and strict: see `cvt.strict_loading`."""
         load = super().from_pretrained
-        if kwargs.pop("verify", True):
-            hub.verify_folder(pretrained_model_name_or_path)
-        if files := hub.local_files(pretrained_model_name_or_path, kwargs):
-            config = kwargs.get("config") or pretrained_model_name_or_path
-            if not isinstance(config, CvtConfig):
-                config = CvtConfig.from_pretrained(config, **kwargs | {"config": None})
-            new_head = "num_labels" in kwargs or "id2label" in kwargs
-            size = sum(file.stat().st_size for file in files if file.is_file())
-            config.check_file(size, pretrained_model_name_or_path, new_head)
-        return hub.load_strictly(load, pretrained_model_name_or_path, *args, **kwargs)
+        return load_pretrained(load, pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; whoever may read the config may read the weights."""
-        hub.save_readable(super().save_pretrained, save_directory, *args, **kwargs)
+        save_readable(super().save_pretrained, save_directory, *args, **kwargs)
 
 
 class CvtModel(CvtPreTrainedModel):

@@ -12,12 +12,13 @@ from keras import initializers, ops
 from scipy import stats
 from small_models import assert_equal, images, mixed, random_case, randomise, seeds, tiny
 
-from cvt import CvtConfig, CvtForImageClassification, TFCvtForImageClassification, TFCvtModel, hub
+from cvt import CvtConfig, CvtForImageClassification, TFCvtForImageClassification, TFCvtModel
 from cvt.checkpoints.names import keras_to_transformers
 from cvt.configuration import VARIANTS
 from cvt.keras import TFCvtModelOutput, TFImageClassifierOutput, losses, weights
 from cvt.keras.modeling import DATA_FORMATS
 from cvt.losses import classification_loss
+from cvt.strict_loading import COUNTER
 
 SEEDS, SEEDS_OF_TRAINING = range(50), range(12)
 BACKEND = keras.config.backend()
@@ -219,7 +220,7 @@ def test_published_variants_have_pytorchs_weights(variant):
         name: weights.to_torch(np.empty(v.shape, "V0")).shape for name, v in variables.items()
     }
     expected = {name: tuple(weight.shape) for name, weight in theirs.state_dict().items()}
-    assert shapes == {n: shape for n, shape in expected.items() if not n.endswith(hub.COUNTER)}
+    assert shapes == {n: shape for n, shape in expected.items() if not n.endswith(COUNTER)}
     parameters = sum(math.prod(variable.shape) for variable in ours.trainable_variables)
     assert parameters == sum(weight.numel() for weight in theirs.parameters())
 

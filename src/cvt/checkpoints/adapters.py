@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cvt import hub
+from cvt import hub, strict_loading
 from cvt.checkpoints import authors
 from cvt.checkpoints.reading import CheckpointError, load_tensors
 from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification
+from cvt.strict_loading import ADAPTER, list_faults, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +29,11 @@ def is_adapter(source: str | Path) -> bool:
     Raises:
         CheckpointError: it holds a model of its own, too.
     """
-    if not Path(source, hub.ADAPTER).is_file():
+    if not Path(source, ADAPTER).is_file():
         return False
-    if hub.weight_files(source):
+    if weight_files(source):
         raise CheckpointError(
-            f"{source} holds both a model and an adapter: move {hub.ADAPTER} and the adapter's "
+            f"{source} holds both a model and an adapter: move {ADAPTER} and the adapter's "
             "weights to a folder of their own"
         )
     return True
@@ -48,7 +49,7 @@ def base_of(folder: str | Path) -> str | Path:
         FileNotFoundError: there is no such model.
     """
     name = settings(folder).get("base_model_name_or_path")
-    change = f"set base_model_name_or_path in {Path(folder, hub.ADAPTER)} to its folder or name"
+    change = f"set base_model_name_or_path in {Path(folder, ADAPTER)} to its folder or name"
     if not name:
         raise CheckpointError(f"{folder} is an adapter that does not name its base: {change}")
     if hub.published(name):
@@ -68,7 +69,7 @@ def settings(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged.
     """
-    path = Path(folder, hub.ADAPTER)
+    path = Path(folder, ADAPTER)
     try:
         found = json.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -102,11 +103,11 @@ def merge(
         adapted = get_peft_model(base, config)
         loaded: Any = set_peft_model_state_dict(adapted, weights)
         missing = [name for name in loaded.missing_keys if ".default" in name]  # the adapter's name
-        faults = hub.list_faults(missing, loaded.unexpected_keys, {})
+        faults = list_faults(missing, loaded.unexpected_keys, {})
         if not faults:
             merged = adapted.merge_and_unload(safe_merge=True)
     except KeyError as error:  # a weight that PEFT looks up
-        faults = hub.list_faults(error.args, (), {})
+        faults = list_faults(error.args, (), {})
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         faults = f"\n  {' '.join(str(error).split())}"
     if faults:
@@ -180,7 +181,7 @@ def no_word_of_new_heads() -> Iterator[None]:
     def is_other(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("New classifier")
 
-    loggers = (hub.logger, authors.logger)
+    loggers = (strict_loading.logger, authors.logger)
     for each in loggers:
         each.addFilter(is_other)
     try:

@@ -10,13 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from cvt import hub
 from cvt.checkpoints.names import known_to_transformers, rename_known, transformers_to_authors
 from cvt.checkpoints.reading import CheckpointError, read_weights
 from cvt.configuration import VARIANTS, CvtConfig
-from cvt.hub import list_faults
 from cvt.labels import imagenet_classes
 from cvt.modeling import CvtForImageClassification
+from cvt.strict_loading import CLASSIFIER, COUNTER, HEAD, list_faults
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class ModelFile:
     @property
     def is_headless(self) -> bool:
         """Whether they are of a model without a classifier."""
-        return not self.weights.keys() & hub.CLASSIFIER
+        return not self.weights.keys() & CLASSIFIER
 
 
 def read_file(
@@ -121,12 +120,12 @@ def load_authors(
     new_head: Set[str] = set()
     if num_labels is not None and (head is None or len(head) != num_labels):
         # What a model without a head was saved as has no LayerNorm for it, either.
-        new_head = hub.CLASSIFIER if weights.keys() & hub.CLASSIFIER else hub.HEAD - weights.keys()
+        new_head = CLASSIFIER if weights.keys() & CLASSIFIER else HEAD - weights.keys()
         config.num_labels = num_labels
     config.check_file(sum(w.nbytes for w in weights.values()), path, bool(new_head))
     model = CvtForImageClassification(config)
     expected = model.state_dict()
-    counters = {name for name in expected if name.endswith(hub.COUNTER)} - weights.keys()
+    counters = {name for name in expected if name.endswith(COUNTER)} - weights.keys()
     weights |= {name: expected[name] for name in (*new_head, *counters)}
 
     mismatched = {

@@ -12,6 +12,7 @@ from cvt.configuration import VARIANTS, CvtConfig
 from cvt.files import check_checksums, check_path
 from cvt.images import image_processor
 from cvt.modeling import CvtForImageClassification
+from cvt.strict_loading import CLASSIFIER
 from cvt.zoo import PUBLISHED
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def load_adapted(
     )
     config = copy.deepcopy(model.config)
     config.num_labels = num_labels
-    kept = {name: w for name, w in model.state_dict().items() if name not in hub.CLASSIFIER}
+    kept = {name: w for name, w in model.state_dict().items() if name not in CLASSIFIER}
     return adapters.of_config(config, kept, model.dtype)
 
 

@@ -22,6 +22,7 @@ from cvt.checkpoints.names import keras_to_transformers
 from cvt.configuration import CvtConfig
 from cvt.files import pointer_fault, staged
 from cvt.keras.layers import as_config
+from cvt.strict_loading import CLASSIFIER, COUNTER, HEAD, new_weights, verify_folder
 
 if TYPE_CHECKING:
     from cvt.keras.modeling import TFCvtPreTrainedModel
@@ -70,15 +71,15 @@ def load(
         config, found = read_authors(Path(source), kwargs)
     else:
         if verify:
-            hub.verify_folder(source)
+            verify_folder(source)
         config = given or CvtConfig.from_pretrained(source, **of_hub, **kwargs)
         with hub.resolved(source, of_hub) as resolved:
             files = find(resolved, of_hub)
         found = {name: weight for file in files for name, weight in read(file).items()}
         config.check_file(sum(os.path.getsize(file) for file in files), source, new_head)
     model = make(given or config)
-    is_classifier = bool(hub.HEAD & named_variables(model).keys())
-    if os.path.isfile(source) and is_classifier and not (new_head or hub.CLASSIFIER & found.keys()):
+    is_classifier = bool(HEAD & named_variables(model).keys())
+    if os.path.isfile(source) and is_classifier and not (new_head or CLASSIFIER & found.keys()):
         from cvt.checkpoints.authors import headless
 
         raise headless(str(source))
@@ -109,10 +110,10 @@ def assign(
         if name not in missing and found[name].shape != shape
     }
     others = found.keys() - variables.keys()
-    unexpected = {name for name in others if not name.endswith(hub.COUNTER)}
-    if not hub.HEAD & variables.keys():
-        unexpected -= hub.HEAD
-    new = hub.new_weights(model, source, missing, unexpected, mismatched, new_head)
+    unexpected = {name for name in others if not name.endswith(COUNTER)}
+    if not HEAD & variables.keys():
+        unexpected -= HEAD
+    new = new_weights(model, source, missing, unexpected, mismatched, new_head)
     for name, variable in variables.items():
         if name not in new:
             variable.assign(to_keras(found[name]))
@@ -124,14 +125,14 @@ def save(model: "TFCvtPreTrainedModel", folder: str | Path) -> None:
     Files of these names are replaced, others in the folder are left alone.
     """
     variables = named_variables(model)
-    headless = not hub.HEAD & variables.keys()
+    headless = not HEAD & variables.keys()
     weights: Weights = {}
     for name, variable in variables.items():
         name = name.removeprefix("cvt.") if headless else name
         weights[name] = np.ascontiguousarray(to_torch(ops.convert_to_numpy(variable)))
         module, _, tensor = name.rpartition(".")
         if tensor == "running_mean":
-            weights[f"{module}.{hub.COUNTER}"] = np.array(0, np.int64)
+            weights[f"{module}.{COUNTER}"] = np.array(0, np.int64)
     config = copy.deepcopy(model.config)
     config.architectures = ["CvtModel" if headless else "CvtForImageClassification"]
     config.dtype = model.variable_dtype

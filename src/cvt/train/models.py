@@ -13,9 +13,10 @@ from cvt.configuration import VARIANTS, CvtConfig
 from cvt.evaluate import class_rows
 from cvt.images import image_processor
 from cvt.modeling import CvtForImageClassification
+from cvt.strict_loading import ADAPTER
 from cvt.train.recipe import Recipe
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", hub.ADAPTER)
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", ADAPTER)
 
 
 def classifier_for(

@@ -1,0 +1,226 @@
+"""transformers' loading and saving made strict: every fault is listed at once."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from cvt import hub
+from cvt.configuration import CvtConfig
+from cvt.files import CHECKSUMS, check_checksums, follow_umask, pointer_fault
+from cvt.text import printable
+
+logger = logging.getLogger(__name__)
+
+COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm; nothing reads it, and old files lack it
+ADAPTER = "adapter_config.json"  # which makes a folder one of an adapter of PEFT
+CLASSIFIER = {"classifier.weight", "classifier.bias"}
+HEAD = CLASSIFIER | {"layernorm.weight", "layernorm.bias"}
+
+
+def load_pretrained(
+    load: Callable[..., Any], name: str | os.PathLike, *args: Any, **kwargs: Any
+) -> Any:
+    """Call `PreTrainedModel.from_pretrained`, given as `load`, strictly; published names too.
+
+    A folder is compared with its `checksums.json`, if it has one, unless `verify=False` is given;
+    its config is compared with the size of its files before a tensor exists.
+
+    Raises:
+        ValueError: a file is damaged, or as in `load_strictly`.
+        OSError: as in `load_strictly`.
+    """
+    if kwargs.pop("verify", True):
+        verify_folder(name)
+    if files := local_files(name, kwargs):
+        config = kwargs.get("config") or name
+        if not isinstance(config, CvtConfig):
+            config = CvtConfig.from_pretrained(config, **kwargs | {"config": None})
+        new_head = "num_labels" in kwargs or "id2label" in kwargs
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        config.check_file(size, name, new_head)
+    return load_strictly(load, name, *args, **kwargs)
+
+
+def load_strictly(
+    load: Callable[..., Any], name: str | os.PathLike, *args: Any, **kwargs: Any
+) -> Any:
+    """Call `PreTrainedModel.from_pretrained`, given as `load`, and refuse weights that do not fit.
+
+    A classifier for another number of classes is made anew, random, if `num_labels` or `id2label`
+    asks for it; that is logged. `ignore_mismatched_sizes` and `output_loading_info` leave the
+    judgement to the caller.
+
+    Raises:
+        ValueError: weights are missing, unexpected or of the wrong shape; lists all of them.
+        OSError: there is no such model, or it cannot be reached.
+    """
+    with hub.resolved(name, kwargs) as source:
+        if kwargs.get("ignore_mismatched_sizes") or kwargs.get("output_loading_info"):
+            return load(source, *args, **kwargs)
+        kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        try:
+            model, loaded = load(source, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(f"the weights of {name} cannot be read: {error}") from error
+        except Exception as error:  # torch advises to run what is in a pickle
+            if fault := next(filter(None, map(pickle_fault, local_files(name, kwargs))), None):
+                raise ValueError(fault) from error
+            raise
+    mismatched = {name: sizes for name, *sizes in loaded["mismatched_keys"]}
+    new_head = "num_labels" in kwargs or "id2label" in kwargs
+    new_weights(
+        model, name, loaded["missing_keys"], loaded["unexpected_keys"], mismatched, new_head
+    )
+    return model
+
+
+def local_files(name: str | os.PathLike | None, kwargs: Mapping[str, Any]) -> list[Path]:
+    """The files of weights that `PreTrainedModel.from_pretrained` reads, where they are here.
+
+    Args:
+        name: of the model; if it is no folder, there are no such files.
+        kwargs: its other arguments.
+
+    Raises:
+        ValueError: a file is a pointer of git-lfs, or there are weights of an adapter alone.
+    """
+    if name is None or not os.path.isdir(name):
+        return []
+    choices = ("subfolder", "variant", "use_safetensors")
+    files = weight_files(name, **{each: kwargs[each] for each in choices if each in kwargs})
+    if fault := next(filter(None, map(pointer_fault, files)), None):
+        raise ValueError(fault)
+    if not files and all(Path(name, file).is_file() for file in (ADAPTER, "config.json")):
+        raise ValueError(
+            f"{name} is an adapter: cvt.checkpoints.load_classifier merges it with its base, "
+            "as every command does"
+        )
+    return files
+
+
+def verify_folder(name: str | os.PathLike | None) -> None:
+    """Compare a model folder with its `checksums.json`, if it is a folder that has one.
+
+    Raises:
+        ValueError: a file is damaged; names it.
+    """
+    if name is not None and os.path.isdir(name):
+        check_checksums(name)
+
+
+def weight_files(
+    folder: str | os.PathLike,
+    subfolder: str = "",
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+) -> list[Path]:
+    """The files from which transformers reads the weights in a folder; none if it has none.
+
+    Args:
+        folder: of a model.
+        subfolder: as in `PreTrainedModel.from_pretrained`.
+        variant: likewise.
+        use_safetensors: likewise.
+    """
+    infix = f".{variant}" if variant else ""
+    safetensors = [f"model{infix}.safetensors", f"model.safetensors.index{infix}.json"]
+    pickled = [f"pytorch_model{infix}.bin", f"pytorch_model.bin.index{infix}.json"]
+    names = {None: safetensors + pickled, True: safetensors, False: pickled}[use_safetensors]
+    paths = (Path(folder, subfolder or "", name) for name in names)
+    path = next(filter(Path.is_file, paths), None)
+    if path is None or path.suffix != ".json":
+        return [path] if path else []
+    try:
+        shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):  # transformers' loading says more
+        return [path]
+    return [path, *(path.with_name(shard) for shard in shards)]
+
+
+def pickle_fault(path: Path) -> str:
+    """Why a pickled file of weights cannot be used; empty if it can, or is no pickle."""
+    import torch
+
+    if path.suffix != ".bin":
+        return ""
+    with suppress(Exception):  # a damaged file fails in many ways: zip, pickle, storage sizes
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if isinstance(content, dict) and all(isinstance(v, torch.Tensor) for v in content.values()):
+            return ""
+    return (
+        f"{path} was not read: it holds more than tensors, or is not whole; nothing in a file is "
+        "run. `cvt convert` reads the weights of a checkpoint of training; else save "
+        "model.state_dict() alone"
+    )
+
+
+def save_readable(
+    save: Callable[..., None], folder: str | os.PathLike, *args: Any, **kwargs: Any
+) -> None:
+    """Call `PreTrainedModel.save_pretrained`, given as `save`; its weights follow the umask."""
+
+    def weights() -> dict[Path, tuple[int, int]]:
+        files = ((path, path.stat()) for path in Path(folder).glob("*.safetensors"))
+        return {path: (found.st_ino, found.st_mtime_ns) for path, found in files}
+
+    before = weights()
+    if os.path.isdir(folder):
+        Path(folder, CHECKSUMS).unlink(missing_ok=True)  # of what is about to be replaced
+    save(folder, *args, **kwargs)
+    if written := [path for path, found in weights().items() if before.get(path) != found]:
+        follow_umask(written, Path(folder))
+
+
+def new_weights(
+    model: Any,
+    source: str | os.PathLike,
+    missing: Set[str],
+    unexpected: Iterable[str],
+    mismatched: Mapping[str, Sequence],
+    new_head: bool,
+) -> Set[str]:
+    """The weights of a classifier that stay as they are, random, which is logged.
+
+    Args:
+        model: with its config; weights have transformers' names.
+        source: how messages call where the weights come from.
+        missing: names of weights that it lacks.
+        unexpected: names of those that the model lacks.
+        mismatched: the shapes found and expected, by name.
+        new_head: whether a new classifier is asked for.
+
+    Raises:
+        ValueError: other weights do not fit; lists all of them.
+    """
+    new: Set[str] = set()
+    if new_head:  # what a model without a head was saved as has no LayerNorm for it, either
+        new = (HEAD if missing >= CLASSIFIER else CLASSIFIER) & (missing | mismatched.keys())
+    wrong = {weight: mismatched[weight] for weight in sorted(mismatched.keys() - new)}
+    if faults := list_faults(sorted(missing - new), sorted(unexpected), wrong):
+        raise ValueError(
+            f"the weights of {source} do not fit {type(model).__name__} (num_labels would ask for "
+            f"a new classifier):{faults}"
+        )
+    if new:
+        logger.warning(
+            f"New classifier of {model.config.num_labels} classes: {source} has none for them. It "
+            "is random until trained."
+        )
+    return new
+
+
+def list_faults(
+    missing: Iterable[str], unexpected: Iterable[str], mismatched: Mapping[str, Sequence]
+) -> str:
+    """A line for each weight that does not fit; `mismatched` has the shapes found and expected."""
+    faults = [f"missing {printable(name)}" for name in missing]
+    faults += [f"unexpected {printable(name)}" for name in unexpected]
+    for name, (found, expected) in mismatched.items():
+        faults.append(f"{printable(name)} is {tuple(found)}, expected {tuple(expected)}")
+    return "".join(f"\n  {fault}" for fault in faults)
