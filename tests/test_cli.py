@@ -41,7 +41,7 @@ COMMANDS = {
         "--json", "--resume", "--no-verify", "--force",
     ],
     "train": [
-        "words", "--config", "--output", "--resume",
+        "words", "--config", "--output", "--resume", "--schema",
         "--val-data", "--classes", "--image-column", "--label-column", "--epoch-images",
         "--max-corrupt", "--max-pixels", "--workers",
         "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only",

@@ -1,11 +1,18 @@
 import dataclasses
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
 from cvt.train import Recipe, load_recipe
-from cvt.train.recipe import FIELDS, find_recipe, packaged_recipe, packaged_recipes
+from cvt.train.recipe import (
+    FIELDS,
+    find_recipe,
+    json_schema,
+    packaged_recipe,
+    packaged_recipes,
+)
 
 RECIPES = packaged_recipes()
 EXPERIMENTS = ("cvt-13-224x224", "cvt-13-384x384", "cvt-21-224x224", "cvt-21-384x384")
@@ -114,6 +121,31 @@ def test_a_scalar_may_be_repeated(tmp_path):
 def test_settings_that_contradict_each_other_are_named(changes, named):
     with pytest.raises(ValueError, match=named):
         load_recipe(changes=changes)
+
+
+def test_all_faults_are_listed_at_once():
+    with pytest.raises(
+        ValueError, match=r"flip = 2: .*\nepochs = 0: .*\nlr = -1: must be above 0$"
+    ):
+        load_recipe(changes={"epochs": 0, "lr": -1, "flip": 2})
+    with pytest.raises(ValueError, match=r"setting epoch; .*\n.*setting colour; is it color_jitter"):
+        load_recipe(changes={"epoch": 1, "colour": 2})
+    with pytest.raises(ValueError, match=r"fsdp: .*\nlora_r: "):
+        load_recipe(changes={"fsdp": True, "lora_r": 4, "head_only": True})
+
+
+def test_the_schema_accepts_the_packaged_recipes_and_refuses_what_a_recipe_refuses():
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    for path in RECIPES.values():
+        validator.validate(yaml.safe_load(path.read_text()))
+    assert schema["properties"].keys() == FIELDS.keys()
+    validator.validate({name: spec.default for name, spec in FIELDS.items()})
+    for wrong in ({"epoch": 1}, {"epochs": 0}, {"lr": 0}, {"flip": 2}, {"optimizer": "adam"}):
+        assert not validator.is_valid(wrong)
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            load_recipe(changes=wrong)
 
 
 def test_large_numbers_in_words_stay_exact():

@@ -1,6 +1,7 @@
 """`cvt train`: its options are the settings of `cvt.train.recipe`."""
 
 import inspect
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cvt.text import printable
-from cvt.train.recipe import FIELDS, load_recipe, read_settings, value_type
+from cvt.train.recipe import FIELDS, json_schema, load_recipe, read_settings, value_type
 
 
 def train(
@@ -37,6 +38,10 @@ def train(
         bool,
         typer.Option(help="Resume the run in the output folder, or start it if there is none."),
     ] = False,
+    schema: Annotated[
+        bool,
+        typer.Option("--schema", help="Print the JSON schema of a recipe, for editors, and exit."),
+    ] = False,
     **options: Any,
 ) -> None:
     """Train or fine-tune a classifier; the best epoch is kept as a model folder, OUTPUT/best.
@@ -44,6 +49,9 @@ def train(
     With --resume, the same command starts a run or resumes it exactly. In several processes:
     torchrun --nproc-per-node 8 -m cvt train ...
     """
+    if schema:
+        typer.echo(json.dumps(json_schema(), indent=2))
+        return
     changes = {name: value for name, value in options.items() if value is not None}
     for word in words or ():
         name, equals, value = word.partition("=")

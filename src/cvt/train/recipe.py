@@ -1,4 +1,4 @@
-"""What a training run is told: every setting, its default and its limits, in one table.
+"""The settings of a training run: each with its default and its limits, in one table.
 
 A recipe comes from a yaml file, from `key=value` words, or from Python; `cvt train` makes its
 options from this table. The packaged recipes, the paper's among them, are `cvt/recipes/*.yaml`.
@@ -29,9 +29,9 @@ def setting(
     help: str,
     *,
     group: str = "",
-    least: float = -math.inf,
-    above: float = -math.inf,
-    most: float = math.inf,
+    ge: float = -math.inf,
+    gt: float = -math.inf,
+    le: float = math.inf,
     choices: tuple[str, ...] = (),
     meaning: str = "",
 ) -> Any:
@@ -39,7 +39,7 @@ def setting(
 
     An error says what the value means, if that is given.
     """
-    limits = {"least": least, "above": above, "most": most, "choices": choices, "meaning": meaning}
+    limits = {"ge": ge, "gt": gt, "le": le, "choices": choices, "meaning": meaning}
     return field(default=default, metadata={"help": help, "group": group, **limits})
 
 
@@ -48,109 +48,127 @@ class Recipe:
     """How to train; `cvt train -h` shows what each setting means.
 
     Raises:
-        ValueError: a setting has the wrong type or is out of its limits; names it.
+        ValueError: settings have the wrong type, are out of their limits or contradict each other;
+            lists all of them.
     """
 
     data: str = setting(
-        "", "Training data: a folder, csv, parquet, cifar, hub:NAME, shards, digits.", group="Data"
+        "",
+        "Training data: folder, csv, parquet, cifar, hub:NAME, shards or digits.",
+        group="Data",
     )
-    val_data: str | None = setting(None, "Evaluation data, where DATA does not hold both.")
-    classes: str | None = setting(None, "File of class names, a line each, for numeric labels.")
-    image_column: str | None = setting(None, "Column of the images, in a table of several.")
-    label_column: str | None = setting(None, "Column of the labels, in a table of several.")
+    val_data: str | None = setting(None, "Validation data, if DATA has no validation split.")
+    classes: str | None = setting(None, "File of class names, one per line, for numeric labels.")
+    image_column: str | None = setting(None, "Image column of a table that has several.")
+    label_column: str | None = setting(None, "Label column of a table that has several.")
     epoch_images: int | None = setting(
-        None, "Images that a stream of unknown length counts as an epoch.", least=1
+        None, "Images per epoch of a stream of unknown length.", ge=1
     )
     max_corrupt: float = setting(
         0.01,
         "Share of the training images that may be unreadable; 10 always may.",
-        least=0,
-        most=1,
+        ge=0,
+        le=1,
         meaning="a share of the training images, as 0.01",
     )
     max_pixels: int | None = setting(
-        None,
-        "Pixels that an image may have; larger ones are unreadable; by default 178956970.",
-        least=1,
+        None, "Skip images with more pixels (default 178956970).", ge=1
     )
-    workers: int = setting(
-        0, "Processes that decode and augment, besides this one.", least=0, most=MOST_AT_ONCE
-    )
+    workers: int = setting(0, "Worker processes that decode and augment.", ge=0, le=MOST_AT_ONCE)
 
     model: str = setting(
         "cvt-13", "MODEL to start from, a variant, or a folder with a config.json.", group="Model"
     )
-    from_scratch: bool = setting(False, "Random weights, though MODEL has trained ones.")
-    drop_rate: float | None = setting(None, "Dropout, if not the model's.", least=0, most=0.99)
+    from_scratch: bool = setting(False, "Start from random weights even if MODEL has trained ones.")
+    drop_rate: float | None = setting(None, "Dropout rate, if not the model's.", ge=0, le=0.99)
     drop_path: float | None = setting(
-        None, "Stochastic depth at the last block, if not the model's.", least=0, most=0.99
+        None, "Stochastic depth rate of the last block, if not the model's.", ge=0, le=0.99
     )
-    freeze_stages: int = setting(0, "Keep the first N stages as they are.", least=0)
+    freeze_stages: int = setting(0, "Freeze the first N stages.", ge=0)
     head_only: bool = setting(False, "Train only the final norm and the classifier.")
     lora_r: int = setting(
-        0, "Train low-rank adapters of rank N and the classifier.", least=0, most=4096
+        0, "Rank of low-rank adapters (LoRA); 0 trains without them.", ge=0, le=4096
     )
 
     image_size: int = setting(
-        224, "Height and width in pixels.", group="Images", least=1, most=8192
+        224, "Height and width of the images in pixels.", group="Images", ge=1, le=8192
     )
     crop_pct: float | None = setting(
         None,
-        "Centre crop of evaluation, if not the start's or 0.875; none from 384 pixels.",
-        above=0,
-        most=1,
+        "Centre crop of validation, if not the start's or 0.875; none from 384 pixels on.",
+        gt=0,
+        le=1,
     )
-    crop_scale: float = setting(0.35, "Smallest area of a training crop.", above=0, most=1)
-    crop_ratio: float = setting(4 / 3, "Largest aspect ratio of a training crop.", least=1)
+    crop_scale: float = setting(
+        0.35, "Smallest area of a random crop, as a share of the image.", gt=0, le=1
+    )
+    crop_ratio: float = setting(4 / 3, "Largest aspect ratio of a random crop.", ge=1)
     interpolation: str | None = setting(
         None,
-        "Interpolation of a training crop, if not the start's or bicubic.",
+        "Interpolation of a random crop, if not the start's or bicubic.",
         choices=("bicubic", "bilinear", "random"),
     )
-    flip: float = setting(0.5, "Share of the images mirrored left to right.", least=0, most=1)
-    vertical_flip: float = setting(0.0, "Share mirrored top to bottom.", least=0, most=1)
+    flip: float = setting(0.5, "Probability of a horizontal flip.", ge=0, le=1)
+    vertical_flip: float = setting(0.0, "Probability of a vertical flip.", ge=0, le=1)
     auto_augment: str | None = setting(
-        None, "timm's policy, such as rand-m9-mstd0.5-inc1 or original; then no colour jitter."
+        None, "timm's policy, such as rand-m9-mstd0.5-inc1; replaces colour jitter."
     )
-    color_jitter: float = setting(0.0, "Brightness, contrast, saturation.", least=0)
-    random_erase: float = setting(0.0, "Share with a random part erased.", least=0, most=1)
-    repeats: int = setting(
-        1, "Repeated augmentation: views of an image in a step.", least=1, most=1024
+    color_jitter: float = setting(
+        0.0, "Strength of brightness, contrast and saturation jitter.", ge=0
     )
-    mixup: float = setting(0.0, "Mixup's alpha.", least=0)
-    cutmix: float = setting(0.0, "CutMix' alpha.", least=0)
-    mixup_prob: float = setting(1.0, "Share of batches that are mixed.", least=0, most=1)
-    mixup_switch: float = setting(0.5, "Of these, CutMix' share.", least=0, most=1)
-    mixup_mode: str = setting("batch", "What mixes alike.", choices=("batch", "pair", "elem"))
-    mixup_off_epoch: int = setting(0, "Epochs after which nothing is mixed; 0: never.", least=0)
-    label_smoothing: float = setting(0.1, "Target's share of all classes alike.", least=0, most=1)
+    random_erase: float = setting(0.0, "Probability of random erasing.", ge=0, le=1)
+    repeats: int = setting(1, "Repeated augmentation: views of an image in a step.", ge=1, le=1024)
+    mixup: float = setting(0.0, "Mixup's alpha; 0 switches it off.", ge=0)
+    cutmix: float = setting(0.0, "CutMix's alpha; 0 switches it off.", ge=0)
+    mixup_prob: float = setting(1.0, "Probability that a batch is mixed.", ge=0, le=1)
+    mixup_switch: float = setting(
+        0.5, "Probability of CutMix instead of mixup, if both are on.", ge=0, le=1
+    )
+    mixup_mode: str = setting(
+        "batch", "Mix by batch, pair or element.", choices=("batch", "pair", "elem")
+    )
+    mixup_off_epoch: int = setting(
+        0, "Epoch from which nothing is mixed; 0 mixes to the end.", ge=0
+    )
+    label_smoothing: float = setting(0.1, "Label smoothing.", ge=0, le=1)
 
-    epochs: int = setting(30, "Passes over the training images.", group="Optimisation", least=1)
-    steps: int | None = setting(None, "Steps of the optimizer, instead of epochs.", least=1)
-    batch_size: int = setting(64, "Images at a time in each process.", least=1, most=MOST_IMAGES)
-    accumulate: int = setting(1, "Batches of each process in a step.", least=1, most=65536)
+    epochs: int = setting(30, "Epochs to train.", group="Optimisation", ge=1)
+    steps: int | None = setting(None, "Optimizer steps to train, instead of epochs.", ge=1)
+    batch_size: int = setting(64, "Images in a batch of each process.", ge=1, le=MOST_IMAGES)
+    accumulate: int = setting(1, "Batches of each process in a step.", ge=1, le=65536)
     optimizer: str = setting("adamw", "Optimizer.", choices=("adamw", "sgd"))
-    lr: float | None = setting(None, "Highest learning rate, whatever the batch.", above=0)
-    lr_base: float = setting(2.5e-4, "The same for LR_BASE_SIZE images a step, scaled.", above=0)
-    lr_base_size: int = setting(256, "Images a step that LR_BASE is meant for.", least=1)
-    weight_decay: float = setting(0.05, "On all but norms, biases, class tokens.", least=0)
-    momentum: float = setting(0.9, "Of SGD.", least=0, most=0.9999)
+    lr: float | None = setting(None, "Peak learning rate, in place of LR_BASE.", gt=0)
+    lr_base: float = setting(
+        2.5e-4, "Peak learning rate for LR_BASE_SIZE images in a step; scales linearly.", gt=0
+    )
+    lr_base_size: int = setting(256, "Images in a step that LR_BASE is given for.", ge=1)
+    weight_decay: float = setting(
+        0.05, "Weight decay; none on norms, biases and class tokens.", ge=0
+    )
+    momentum: float = setting(0.9, "Momentum of SGD.", ge=0, le=0.9999)
     layer_decay: float = setting(
-        1.0, "Learning rate's factor from block to block.", above=0, most=1
+        1.0, "Factor of the learning rate from block to block, towards the input.", gt=0, le=1
     )
-    clip_grad: float | None = setting(None, "Largest norm of the gradient.", above=0)
+    clip_grad: float | None = setting(None, "Largest norm of the gradient.", gt=0)
     warmup_epochs: float | None = setting(
-        None, "Epochs of linear warm-up; by default 1, or half of them.", least=0
+        None, "Epochs of linear warm-up (default 1, or half of the epochs).", ge=0
     )
-    warmup_lr: float = setting(1e-6, "Learning rate at its start.", least=0)
-    min_lr: float = setting(0.0, "Learning rate at the end of the cosine.", least=0)
-    cooldown_epochs: int = setting(0, "Epochs at MIN_LR after EPOCHS.", least=0)
-    lr_updates: str = setting("step", "When the rate changes.", choices=("step", "epoch"))
-    ema_decay: float = setting(0.0, "Decay of averaged weights; 0: none.", least=0, most=0.999999)
+    warmup_lr: float = setting(1e-6, "Learning rate at the start of the warm-up.", ge=0)
+    min_lr: float = setting(0.0, "Learning rate at the end of the cosine schedule.", ge=0)
+    cooldown_epochs: int = setting(0, "Epochs at MIN_LR after the schedule.", ge=0)
+    lr_updates: str = setting(
+        "step", "Update the learning rate every step or epoch.", choices=("step", "epoch")
+    )
+    ema_decay: float = setting(
+        0.0,
+        "Decay of the exponential moving average of the weights; 0 keeps none.",
+        ge=0,
+        le=0.999999,
+    )
 
     precision: str = setting(
         "auto",
-        "auto is bf16 on a GPU that has it, else fp32.",
+        "Precision; auto is bf16 on a GPU that has it, else fp32.",
         group="Machine",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
@@ -158,30 +176,41 @@ class Recipe:
     recompute_activations: bool = setting(
         True, "Recompute the MLPs' activations in the backward pass: less memory."
     )
-    gradient_checkpointing: bool = setting(False, "Less memory for about a third more time.")
-    fsdp: bool = setting(False, "Shard weights and optimizer over the processes.")
+    gradient_checkpointing: bool = setting(
+        False, "Recompute whole blocks: less memory for about a third more time."
+    )
+    fsdp: bool = setting(False, "Shard weights and optimizer over the processes (FSDP).")
     triton: bool = setting(
         False, "Triton's kernels for query, key and value on a GPU; not run on one yet."
     )
 
-    seed: int = setting(0, "Of weights, order, augmentation and split.", group="Run", least=0)
-    eval_every: int = setting(1, "Epochs between evaluations.", least=1)
-    save_steps: int | None = setting(None, "Steps between checkpoints within an epoch.", least=1)
-    keep: int = setting(2, "Checkpoints to keep.", least=1)
+    seed: int = setting(0, "Seed of weights, order, augmentation and split.", group="Run", ge=0)
+    eval_every: int = setting(1, "Epochs between validations.", ge=1)
+    save_steps: int | None = setting(None, "Steps between checkpoints within an epoch.", ge=1)
+    keep: int = setting(2, "Checkpoints to keep.", ge=1)
 
     def __post_init__(self) -> None:
+        faults = []
         for spec in dataclasses.fields(self):
-            object.__setattr__(self, spec.name, checked(spec, getattr(self, spec.name)))
+            try:
+                object.__setattr__(self, spec.name, checked(spec, getattr(self, spec.name)))
+            except ValueError as error:
+                faults.append(str(error))
+        if faults := faults or self.contradictions():
+            raise ValueError("\n".join(faults))
+
+    def contradictions(self) -> list[str]:
+        """A sentence for each pair of settings that exclude each other."""
+        faults = []
         if self.mixes and self.batch_size % 2:
-            raise ValueError(f"batch_size = {self.batch_size}: mixup and cutmix need an even one")
+            faults.append(f"batch_size = {self.batch_size}: mixup and cutmix need an even one")
         if self.fsdp and (self.ema_decay or self.lora_r):
-            raise ValueError("fsdp: sharded weights can neither be averaged nor have adapters")
+            faults.append("fsdp: sharded weights can neither be averaged nor have adapters")
         if self.lora_r and (self.head_only or self.freeze_stages):
-            raise ValueError(
-                "lora_r: adapters leave the model frozen; drop head_only, freeze_stages"
-            )
+            faults.append("lora_r: adapters leave the model frozen; drop head_only, freeze_stages")
         if self.lr_updates == "epoch" and (self.warmup_epochs or 0.0) % 1:
-            raise ValueError(f"warmup_epochs = {self.warmup_epochs}: with lr_updates=epoch, whole")
+            faults.append(f"warmup_epochs = {self.warmup_epochs}: with lr_updates=epoch, whole")
+        return faults
 
     @property
     def mixes(self) -> bool:
@@ -220,7 +249,7 @@ def checked(spec: dataclasses.Field, value: Any) -> Any:
     if value is None and optional:
         return None
     limits, fault = spec.metadata, ""
-    most = min(limits["most"], LARGEST.get(kind, math.inf))
+    largest = min(limits["le"], LARGEST.get(kind, math.inf))
     if kind is bool:
         words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
         value = words.get(value.lower(), value) if isinstance(value, str) else value
@@ -239,12 +268,12 @@ def checked(spec: dataclasses.Field, value: Any) -> Any:
             number = math.nan
         if not math.isfinite(number) or (kind is int and number != int(number)):
             fault = "must be a whole number" if kind is int else "must be a number"
-        elif number < limits["least"]:
-            fault = f"must be at least {limits['least']}"
-        elif number <= limits["above"]:
-            fault = f"must be above {limits['above']}"
-        elif number > most:
-            fault = f"must be at most {most}"
+        elif number < limits["ge"]:
+            fault = f"must be at least {limits['ge']}"
+        elif number <= limits["gt"]:
+            fault = f"must be above {limits['gt']}"
+        elif number > largest:
+            fault = f"must be at most {largest}"
         else:
             value = int(value) if isinstance(value, str) and value.isdigit() else kind(number)
     if fault:
@@ -252,6 +281,31 @@ def checked(spec: dataclasses.Field, value: Any) -> Any:
         meaning = f"; it is {limits['meaning']}" if limits["meaning"] else ""
         raise ValueError(f"{spec.name} = {shown}: {fault}{meaning}")
     return value
+
+
+JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+JSON_LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum"}
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe's yaml file, by which an editor completes and checks it."""
+    properties = {}
+    for name, spec in FIELDS.items():
+        kind, optional = value_type(spec)
+        types_ = [JSON_TYPES[kind], *(["null"] if optional else [])]
+        schema = {"description": spec.metadata["help"], "default": spec.default, "type": types_}
+        limits = {JSON_LIMITS[limit]: spec.metadata[limit] for limit in JSON_LIMITS}
+        schema |= {name: limit for name, limit in limits.items() if math.isfinite(limit)}
+        if choices := spec.metadata["choices"]:
+            schema["enum"] = [*choices, *([None] if optional else [])]
+        properties[name] = schema
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Recipe of cvt train",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": properties,
+    }
 
 
 class _Loader(yaml.SafeLoader):
@@ -323,7 +377,7 @@ def read_settings(
 
     Raises:
         OSError: there is no such recipe, or the file cannot be read.
-        ValueError: a key is unknown (names the nearest).
+        ValueError: keys are unknown; names each and the nearest.
     """
     settings: dict[str, Any] = {}
     if file is not None:
@@ -358,17 +412,20 @@ def load_recipe(file: str | Path | None = None, changes: Mapping[str, Any] | Non
 
     Raises:
         OSError: there is no such recipe, or the file cannot be read.
-        ValueError: a key is unknown (names the nearest), or a value does not fit.
+        ValueError: keys are unknown, or values do not fit; lists all of them.
     """
     return Recipe(**read_settings(file, changes))
 
 
 def _refuse_unknown(names: Mapping[str, Any], prefix: str = "") -> None:
+    faults = []
     for name in names:
         if name not in FIELDS:
             near = get_close_matches(name.replace("-", "_"), FIELDS, n=1, cutoff=0.5)
             hint = f"; is it {near[0]}?" if near else "; cvt train -h lists them"
-            raise ValueError(f"{prefix}there is no setting {name}{hint}")
+            faults.append(f"{prefix}there is no setting {name}{hint}")
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def resumed_recipe(run: Recipe, given: Mapping[str, Any], source: str = "") -> Recipe:
