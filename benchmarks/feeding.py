@@ -26,9 +26,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from contestants import shape
-from gpu import CLOCKS, QUICK, VARIANTS, Case, Contestant, made, stepping
-from measuring import (
+from common import (
+    CLOCKS,
+    QUICK,
+    VARIANTS,
     Row,
     command_line,
     count,
@@ -38,11 +39,13 @@ from measuring import (
     write_pictures,
     write_rows,
 )
+from peers import Logits, build, shape, training_step
 from torch import Tensor
 
 from cvt import image_processor
 from cvt.benchmark import device_name, in_turns, middle, timed, versions
 from cvt.datasets import LabelledImages
+from cvt.kernels import recompute_activations
 from cvt.train.augmentation import augmentation
 from cvt.train.batches import Batch, Plan, batches
 from cvt.train.recipe import Recipe, load_recipe
@@ -88,10 +91,15 @@ def worker_rate(way: str, paths: list[Path], options: argparse.Namespace) -> flo
 
 def rate_of_step(options: argparse.Namespace) -> float:
     """Images per second of a training step whose batch is there already."""
-    case = Case("training", *(QUICK if options.quick else VARIANTS["cvt-13"]), "bf16")
-    contestant = Contestant("cvt", "", "eager" if options.quick else "compiled")
-    step = stepping(made("cvt", case, options.device), contestant, case, options.device)
-    return rate(step, case.batch_size, options, CLOCKS[options.device])
+    variant, image_size, batch_size = QUICK if options.quick else VARIANTS["cvt-13"]
+    with torch.device(options.device):
+        model = build("cvt", shape(variant)).to(memory_format=torch.channels_last)
+        images = torch.randn(batch_size, 3, image_size, image_size)
+    recompute_activations(model)  # as `cvt train` does
+    forward = Logits(model if options.quick else torch.compile(model, dynamic=False))
+    images = images.contiguous(memory_format=torch.channels_last)
+    step = training_step(model, forward, images, torch.bfloat16)
+    return rate(step, batch_size, options, CLOCKS[options.device])
 
 
 def measure(paths: list[Path], options: argparse.Namespace) -> Iterator[Row]:

@@ -12,7 +12,7 @@ Both on one random batch that stays where it is, by random weights without drop 
 takes hours, most of them to compile, so what matters most comes first, and every table is added to
 the csv as soon as it is there.
 
-Contestants: transformers' CvT and ours, of the same shape, eager and compiled by torch.compile for
+Peers: transformers' CvT and ours, of the same shape, eager and compiled by torch.compile for
 that very size. Forms of ours are the model as `cvt train` has it, that with Triton's kernels
 (`cvt.kernels.apply_triton`), and the fused one (`cvt.fuse`), which also runs as a CUDA graph
 (mode="reduce-overhead"). Beside cvt-13 at 224, timm's models of its size. All are
@@ -23,7 +23,7 @@ Speed: all of a table take turns in one process. A turn is a burst of steps, que
 for them, between two CUDA events. Figures are medians of the turns, and ratios medians of the
 turns' own ratios to transformers' eager and compiled.
 
-Memory: the most that a contestant has allocated at a time in its steps, batch, weights and
+Memory: the most that a peer has allocated at a time in its steps, batch, weights and
 optimizer included, but not what compiling takes, nor what was there before it.
 
 Operations: those of matrix products, convolutions and attention, forward and backward, as
@@ -34,9 +34,9 @@ share is their rate beside that of a product of matrices in the same precision.
 Bytes: the least that these operations could move, which is the inputs and outputs of each, as if
 all else (norms, activations, sums, copies, the optimizer) were fused into them. A step moves more.
 The copy share is the rate of these bytes beside that of a copy on the device. Product and copy take
-their turns with the contestants.
+their turns with the peers.
 
-A contestant that fails has a row that says why. Prints tables and writes
+A peer that fails has a row that says why. Prints tables and writes
 `results/gpu-<device>-torch<version>-<date>.csv`. So far it has run on a CPU only,
 where PyTorch's own operators take the place of the kernels.
 """
@@ -53,8 +53,10 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
-from contestants import YARDSTICKS, Logits, build, shape
-from measuring import (
+from common import (
+    CLOCKS,
+    QUICK,
+    VARIANTS,
     Row,
     command_line,
     count,
@@ -65,31 +67,23 @@ from measuring import (
     some_of,
     write_rows,
 )
+from peers import YARDSTICKS, Logits, build, shape, training_step
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from training import training_step
 
 from cvt import fuse
-from cvt.benchmark import Turns, device_name, in_turns, middle, speed_ratios, timed, versions
+from cvt.benchmark import Turns, device_name, in_turns, middle, speed_ratios, versions
 from cvt.kernels import apply_triton, recompute_activations
 from cvt.macs import MacCounter
 
-# Most important first. Transformers' step on 64 images of cvt-w24 would take 129 GiB in fp32.
-VARIANTS = {
-    "cvt-13": ("cvt-13", 224, 256),
-    "cvt-w24-384": ("cvt-w24", 384, 32),
-    "cvt-13-384": ("cvt-13", 384, 64),
-    "cvt-21": ("cvt-21", 224, 256),
-}
-QUICK = ("tiny", 64, 2)
 QUESTIONS = ("inference", "training")
 PRECISIONS = ("bf16", "tf32", "fp32")
 TURN = 0.2  # seconds of a burst
 
 
 class Case(NamedTuple):
-    """What is asked of all contestants of one table."""
+    """What is asked of all peers of one table."""
 
     question: str
     variant: str
@@ -103,7 +97,7 @@ class Case(NamedTuple):
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
-class Contestant(NamedTuple):
+class Peer(NamedTuple):
     """A model, the form of ours, and how it runs."""
 
     model: str
@@ -112,28 +106,28 @@ class Contestant(NamedTuple):
 
 
 RUNS = ("eager", "compiled")
-EAGER, COMPILED = REFERENCES = tuple(Contestant("transformers", "", run) for run in RUNS)
-MODELS = tuple(Contestant("cvt", form, run) for form in ("", "triton") for run in RUNS)
-FUSED = tuple(Contestant("cvt", "fused", run) for run in (*RUNS, "CUDA graph"))
-LIMITS = MATRICES, COPY = Contestant("product of matrices", "", ""), Contestant("copy", "", "")
+EAGER, COMPILED = REFERENCES = tuple(Peer("transformers", "", run) for run in RUNS)
+MODELS = tuple(Peer("cvt", form, run) for form in ("", "triton") for run in RUNS)
+FUSED = tuple(Peer("cvt", "fused", run) for run in (*RUNS, "CUDA graph"))
+LIMITS = MATRICES, COPY = Peer("product of matrices", "", ""), Peer("copy", "", "")
 COLUMNS = (
     *Case._fields,
-    *Contestant._fields,
+    *Peer._fields,
     *("images_per_second", "ms_per_step", "ratio_to_eager", "ratio_to_compiled"),
     *("peak_memory_mib", "tflops", "matrix_share", "gb_per_second", "copy_share", "note"),
 )
 
 
-def contestants(case: Case) -> list[Contestant]:
+def peers(case: Case) -> list[Peer]:
     """What the shares are of, then who takes part in a case, most important first."""
     fused = FUSED if case.question == "inference" else ()
     beside = {VARIANTS["cvt-13"]: YARDSTICKS, QUICK: ("test_convnext",)}
     others = beside.get((case.variant, case.image_size, case.batch_size), ())
-    yardsticks = [Contestant(name, "", run) for run in ("compiled", "eager") for name in others]
+    yardsticks = [Peer(name, "", run) for run in ("compiled", "eager") for name in others]
     return [*LIMITS, *REFERENCES, *MODELS, *fused, *yardsticks]
 
 
-# ------------------------------------------------------------------------------ contestants
+# ------------------------------------------------------------------------------ peers
 
 
 def made(name: str, case: Case, device: str) -> nn.Module:
@@ -143,11 +137,9 @@ def made(name: str, case: Case, device: str) -> nn.Module:
     return model if name == "transformers" else model.to(memory_format=torch.channels_last)
 
 
-def stepping(
-    model: nn.Module, contestant: Contestant, case: Case, device: str
-) -> Callable[[], object]:
-    """A function that takes a step of a contestant's model; a GPU is not waited for."""
-    name, form, run = contestant
+def stepping(model: nn.Module, peer: Peer, case: Case, device: str) -> Callable[[], object]:
+    """A function that takes a step of a peer's model; a GPU is not waited for."""
+    name, form, run = peer
     images = torch.randn(case.batch_size, 3, case.image_size, case.image_size, device=device)
     if name != "transformers":
         images = images.contiguous(memory_format=torch.channels_last)
@@ -199,26 +191,13 @@ def counted(name: str, form: str, case: Case, device: str) -> tuple[int, int]:
     model = made(name, case, "meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)
-        step = stepping(model, Contestant(name, form, "eager"), case, device)
+        step = stepping(model, Peer(name, form, "eager"), case, device)
         with Counter() as counter:
             step()
     return counter.operations, counter.bytes
 
 
 # ------------------------------------------------------------------------------ measuring
-
-
-def between_events(run: Callable[[], object]) -> float:
-    """Seconds that the GPU takes for what a function gives it to do."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
-
-
-CLOCKS = {"cpu": timed, "cuda": between_events}
 
 
 class Prepared(NamedTuple):
@@ -238,7 +217,7 @@ def burst(step: Callable[[], object], device: str) -> int:
     return max(1, int(TURN / max(CLOCKS[device](step), 1e-6)))
 
 
-def prepare_limit(limit: Contestant, case: Case, device: str) -> Prepared:
+def prepare_limit(limit: Peer, case: Case, device: str) -> Prepared:
     """A product of matrices of 8192 x 8192, or a copy of a GiB."""
     n = 64 if case.variant == "tiny" else 8192
     if limit == MATRICES:
@@ -252,24 +231,24 @@ def prepare_limit(limit: Contestant, case: Case, device: str) -> Prepared:
     return Prepared(step, burst(step, device), **executed)
 
 
-def prepare(contestant: Contestant, case: Case, device: str) -> Prepared:
-    """Make a contestant, compile it, and see how much memory its steps take."""
+def prepare(peer: Peer, case: Case, device: str) -> Prepared:
+    """Make a peer, compile it, and see how much memory its steps take."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    step = stepping(made(contestant.model, case, device), contestant, case, device)
+    step = stepping(made(peer.model, case, device), peer, case, device)
     step()  # compiles
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     step()  # records, if it is a CUDA graph
     ready = Prepared(step, burst(step, device), case.batch_size)
     ready = ready._replace(memory=torch.cuda.max_memory_allocated() - before)
-    form = "" if contestant.form == "triton" else contestant.form
+    form = "" if peer.form == "triton" else peer.form
     # On a CPU the fused form packs its weights, which fake tensors do not know.
     on = "cuda" if form == "fused" else device
     try:
-        operations, moved = counted(contestant.model, form, case, on)
+        operations, moved = counted(peer.model, form, case, on)
     except Exception as error:
         return ready._replace(note=f"not counted: {reason(error)}")
     return ready._replace(operations=operations, bytes=moved)
@@ -282,71 +261,71 @@ def reason(error: Exception) -> str:
 
 def prepare_all(
     case: Case, options: argparse.Namespace
-) -> tuple[dict[Contestant, Prepared], dict[Contestant, str]]:
+) -> tuple[dict[Peer, Prepared], dict[Peer, str]]:
     """Those that are ready, and the reasons why others are not."""
     prepared, reasons = {}, {}
-    for contestant in contestants(case):
-        one = prepare_limit if contestant in LIMITS else prepare
+    for peer in peers(case):
+        one = prepare_limit if peer in LIMITS else prepare
         try:
             if time.monotonic() > options.deadline:
                 raise TimeoutError(f"the budget of {options.budget:g} seconds is spent")
-            prepared[contestant] = one(contestant, case, options.device)
+            prepared[peer] = one(peer, case, options.device)
         except Exception as error:
-            reasons[contestant] = reason(error)
+            reasons[peer] = reason(error)
     return prepared, reasons
 
 
 def seconds_of_steps(
-    prepared: dict[Contestant, Prepared],
-    reasons: dict[Contestant, str],
+    prepared: dict[Peer, Prepared],
+    reasons: dict[Peer, str],
     options: argparse.Namespace,
-) -> dict[Contestant, Turns]:
+) -> dict[Peer, Turns]:
     """Seconds of a step, turn by turn, of those that never failed; adds to the reasons."""
 
-    def take_turn(contestant: Contestant) -> None:
-        step, steps, *_ = prepared[contestant]
+    def take_turn(peer: Peer) -> None:
+        step, steps, *_ = prepared[peer]
         try:
-            for _ in range(0 if contestant in reasons else steps):
+            for _ in range(0 if peer in reasons else steps):
                 step()
         except Exception as error:  # now that all are there, each has less memory
-            reasons[contestant] = reason(error)
+            reasons[peer] = reason(error)
 
-    runs = {contestant: partial(take_turn, contestant) for contestant in prepared}
+    runs = {peer: partial(take_turn, peer) for peer in prepared}
     clock = CLOCKS[options.device]
     times = in_turns(runs, options.seconds, options.turns, turn=0, clock=clock)
     return {c: per_image(prepared[c].burst, times[c]) for c in times if c not in reasons}
 
 
 def speed_rows(case: Case, options: argparse.Namespace) -> list[Row]:
-    """A row for each contestant of a case, and for what the shares are of."""
+    """A row for each peer of a case, and for what the shares are of."""
     torch.compiler.reset()  # else this case's models would count as recompilations of another's
     tf32 = case.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     prepared, reasons = prepare_all(case, options)
     times = seconds_of_steps(prepared, reasons, options)
     rows = []
-    for contestant in contestants(case):
-        row = dict.fromkeys(COLUMNS, "") | case._asdict() | contestant._asdict()
-        if contestant in times:
-            row |= figures(contestant, prepared, times)
-        row["note"] = reasons.get(contestant) or prepared[contestant].note
+    for peer in peers(case):
+        row = dict.fromkeys(COLUMNS, "") | case._asdict() | peer._asdict()
+        if peer in times:
+            row |= figures(peer, prepared, times)
+        row["note"] = reasons.get(peer) or prepared[peer].note
         rows.append(row)
     return rows
 
 
 def figures(
-    contestant: Contestant,
-    prepared: dict[Contestant, Prepared],
-    times: dict[Contestant, Turns],
+    peer: Peer,
+    prepared: dict[Peer, Prepared],
+    times: dict[Peer, Turns],
 ) -> Row:
-    """What a row tells of a contestant that was measured."""
-    own, seconds = prepared[contestant], middle(times[contestant])
+    """What a row tells of a peer that was measured."""
+    own, seconds = prepared[peer], middle(times[peer])
     found = {"ms_per_step": 1000 * seconds}
     if own.images:
         found["images_per_second"] = own.images / seconds
         for column, reference in (("ratio_to_eager", EAGER), ("ratio_to_compiled", COMPILED)):
             if reference in times:
-                found[column] = speed_ratios(times[reference], times[contestant])[1]
+                found[column] = speed_ratios(times[reference], times[peer])[1]
     if own.memory:
         found["peak_memory_mib"] = own.memory / 2**20
     if own.operations:
@@ -383,8 +362,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             name, type=some_of(choices), default=list(choices), help=f"of {', '.join(choices)}"
         )
     parser.add_argument("--quick", action="store_true", help="a tiny model on 2 small images")
-    parser.add_argument("--seconds", type=duration, default=3.0, help="of each contestant's turns")
-    parser.add_argument("--turns", type=count, default=8, help="of each contestant, at least")
+    parser.add_argument("--seconds", type=duration, default=3.0, help="of each peer's turns")
+    parser.add_argument("--turns", type=count, default=8, help="of each peer, at least")
     parser.add_argument(
         "--budget", type=duration, default=math.inf, help="seconds, after which nothing is begun"
     )

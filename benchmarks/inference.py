@@ -11,8 +11,8 @@ Questions:
   The int8 export is calibrated on the pictures of the folder; its accuracy is not asked here.
 - rate: the machine's best rate of fp32 matrix products, as PyTorch's own and as oneDNN's with
   packed weights. With `model`, the fastest of them takes its turns too, and the matrix share is
-  what a contestant reaches of its rate, counting the operations that it really executes.
-- memory: one large image, each contestant alone in a process of its own; and ours on images of
+  what a peer reaches of its rate, counting the operations that it really executes.
+- memory: one large image, each peer alone in a process of its own; and ours on images of
   several sizes. Memory is the peak of the process, libraries and weights included.
 - folder: JPEGs of 1024 x 768 end to end; transformers.pipeline with several batch sizes, of which
   the fastest is the reference, beside cvt.Classifier's stream.
@@ -39,8 +39,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from contestants import CPU, OURS, REFERENCE, Contestant, build, opened, operations, shape
-from measuring import (
+from common import (
     SHAPES,
     Row,
     command_line,
@@ -50,44 +49,35 @@ from measuring import (
     in_fresh_process,
     peak_memory,
     per_image,
+    ratio,
     result_file,
     show,
     some_of,
+    speed,
     write_pictures,
     write_rows,
 )
+from peers import CPU, OURS, REFERENCE, Peer, build, opened, operations, shape
 
 from cvt import image_processor
-from cvt.benchmark import Turns, device_name, in_turns, middle, speed_ratios, timed, versions
+from cvt.benchmark import device_name, in_turns, middle, speed_ratios, timed, versions
 from cvt.classifier import Classifier
 from cvt.runtime import open_runtime
 
-INT8 = Contestant("cvt", "openvino", "int8")
-PIPELINE = Contestant("transformers.pipeline", "torch", "fp32")
+INT8 = Peer("cvt", "openvino", "int8")
+PIPELINE = Peer("transformers.pipeline", "torch", "fp32")
 QUESTIONS = ("rate", "model", "memory", "folder", "import")
 COLUMNS = (
-    *("question", "contestant", "runtime", "precision", "batch_size", "image_size", "ms_per_image"),
+    *("question", "peer", "runtime", "precision", "batch_size", "image_size", "ms_per_image"),
     *("images_per_second", "seconds", "ratio", "ratio_quartiles", "gflops", "matrix_share"),
     *("peak_memory_mib", "note"),
 )
 
 
-def row(question: str, contestant: Contestant, **figures: object) -> Row:
+def row(question: str, peer: Peer, **figures: object) -> Row:
     """A row of the table; what it does not tell is empty."""
-    known = dict(zip(("contestant", "runtime", "precision"), contestant, strict=True))
+    known = dict(zip(("peer", "runtime", "precision"), peer, strict=True))
     return dict.fromkeys(COLUMNS, "") | {"question": question} | known | figures
-
-
-def ratio(turns: Turns, reference: Turns) -> Row:
-    """How many times as fast as the reference."""
-    lower, median, upper = speed_ratios(reference, turns)
-    return {"ratio": round(median, 3), "ratio_quartiles": f"{lower:.3f} to {upper:.3f}"}
-
-
-def speed(turns: Turns) -> Row:
-    """The figures of turns that say how long an image takes."""
-    seconds = middle(turns)
-    return {"ms_per_image": round(1000 * seconds, 2), "images_per_second": round(1 / seconds, 2)}
 
 
 # ------------------------------------------------------------------------------ rate and model
@@ -96,7 +86,7 @@ def speed(turns: Turns) -> Row:
 class Product(NamedTuple):
     """A product of square fp32 matrices."""
 
-    contestant: Contestant
+    peer: Peer
     run: Callable[[], object]
     operations: int
 
@@ -109,47 +99,47 @@ def matrix_products(sizes: Iterable[int]) -> Iterator[Product]:
         packed = mkldnn._reorder_linear_weight(b, size)
         onednn = partial(mkldnn._linear_pointwise, a, packed, None, "none", [], "")
         for runtime, run in (("torch", partial(torch.mm, a, b)), ("oneDNN", onednn)):
-            yield Product(Contestant(f"matrices of {size}", runtime, "fp32"), run, 2 * size**3)
+            yield Product(Peer(f"matrices of {size}", runtime, "fp32"), run, 2 * size**3)
 
 
 def rate_rows(options: argparse.Namespace) -> tuple[list[Row], Product]:
     """The rate of every product, and the fastest product."""
     products = list(matrix_products(options.matrix_sizes))
-    times = in_turns({p.contestant: p.run for p in products}, least=options.turns)
-    seconds = {p.contestant: middle(times[p.contestant]) for p in products}
-    products.sort(key=lambda p: seconds[p.contestant] / p.operations)
+    times = in_turns({p.peer: p.run for p in products}, least=options.turns)
+    seconds = {p.peer: middle(times[p.peer]) for p in products}
+    products.sort(key=lambda p: seconds[p.peer] / p.operations)
     return [
-        row("rate", contestant, gflops=round(executed / seconds[contestant] / 1e9, 1))
-        for contestant, _, executed in products
+        row("rate", peer, gflops=round(executed / seconds[peer] / 1e9, 1))
+        for peer, _, executed in products
     ], products[0]
 
 
 def model_rows(options: argparse.Namespace, work: Path, product: Product | None) -> list[Row]:
     """From pixels to logits, for each batch size; shares are of the rate of `product`."""
-    contestants = [c for c in CPU if options.compiled or c.runtime != "compiled"]
+    peers = [c for c in CPU if options.compiled or c.runtime != "compiled"]
     models, rows = {}, []
-    for contestant in contestants:
+    for peer in peers:
         try:
-            models[contestant] = opened(contestant, options)
+            models[peer] = opened(peer, options)
         except ValueError as error:
-            rows.append(row("model", contestant, note=f"left out: {error}"))
+            rows.append(row("model", peer, note=f"left out: {error}"))
     models[INT8] = open_runtime(write_export(options, work), threads=options.threads)
     for batch_size in options.batch_sizes:
         pixels = torch.randn(batch_size, 3, options.image_size, options.image_size)
-        runs = {contestant: partial(model, pixels) for contestant, model in models.items()}
+        runs = {peer: partial(model, pixels) for peer, model in models.items()}
         if product:
-            runs[product.contestant] = product.run
+            runs[product.peer] = product.run
         times = in_turns(runs, options.seconds, options.turns)
-        for contestant in models:
-            turns = times[contestant]
+        for peer in models:
+            turns = times[peer]
             figures = speed(per_image(batch_size, turns)) | ratio(turns, times[REFERENCE])
-            if product and contestant.precision == "fp32":
-                executed = batch_size * operations(contestant, options)
-                _, faster, _ = speed_ratios(times[product.contestant], turns)
+            if product and peer.precision == "fp32":
+                executed = batch_size * operations(peer, options)
+                _, faster, _ = speed_ratios(times[product.peer], turns)
                 figures["gflops"] = round(executed / middle(turns) / 1e9, 1)
                 figures["matrix_share"] = round(executed / product.operations * faster, 3)
             where = {"batch_size": batch_size, "image_size": options.image_size}
-            rows.append(row("model", contestant, **where, **figures))
+            rows.append(row("model", peer, **where, **figures))
     return rows
 
 
@@ -184,30 +174,30 @@ def write_model(options: argparse.Namespace, work: Path) -> Path:
 # ------------------------------------------------------------------------------ memory
 
 
-def one_image(contestant: Contestant, size: int, options: argparse.Namespace) -> Row:
+def one_image(peer: Peer, size: int, options: argparse.Namespace) -> Row:
     """Time and peak memory of this process for one image; ours has seen one before."""
-    run = opened(contestant, options)
+    run = opened(peer, options)
     pixels = torch.randn(1, 3, size, size)
-    if contestant != REFERENCE:  # a call takes the reference half a minute, and it prepares nothing
+    if peer != REFERENCE:  # a call takes the reference half a minute, and it prepares nothing
         run(pixels)
     seconds = timed(partial(run, pixels))
     return {"ms_per_image": round(1000 * seconds, 1), "peak_memory_mib": round(peak_memory())}
 
 
 def memory_rows(options: argparse.Namespace) -> list[Row]:
-    """The large image with each contestant, then images of other sizes with ours."""
+    """The large image with each peer, then images of other sizes with ours."""
     large, *others = options.large_sizes
     measured = [
         *((c, large) for c in (REFERENCE, OURS, OURS._replace(runtime="openvino"))),
         *((OURS, size) for size in others),
     ]
     rows = []
-    for contestant, size in measured:
-        figures = in_fresh_process(one_image, contestant, size, options)
+    for peer, size in measured:
+        figures = in_fresh_process(one_image, peer, size, options)
         if size == large:
             slow = rows[0] if rows else figures
             figures["ratio"] = round(slow["ms_per_image"] / figures["ms_per_image"], 3)
-        rows.append(row("memory", contestant, batch_size=1, image_size=size, **figures))
+        rows.append(row("memory", peer, batch_size=1, image_size=size, **figures))
     return rows
 
 
@@ -234,7 +224,7 @@ def folder_rows(options: argparse.Namespace, work: Path) -> list[Row]:
     )
     # A quarter of them for the pipeline, which then takes about as long.
     paths = paths[: -(-len(paths) // 4)]
-    runs: dict[tuple[Contestant, int], Callable[[], object]] = {
+    runs: dict[tuple[Peer, int], Callable[[], object]] = {
         (PIPELINE, batch_size): partial(pipeline, paths, batch_size=batch_size)
         for batch_size in options.folder_batch_sizes
     }
@@ -244,10 +234,8 @@ def folder_rows(options: argparse.Namespace, work: Path) -> list[Row]:
         (write_export(options, work), None),
     ):
         classifier = Classifier(source, precision=precision, threads=options.threads)
-        contestant = Contestant(
-            "cvt.Classifier", classifier.runtime.name, classifier.runtime.precision
-        )
-        runs[contestant, classifier.batch_size] = partial(consume, classifier, folder)
+        peer = Peer("cvt.Classifier", classifier.runtime.name, classifier.runtime.precision)
+        runs[peer, classifier.batch_size] = partial(consume, classifier, folder)
     images = {key: len(paths) if key[0] == PIPELINE else options.images for key in runs}
     times = {
         key: per_image(images[key], turns)
@@ -255,10 +243,10 @@ def folder_rows(options: argparse.Namespace, work: Path) -> list[Row]:
     }
     reference = min((turns for key, turns in times.items() if key[0] == PIPELINE), key=middle)
     return [
-        row("folder", contestant, batch_size=batch_size, image_size=options.image_size)
+        row("folder", peer, batch_size=batch_size, image_size=options.image_size)
         | speed(turns)
         | ratio(turns, reference)
-        for (contestant, batch_size), turns in times.items()
+        for (peer, batch_size), turns in times.items()
     ]
 
 
@@ -277,16 +265,14 @@ def import_rows(options: argparse.Namespace) -> list[Row]:
     commands = {statement: [sys.executable, "-c", statement] for statement in statements}
     commands["cvt --help"] = [str(Path(sys.executable).with_name("cvt")), "--help"]
     runs = {
-        Contestant(name, "", ""): partial(
-            subprocess.run, command, check=True, stdout=subprocess.DEVNULL
-        )
+        Peer(name, "", ""): partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
         for name, command in commands.items()
     }
     times = in_turns(runs, least=options.turns, turn=0)
     reference, *_ = times.values()
     return [
-        row("import", contestant, seconds=round(middle(turns), 3), **ratio(turns, reference))
-        for contestant, turns in times.items()
+        row("import", peer, seconds=round(middle(turns), 3), **ratio(turns, reference))
+        for peer, turns in times.items()
     ]
 
 
@@ -326,7 +312,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=duration, default=5.0, help="of each model and batch size"
     )
-    parser.add_argument("--turns", type=count, default=8, help="of each contestant, at least")
+    parser.add_argument("--turns", type=count, default=8, help="of each peer, at least")
     parser.add_argument(
         "--large-sizes",
         type=counts,
@@ -363,7 +349,7 @@ def run(options: argparse.Namespace) -> None:
         **versions(),
     }
     mode = "w" if options.overwrite else "x"
-    write_rows(path, [of_contestant | about for of_contestant in rows], mode)
+    write_rows(path, [of_peer | about for of_peer in rows], mode)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from contestants import shape
-from inference import ratio, speed
-from measuring import (
+from common import (
     SHAPES,
     Row,
     command_line,
@@ -45,26 +43,29 @@ from measuring import (
     counts,
     duration,
     per_image,
+    ratio,
     result_file,
     show,
+    speed,
     write_rows,
 )
+from peers import shape
 
 import cvt
 from cvt.benchmark import device_name, in_turns, middle
 
 
-class Contestant(NamedTuple):
+class Peer(NamedTuple):
     """A model, and whether XLA compiles it."""
 
     model: str
     jit: bool
 
 
-OURS = (Contestant("cvt", True), Contestant("cvt", False))
+OURS = (Peer("cvt", True), Peer("cvt", False))
 PEERS = {
-    "inference": (Contestant("transformers", False), Contestant("transformers", True)),
-    "training": (Contestant("transformers", True),),
+    "inference": (Peer("transformers", False), Peer("transformers", True)),
+    "training": (Peer("transformers", True),),
 }
 
 
@@ -104,7 +105,7 @@ class Worker:
 
 
 def measure(workers: dict[str, Worker], options: argparse.Namespace) -> Iterator[Row]:
-    """A row for each contestant, question and batch size."""
+    """A row for each peer, question and batch size."""
     asked = [("inference", size) for size in options.batch_sizes]
     for question, batch_size in [*asked, ("training", options.training_batch_size)]:
         where = {"batch_size": batch_size, "image_size": options.image_size}
@@ -114,9 +115,9 @@ def measure(workers: dict[str, Worker], options: argparse.Namespace) -> Iterator
         }
         times = in_turns(runs, options.seconds, options.turns)
         reference = min((times[peer] for peer in PEERS[question]), key=middle)
-        for contestant, turns in times.items():
+        for peer, turns in times.items():
             figures = speed(per_image(batch_size, turns)) | ratio(turns, reference)
-            yield {"question": question, **contestant._asdict(), **where, **figures}
+            yield {"question": question, **peer._asdict(), **where, **figures}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -131,7 +132,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=duration, default=5.0, help="of each model and batch size"
     )
-    parser.add_argument("--turns", type=count, default=12, help="of each contestant, at least")
+    parser.add_argument("--turns", type=count, default=12, help="of each peer, at least")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
     if options.quick:

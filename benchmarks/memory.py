@@ -9,7 +9,7 @@ type but no data, and the most bytes alive at a time, each storage once: images,
 what AdamW remembers, all that is kept for the backward pass and what comes and goes. What a library
 takes for itself, and an allocator's gaps, are not in it.
 
-Contestants: transformers' CvT; timm's swin_tiny, convnext_tiny and pvt_v2_b2, beside cvt-13 at 224;
+Peers: transformers' CvT; timm's swin_tiny, convnext_tiny and pvt_v2_b2, beside cvt-13 at 224;
 ours as `cvt train` has it, as it is built, with Triton's kernels (`cvt.kernels.apply_triton`), and
 with gradient checkpointing. Precisions: fp32, and bf16 by autocast, as a GPU's: LayerNorm and
 softmax in fp32.
@@ -26,12 +26,10 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from contestants import DTYPES, YARDSTICKS, Logits, build, shape
-from gpu import QUICK, VARIANTS
-from measuring import Row, command_line, result_file, show, some_of, write_rows
+from common import QUICK, VARIANTS, Row, command_line, result_file, show, some_of, write_rows
+from peers import DTYPES, YARDSTICKS, Logits, build, shape, training_step
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from training import training_step
 
 from cvt.benchmark import versions
 from cvt.kernels import apply_triton, recompute_activations
@@ -78,17 +76,17 @@ def peak(size: tuple[str, int, int], precision: str, name: str, form: str) -> in
 
 
 def rows_of(size: tuple[str, int, int], precision: str) -> list[Row]:
-    """A row for each contestant."""
+    """A row for each peer."""
     others = YARDSTICKS if size == VARIANTS["cvt-13"] else ()
-    contestants = [*((name, "") for name in ("transformers", *others)), *product(["cvt"], FORMS)]
-    peaks = {contestant: peak(size, precision, *contestant) for contestant in contestants}
+    peers = [*((name, "") for name in ("transformers", *others)), *product(["cvt"], FORMS)]
+    peaks = {peer: peak(size, precision, *peer) for peer in peers}
     return [
-        dict(zip(COLUMNS, (*size, precision, *contestant), strict=True))
+        dict(zip(COLUMNS, (*size, precision, *peer), strict=True))
         | {
             "peak_memory_mib": f"{bytes_ / 2**20:.1f}",
             "share": f"{bytes_ / peaks['transformers', '']:.3f}",
         }
-        for contestant, bytes_ in peaks.items()
+        for peer, bytes_ in peaks.items()
     ]
 
 

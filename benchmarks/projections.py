@@ -24,9 +24,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from contestants import shape
-from gpu import CLOCKS
-from measuring import SHAPES, Row, command_line, count, duration, result_file, show, write_rows
+from common import CLOCKS, SHAPES, Row, command_line, count, duration, result_file, show, write_rows
+from peers import shape
 from torch import Tensor
 
 from cvt.benchmark import device_name, in_turns, middle, speed_ratios, versions

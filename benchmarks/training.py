@@ -21,10 +21,8 @@ import sys
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 import transformers
-from contestants import DTYPES, Logits, build, shape
-from measuring import (
+from common import (
     SHAPES,
     command_line,
     count,
@@ -33,45 +31,20 @@ from measuring import (
     result_file,
     write_rows,
 )
-from torch import Tensor, nn
+from peers import DTYPES, Logits, build, shape, training_step
 
 import cvt
 from cvt.benchmark import device_name, in_turns, middle, speed_ratios
 from cvt.kernels import apply_cpu_bf16, recompute_activations
 
-CONTESTANTS = ("cvt", "transformers")
+PEERS = ("cvt", "transformers")
 
 
-def training_step(
-    model: nn.Module, forward: nn.Module, images: Tensor, dtype: torch.dtype
-) -> Callable[[], None]:
-    """A function that takes one step on images (B, 3, H, W); a GPU is not waited for.
-
-    Args:
-        model: is trained.
-        forward: gives logits (B, K), by the model as it is or compiled.
-        images: the batch of every step.
-        dtype: of autocast, which is off for float32.
-    """
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    labels = torch.arange(len(images), device=images.device) % 10
-
-    def step() -> None:
-        with torch.autocast(images.device.type, dtype, enabled=dtype is not torch.float32):
-            loss = F.cross_entropy(forward(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def prepared(contestant: str, options: argparse.Namespace) -> Callable[[], None]:
-    """A contestant's step."""
+def prepared(peer: str, options: argparse.Namespace) -> Callable[[], None]:
+    """A peer's step."""
     torch.set_num_threads(options.threads)
-    inner = build(contestant, shape(options.variant))
-    if contestant == "cvt":  # as `cvt train` has it
+    inner = build(peer, shape(options.variant))
+    if peer == "cvt":  # as `cvt train` has it
         recompute_activations(inner)
         if options.precision == "bf16":
             apply_cpu_bf16(inner)
@@ -81,30 +54,30 @@ def prepared(contestant: str, options: argparse.Namespace) -> Callable[[], None]
     return training_step(model, forward, images, DTYPES[options.precision])
 
 
-def peak_of_training(contestant: str, options: argparse.Namespace) -> float:
-    """Peak of this process when it trains that contestant alone, in MiB."""
-    step = prepared(contestant, options)
+def peak_of_training(peer: str, options: argparse.Namespace) -> float:
+    """Peak of this process when it trains that peer alone, in MiB."""
+    step = prepared(peer, options)
     for _ in range(5):
         step()
     return peak_memory()
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, object]]:
-    """One row for each contestant."""
-    steps = {contestant: prepared(contestant, options) for contestant in CONTESTANTS}
+    """One row for each peer."""
+    steps = {peer: prepared(peer, options) for peer in PEERS}
     times = in_turns(steps, least=options.steps, turn=0)
     quartiles = speed_ratios(times["transformers"], times["cvt"])
     rows = []
-    for contestant in CONTESTANTS:
+    for peer in PEERS:
         # A fresh process each, so that the second does not start on the memory of the first.
-        memory = in_fresh_process(peak_of_training, contestant, options)
-        step = middle(times[contestant])
+        memory = in_fresh_process(peak_of_training, peer, options)
+        step = middle(times[peer])
         rows.append(
             {
-                "model": contestant,
+                "model": peer,
                 "images_per_second": round(options.batch_size / step, 2),
                 "ms_per_image": round(1000 * step / options.batch_size, 2),
-                "speed_ratio": round(quartiles[1], 3) if contestant == "cvt" else 1,
+                "speed_ratio": round(quartiles[1], 3) if peer == "cvt" else 1,
                 "ratio_quartiles": f"{quartiles[0]:.3f} to {quartiles[2]:.3f}",
                 "peak_memory_mib": round(memory),
                 "variant": options.variant,

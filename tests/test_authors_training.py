@@ -21,7 +21,7 @@ from cvt.checkpoints import authors_to_transformers, transformers_to_authors
 from cvt.train import loop, train
 from cvt.train.batches import Batch, Plan
 from cvt.train.optimization import Schedule, optimizer_for, parameter_groups
-from cvt.train.progress import Silence
+from cvt.train.progress import NullProgress
 from cvt.train.recipe import Recipe
 
 TOLERANCE = 1e-4
@@ -88,7 +88,7 @@ def test_the_whole_loop_follows_the_authors_losses(name, tmp_path, monkeypatch):
     batches = [Batch(images[step % 2], targets[step % 2], {}) for step in range(STEPS)]
     monkeypatch.setattr(loop, "batches", lambda *_, **__: iter(batches))
     monkeypatch.setattr(
-        Silence, "stage", lambda *_, **__: lambda **figures: losses.append(figures.get("loss"))
+        NullProgress, "stage", lambda *_, **__: lambda **figures: losses.append(figures.get("loss"))
     )
     start = build()
     start.config.class_names = [str(digit) for digit in range(LEARNER_CLASSES)]

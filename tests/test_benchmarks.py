@@ -68,10 +68,10 @@ def test_the_training_benchmark_writes_what_it_prints_but_not_over_a_result(
     assert path.read_bytes() == written
 
 
-def test_both_contestants_of_the_training_benchmark_have_the_same_weights(training):
+def test_both_peers_of_the_training_benchmark_have_the_same_weights(training):
     config = training.shape("cvt-13")
     with torch.device("meta"):
-        models = [training.build(contestant, config) for contestant in training.CONTESTANTS]
+        models = [training.build(peer, config) for peer in training.PEERS]
     ours, theirs = ({k: v.shape for k, v in model.state_dict().items()} for model in models)
     assert ours == theirs
 
@@ -96,7 +96,7 @@ def asked(inference, folder, *arguments):
 
 
 def names(rows):
-    return [" ".join(filter(None, (r["contestant"], r["runtime"], r["precision"]))) for r in rows]
+    return [" ".join(filter(None, (r["peer"], r["runtime"], r["precision"]))) for r in rows]
 
 
 @pytest.mark.slow
@@ -121,10 +121,10 @@ def test_models_are_timed_beside_transformers_and_beside_the_machines_rate(
     assert models[1]["ms_per_image"] in capsys.readouterr().out
 
 
-def test_a_contestant_that_the_processor_cannot_run_has_a_row_that_says_so(
+def test_a_peer_that_the_processor_cannot_run_has_a_row_that_says_so(
     inference, tmp_path, monkeypatch, capsys
 ):
-    lacking = [inference.Contestant(name, "openvino", "bf16") for name in ("transformers", "cvt")]
+    lacking = [inference.Peer(name, "openvino", "bf16") for name in ("transformers", "cvt")]
     monkeypatch.setattr(inference, "CPU", (inference.REFERENCE, *lacking))
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
     rows = asked(inference, tmp_path, "--only=model")
@@ -142,10 +142,10 @@ def test_a_contestant_that_the_processor_cannot_run_has_a_row_that_says_so(
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino of fixed shape"])
 def test_exports_of_transformers_give_its_logits(load, inference, runtime):
-    contestants = load("contestants")
+    peers = load("peers")
     options = inference.parse(["--quick", "--image-size=64", "--threads=1"])
-    reference = contestants.opened(inference.REFERENCE, options)
-    export = contestants.opened(inference.REFERENCE._replace(runtime=runtime), options)
+    reference = peers.opened(inference.REFERENCE, options)
+    export = peers.opened(inference.REFERENCE._replace(runtime=runtime), options)
     for batch_size in (1, 3):
         pixels = torch.randn(batch_size, 3, 64, 64)
         torch.testing.assert_close(export(pixels), reference(pixels), atol=1e-4, rtol=0)
@@ -155,8 +155,8 @@ def test_only_the_fused_form_skips_operations(load, inference):
     options = inference.parse(["--quick", "--image-size=64"])
     all_of_it = 2 * profile(inference.shape("tiny"), 64).macs
     theirs, ours, fused = (
-        load("contestants").operations(contestant, options)
-        for contestant in (
+        load("peers").operations(peer, options)
+        for peer in (
             *(inference.REFERENCE, inference.OURS._replace(runtime="torch"), inference.OURS),
         )
     )
@@ -221,7 +221,7 @@ def label(row):
 
 
 LIMITS = ["product of matrices", "copy"]
-CONTESTANTS = [
+PEERS = [
     *("transformers eager", "transformers compiled", "cvt eager", "cvt compiled"),
     *("cvt triton eager", "cvt triton compiled"),
 ]
@@ -232,15 +232,15 @@ YARDSTICKS = ["test_convnext compiled", "test_convnext eager"]
 
 
 @pytest.mark.parametrize(("question", "forms"), [("inference", FUSED), ("training", [])])
-def test_all_contestants_are_measured_beside_transformers_and_the_limits(
+def test_all_peers_are_measured_beside_transformers_and_the_limits(
     gpu, tmp_path, capsys, question, forms
 ):
     rows = table(gpu, tmp_path, f"--only={question}")
-    assert [label(row) for row in rows] == [*LIMITS, *CONTESTANTS, *forms, *YARDSTICKS]
+    assert [label(row) for row in rows] == [*LIMITS, *PEERS, *forms, *YARDSTICKS]
     printed = capsys.readouterr().out
-    matrices, copy, *contestants = rows
+    matrices, copy, *peers = rows
     assert (matrices["matrix_share"], copy["copy_share"]) == ("1", "1")
-    for row in contestants:
+    for row in peers:
         assert (row["question"], row["variant"], row["precision"]) == (question, "tiny", "bf16")
         assert row["note"] == ""
         assert row["images_per_second"] in printed
@@ -252,11 +252,11 @@ def test_all_contestants_are_measured_beside_transformers_and_the_limits(
         ):
             expected = float(row[own]) / float(limit[own])
             assert float(row[share]) == pytest.approx(expected, rel=2e-3)
-    assert contestants[0]["ratio_to_eager"] == contestants[1]["ratio_to_compiled"] == "1"
+    assert peers[0]["ratio_to_eager"] == peers[1]["ratio_to_compiled"] == "1"
 
 
 @pytest.mark.parametrize("calls", [0, 5])
-def test_a_contestant_that_fails_at_once_or_in_its_turns_has_a_row_that_says_why(
+def test_a_peer_that_fails_at_once_or_in_its_turns_has_a_row_that_says_why(
     gpu, tmp_path, monkeypatch, calls
 ):
     left = iter(range(calls))
@@ -272,7 +272,7 @@ def test_a_contestant_that_fails_at_once_or_in_its_turns_has_a_row_that_says_why
 
     monkeypatch.setattr(torch, "compile", compiled)
     few = [*gpu.LIMITS, *gpu.REFERENCES, gpu.FUSED[2]]
-    monkeypatch.setattr(gpu, "contestants", lambda case: few)
+    monkeypatch.setattr(gpu, "peers", lambda case: few)
     *rows, failed = table(gpu, tmp_path, "--only=inference")
     assert label(failed) == "cvt fused CUDA graph"
     assert (failed["note"], failed["ms_per_step"]) == ("RuntimeError: out of memory", "")
@@ -310,9 +310,11 @@ def test_tables_come_in_the_order_of_their_importance(gpu, monkeypatch):
         *("inference cvt-13 224 256 fp32", "training cvt-13 224 256 fp32"),
         *("inference cvt-w24 384 32 fp32", "training cvt-w24 384 32 fp32"),
     ]
-    assert [c.model for c in gpu.contestants(gpu.Case("training", "cvt-13", 224, 256, "bf16"))][
-        -3:
-    ] == ["swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2"]
+    assert [c.model for c in gpu.peers(gpu.Case("training", "cvt-13", 224, 256, "bf16"))][-3:] == [
+        "swin_tiny_patch4_window7_224",
+        "convnext_tiny",
+        "pvt_v2_b2",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +327,7 @@ def test_tables_come_in_the_order_of_their_importance(gpu, monkeypatch):
         ("training", "triton", "bf16", OnePassAttention, RecomputingBlock, True),
     ],
 )
-def test_a_step_has_the_kernels_and_the_precision_of_its_contestant(
+def test_a_step_has_the_kernels_and_the_precision_of_its_peer(
     gpu, monkeypatch, question, form, precision, attention, block, autocast
 ):
     seen, chosen = [], {attention, block} - {None}
@@ -341,8 +343,8 @@ def test_a_step_has_the_kernels_and_the_precision_of_its_contestant(
 
     monkeypatch.setattr(torch, "compile", compiled)
     case = gpu.Case(question, *gpu.QUICK, precision)
-    contestant = gpu.Contestant("cvt", form, "compiled")
-    step = gpu.stepping(gpu.made("cvt", case, "cpu"), contestant, case, "cpu")
+    peer = gpu.Peer("cvt", form, "compiled")
+    step = gpu.stepping(gpu.made("cvt", case, "cpu"), peer, case, "cpu")
     step()
     assert seen == [(autocast, question == "training")]
 

@@ -31,7 +31,7 @@ from cvt.train.augmentation import augmentation
 from cvt.train.checkpointing import newest_checkpoint
 from cvt.train.loop import Stopped, precision
 from cvt.train.models import classifier_for, regularised
-from cvt.train.progress import Silence
+from cvt.train.progress import NullProgress
 
 EVERYTHING_RANDOM = {
     "batch_size": 4,
@@ -78,7 +78,7 @@ def recipe(photos, config_folder):
     return make
 
 
-class Watcher(Silence):
+class Watcher(NullProgress):
     """Keeps what is said, and sends a signal after so many steps."""
 
     def __init__(self, stop_after=None, signal=signal.SIGTERM, during="epoch"):
@@ -170,7 +170,7 @@ def test_what_a_run_says_names_the_batch_and_the_learning_rate(recipe, tmp_path)
 
 
 def test_speed_is_told_for_every_epoch_and_what_would_help_once(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "MUCH", 0.0)
+    monkeypatch.setattr(loop, "MAX_WAITING_SHARE", 0.0)
     watcher = Watcher()
     with pytest.raises(Stopped):
         train(recipe(), tmp_path / "run", progress=Watcher(stop_after=4))

@@ -47,7 +47,7 @@ def is_captured() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def known(module: Any, kind: type[nn.Module]) -> Any:
+def expect_plain(module: Any, kind: type[nn.Module]) -> Any:
     """`module`, which is what the model was built of, not an adapter around it or another head.
 
     Raises:
@@ -154,7 +154,7 @@ class LayerNorm(Operator):
     """LayerNorm over channels."""
 
     def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
-        super().__init__(known(norm, nn.LayerNorm).weight, norm.bias, dtype)
+        super().__init__(expect_plain(norm, nn.LayerNorm).weight, norm.bias, dtype)
         self.eps = norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ def folded(projection: Projection, dtype: torch.dtype) -> nn.Module:
         return nn.Identity()
     if isinstance(module, nn.AvgPool2d):
         return pooling(module)
-    convolution, norm = known(module[0], nn.Conv2d), known(module[1], _BatchNorm)
+    convolution, norm = expect_plain(module[0], nn.Conv2d), expect_plain(module[1], _BatchNorm)
     return Conv(convolution, *fold(convolution, norm), dtype)
 
 
@@ -192,7 +192,7 @@ def fold(convolution: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 def scaled(linear: nn.Linear, dtype: torch.dtype, by: float = 1.0, activation: str = "") -> Linear:
     """A Linear whose output is `by` times as large, in front of an activation."""
-    bias = known(linear, nn.Linear).bias
+    bias = expect_plain(linear, nn.Linear).bias
     scaled_bias = None if bias is None else bias.double() * by
     return Linear(linear.weight.double() * by, scaled_bias, dtype, activation)
 
@@ -219,9 +219,9 @@ class FusedBlock(nn.Module):
         fc1, fc2 = block.intermediate.dense, block.output.dense
         if isinstance(block.intermediate.activation, QuickGELU):  # silu(1.702 x) / 1.702
             self.fc1 = scaled(fc1, dtype, 1.702, "silu")
-            self.fc2 = Linear(known(fc2, nn.Linear).weight.double() / 1.702, fc2.bias, dtype)
+            self.fc2 = Linear(expect_plain(fc2, nn.Linear).weight.double() / 1.702, fc2.bias, dtype)
         else:
-            known(block.intermediate.activation, nn.GELU)
+            expect_plain(block.intermediate.activation, nn.GELU)
             self.fc1, self.fc2 = scaled(fc1, dtype, activation="gelu"), scaled(fc2, dtype)
 
     def forward(
@@ -269,7 +269,7 @@ class FusedStage(nn.Module):
     def __init__(self, stage: Stage, dtype: torch.dtype) -> None:
         super().__init__()
         embedding: Any = stage.embedding.convolution_embeddings
-        convolution = known(embedding.projection, nn.Conv2d)
+        convolution = expect_plain(embedding.projection, nn.Conv2d)
         self.embed = Conv(convolution, convolution.weight, convolution.bias, dtype)
         self.norm = LayerNorm(embedding.normalization, dtype)
         token = None if stage.cls_token is None else stage.cls_token.detach().to(dtype, copy=True)

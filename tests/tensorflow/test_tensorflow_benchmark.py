@@ -23,10 +23,10 @@ def test_both_take_turns_in_processes_of_their_own(benchmark, monkeypatch, tmp_p
         started.append((python, model))
         return start(sys.executable, "cvt", *arguments)
 
-    peer = (benchmark.Contestant("transformers", False),)
+    peer = (benchmark.Peer("transformers", False),)
     monkeypatch.setattr(benchmark, "Worker", worker)
     monkeypatch.setattr(benchmark, "shape", lambda options: tiny(depth=[1, 1, 1]))
-    monkeypatch.setattr(benchmark, "OURS", (benchmark.Contestant("cvt", False),))
+    monkeypatch.setattr(benchmark, "OURS", (benchmark.Peer("cvt", False),))
     monkeypatch.setattr(benchmark, "PEERS", dict.fromkeys(("inference", "training"), peer))
     arguments = ["--peer=elsewhere", "--quick", "--threads=1", f"--results={tmp_path}"]
     options = benchmark.parse(arguments)

@@ -16,7 +16,7 @@ from cvt.export import export
 from cvt.export.tensorflow import write_saved_model
 from cvt.keras import weights
 from cvt.runtime import available, open_runtime
-from cvt.runtime.base import PixelError, hushed
+from cvt.runtime.base import PixelError, silence_stderr
 from cvt.runtime.manifest import Manifest
 from cvt.runtime.saved_model_runtime import check, import_tensorflow
 
@@ -270,7 +270,7 @@ def test_libraries_keep_silent_and_threads_are_set(command, exported, small):
 
 def test_the_error_stream_comes_back_whatever_threads_keep_it_silent(capfd):
     def write(number):
-        with hushed():
+        with silence_stderr():
             os.write(2, b"library")
         os.write(2, b"we")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cvt.graph import quiet
 from cvt.modeling import CvtForImageClassification
-from cvt.runtime.base import hushed
+from cvt.runtime.base import silence_stderr
 from cvt.runtime.saved_model_runtime import import_tensorflow
 
 
@@ -95,7 +95,7 @@ def write_litert(
         if precision == "fp16":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
             converter.target_spec.supported_types = [tf.float16]
-        with hushed():
+        with silence_stderr():
             file.write_bytes(converter.convert())
 
 

@@ -177,7 +177,7 @@ def require(purpose: str, *libraries: str, extra: str = "export") -> None:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def silence_stderr() -> Iterator[None]:
     """Keep back what libraries in C++ write to the error stream, which no setting keeps back."""
     if sys.stderr is None:  # then its number may be another file's
         yield

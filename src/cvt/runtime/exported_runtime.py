@@ -88,37 +88,37 @@ def check(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = [name.partition("/")[2] for name in archive.namelist()]
             files = dict(zip(names, archive.namelist(), strict=True))
-            alien = [name for name in names if not MEMBERS.fullmatch(name)]
+            unexpected = [name for name in names if not MEMBERS.fullmatch(name)]
             if len({name.lower() for name in names}) < len(names):
-                alien.append("a file twice")
-            if not alien:
+                unexpected.append("a file twice")
+            if not unexpected:
                 program = json.loads(archive.read(files["models/model.json"]))
                 for kind in ("weights", "constants"):
                     stored = archive.read(files[f"data/{kind}/model_{kind}_config.json"])
                     payload = json.loads(stored)["config"].values()
-                    alien += ["a pickle" for entry in payload if entry["use_pickle"]]
-                alien += [repr(value) for value in _alien(program)]
+                    unexpected += ["a pickle" for entry in payload if entry["use_pickle"]]
+                unexpected += [repr(value) for value in _unexpected(program)]
                 sample = io.BytesIO(archive.read(files["data/sample_inputs/model.pt"]))
                 torch.load(sample, weights_only=True)
     except Exception as error:  # what is damaged fails in many ways
         raise ValueError(f"{path} is no whole program of torch.export: {error}") from error
-    if alien:
+    if unexpected:
         raise ValueError(
-            f"{path} was not read: it holds {alien[0]}, and only tensors and arithmetic are taken "
-            "from a program of torch.export"
+            f"{path} was not read: it holds {unexpected[0]}, and only tensors and arithmetic are "
+            "taken from a program of torch.export"
         )
 
 
-def _alien(value: Any, key: str = "") -> Iterator[str]:
+def _unexpected(value: Any, key: str = "") -> Iterator[str]:
     """The strings of a program that no exported classifier has."""
     if isinstance(value, dict):
         yield from (name for name in value if not NAME.fullmatch(name))
         for name, inner in value.items():
             if name not in NOT_RUN:
-                yield from _alien(inner, name)
+                yield from _unexpected(inner, name)
     elif isinstance(value, list):
         for inner in value:
-            yield from _alien(inner, key)
+            yield from _unexpected(inner, key)
     elif isinstance(value, str):
         expected = {"target": TARGET, "expr_str": EXPRESSION}.get(key, NAME)
         if not expected.fullmatch(value):

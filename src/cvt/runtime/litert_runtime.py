@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
-from cvt.runtime.base import Runtime, hushed, require
+from cvt.runtime.base import Runtime, require, silence_stderr
 
 
 class LiteRtRuntime(Runtime):
@@ -45,7 +45,7 @@ class LiteRtRuntime(Runtime):
         self.lock = Lock()  # an interpreter has one set of tensors
         least = image_size or (config.minimum_image_size,) * 2
         try:
-            with hushed():  # it names what computes
+            with silence_stderr():  # it names what computes
                 # Given the path, and not what is in the file, it makes sure that the file is whole.
                 interpreter = Interpreter(str(path), num_threads=threads or torch.get_num_threads())
                 self.run = interpreter.get_signature_runner("serving_default")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cvt.configuration import CvtConfig
 from cvt.graph import quiet
-from cvt.runtime.base import Runtime, hushed, require
+from cvt.runtime.base import Runtime, require, silence_stderr
 from cvt.tensorflow import keep_triton_apart
 
 FILES = re.compile(
@@ -99,7 +99,7 @@ def import_tensorflow() -> Any:
     require("the runtime tensorflow", "tensorflow", extra="tensorflow")
     keep_triton_apart()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with hushed():
+    with silence_stderr():
         import tensorflow
     return tensorflow
 
@@ -117,21 +117,21 @@ def check(path: Path) -> None:
     try:
         files = [file for file in path.rglob("*") if not file.is_dir()]
         names = [file.relative_to(path).as_posix() for file in files]
-        alien = [name for name in names if not FILES.fullmatch(name)]
+        unexpected = [name for name in names if not FILES.fullmatch(name)]
         (graph,) = SavedModel.FromString((path / "saved_model.pb").read_bytes()).meta_graphs
         if not graph.HasField("object_graph_def"):
-            alien.append("a graph of TensorFlow 1")  # of which all may run
-        alien += _alien(graph)
+            unexpected.append("a graph of TensorFlow 1")  # of which all may run
+        unexpected += _unexpected(graph)
     except Exception as error:  # what is damaged fails in many ways
         raise ValueError(f"{path} is no whole SavedModel: {error}") from error
-    if alien:
+    if unexpected:
         raise ValueError(
-            f"{path} was not read: it holds {alien[0]}, and only weights and arithmetic are taken "
-            "from a SavedModel"
+            f"{path} was not read: it holds {unexpected[0]}, and only weights and arithmetic are "
+            "taken from a SavedModel"
         )
 
 
-def _alien(graph: Any) -> Iterator[str]:
+def _unexpected(graph: Any) -> Iterator[str]:
     """What no exported classifier has, of that which can be called once a MetaGraphDef is loaded.
 
     Functions that save variables are in every SavedModel, and in no call.
@@ -145,6 +145,6 @@ def _alien(graph: Any) -> Iterator[str]:
         for node in functions[waiting.pop()].node_def:
             if node.op not in OPERATORS:
                 yield node.op
-            news = {value.func.name for value in node.attr.values() if value.HasField("func")}
-            waiting += news - called
-            called |= news
+            new = {value.func.name for value in node.attr.values() if value.HasField("func")}
+            waiting += new - called
+            called |= new

@@ -69,12 +69,12 @@ from cvt.train.models import (
     trainable,
 )
 from cvt.train.optimization import Schedule, optimizer_for
-from cvt.train.progress import Progress, Row, Silence
+from cvt.train.progress import NullProgress, Progress, Row
 from cvt.train.recipe import LENGTH, Recipe, load_recipe, read_settings, resumed_recipe
 
 logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MUCH = 0.2  # of an epoch's time
+MAX_WAITING_SHARE = 0.2  # of an epoch's time
 CORRUPT_ALWAYS_ALLOWED = 10  # images, however few there are
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, under sharding too
 
@@ -83,7 +83,7 @@ class Stopped(SystemExit):
     """A signal ended the run and its state is saved; the exit code is 128 + the signal's number."""
 
 
-class News(NamedTuple):
+class StepMetrics(NamedTuple):
     """What the processes tell each other of a step, as a tensor (3,) of means over them."""
 
     step: int
@@ -169,7 +169,7 @@ def _run(
 ) -> Row:
     with isolated():
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
-        shown = progress if progress and accelerator.is_main_process else Silence()
+        shown = progress if progress and accelerator.is_main_process else NullProgress()
         if opening:
             shown.say(opening)
         return Run(recipe, output, state, shown, accelerator).finish()
@@ -432,8 +432,8 @@ class Run:
         shown = self.progress.stage(
             name, end - epoch * plan.steps_per_epoch, self.step - epoch * plan.steps_per_epoch
         )
-        # On a GPU a step's news is read when the next step is under way, so that it never waits.
-        unread: deque[News] = deque()
+        # On a GPU the metrics of a step are read while the next one runs, so that it never waits.
+        unread: deque[StepMetrics] = deque()
         behind = 1 if self.device.type == "cuda" else 0
         self.waited = 0.0  # for batches, in seconds
         first, clock = self.step, time.perf_counter()
@@ -464,7 +464,7 @@ class Run:
         if self.main:
             records.write_speed(self.output, {"epoch": epoch, **speed})
             self.events.add(self.step, {f"epoch/{name}": value for name, value in speed.items()})
-        if waiting > MUCH and not self.advised:
+        if waiting > MAX_WAITING_SHARE and not self.advised:
             self.advised = True
             self.progress.say(
                 f"{100 * waiting:.0f} % of the time in epoch {epoch} went by waiting for images; "
@@ -478,7 +478,7 @@ class Run:
         self.waited += time.perf_counter() - began
         return batch
 
-    def train_step(self) -> News:
+    def train_step(self) -> StepMetrics:
         """One step of the optimizer, on this process's batches of it."""
         recipe, plan, step = self.recipe, self.plan, self.step
         self.schedule.set(self.optimizer, step)
@@ -512,12 +512,14 @@ class Run:
         if self.ema:
             self.ema.update(self.plain, step=self.step)
         # Made where they are needed: a copy to a GPU would wait until all its work is done.
-        told = [
+        counts = [
             torch.full((), float(n), device=self.device)
             for n in (self.signal > 0, blanks / plan.accumulate, len(failures))
         ]
-        news = self.accelerator.reduce(torch.stack([torch.stack(losses).mean(), *told]), "mean")
-        return News(step, self.optimizer.param_groups[-1]["lr"], news, failures)
+        metrics = self.accelerator.reduce(
+            torch.stack([torch.stack(losses).mean(), *counts]), "mean"
+        )
+        return StepMetrics(step, self.optimizer.param_groups[-1]["lr"], metrics, failures)
 
     def mixed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images and targets on the device, mixed; not if an unreadable image left an odd batch."""
@@ -537,23 +539,25 @@ class Run:
             return self.accelerator.no_sync(self.wrapped)
         return contextlib.nullcontext()
 
-    def read(self, news: News) -> bool:
+    def read(self, metrics: StepMetrics) -> bool:
         """Take note of a step; tells whether the run is to stop.
 
         Raises:
             FloatingPointError: its loss is NaN or infinite.
             ValueError: there are too many unreadable images.
         """
-        loss, stopping, blank_share, failures = news.tensor.tolist()
+        loss, stopping, blank_share, failures = metrics.tensor.tolist()
         if not math.isfinite(loss):
-            raise self.diverged(f"the loss is {loss}", news.step)
+            raise self.diverged(f"the loss is {loss}", metrics.step)
         if blank_share < 1:
             loss /= 1 - blank_share
             self.losses.append(loss)
         if self.main and blank_share < 1:
-            self.events.add(news.step + 1, {"train/loss": loss, "train/learning_rate": news.lr})
+            self.events.add(
+                metrics.step + 1, {"train/loss": loss, "train/learning_rate": metrics.lr}
+            )
         if failures:
-            self.count_corrupt(news.failures)
+            self.count_corrupt(metrics.failures)
         return stopping > 0
 
     def diverged(self, what: str, step: int) -> FloatingPointError:

@@ -22,7 +22,7 @@ class Progress(Protocol):
         ...
 
 
-class Silence:
+class NullProgress:
     """The progress of which nobody hears."""
 
     def say(self, text: str) -> None:

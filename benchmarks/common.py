@@ -17,12 +17,20 @@ import transformers
 from transformers.models.cvt import modeling_cvt as port
 
 from cvt import CvtConfig
-from cvt.benchmark import Turns, device_name
+from cvt.benchmark import Turns, device_name, middle, speed_ratios, timed
 from cvt.configuration import VARIANTS
 
 SHAPES = (*VARIANTS, "tiny")  # of a model
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, object]
+# Most important first. Transformers' step on 64 images of cvt-w24 would take 129 GiB in fp32.
+VARIANTS = {
+    "cvt-13": ("cvt-13", 224, 256),
+    "cvt-w24-384": ("cvt-w24", 384, 32),
+    "cvt-13-384": ("cvt-13", 384, 64),
+    "cvt-21": ("cvt-21", 224, 256),
+}
+QUICK = ("tiny", 64, 2)
 
 
 def transformers_cvt(config: CvtConfig) -> torch.nn.Module:
@@ -128,6 +136,31 @@ def in_fresh_process(function: Callable, *arguments: Any) -> Any:
 def peak_memory() -> float:
     """The most that this process has taken so far, in MiB (Linux)."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+
+
+def between_events(run: Callable[[], object]) -> float:
+    """Seconds that the GPU takes for what a function gives it to do."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+CLOCKS = {"cpu": timed, "cuda": between_events}
+
+
+def ratio(turns: Turns, reference: Turns) -> Row:
+    """How many times as fast as the reference."""
+    lower, median, upper = speed_ratios(reference, turns)
+    return {"ratio": round(median, 3), "ratio_quartiles": f"{lower:.3f} to {upper:.3f}"}
+
+
+def speed(turns: Turns) -> Row:
+    """The figures of turns that say how long an image takes."""
+    seconds = middle(turns)
+    return {"ms_per_image": round(1000 * seconds, 2), "images_per_second": round(1 / seconds, 2)}
 
 
 def per_image(images: int, turns: Turns) -> Turns:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from measuring import transformers_cvt
+import torch.nn.functional as F
+from common import transformers_cvt
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -21,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TINY = {"embed_dim": (8, 16, 32), "num_heads": (1, 2, 4), "depth": (1, 2, 3), "num_labels": 10}
 
 
-class Contestant(NamedTuple):
+class Peer(NamedTuple):
     """A model, what runs it, and in which precision."""
 
     model: str
@@ -29,23 +30,23 @@ class Contestant(NamedTuple):
     precision: str
 
 
-REFERENCE = Contestant("transformers", "torch", "fp32")
-OURS = Contestant("cvt", "fused", "fp32")
+REFERENCE = Peer("transformers", "torch", "fp32")
+OURS = Peer("cvt", "fused", "fp32")
 CPU = (
     REFERENCE,
-    Contestant("transformers", "compiled", "fp32"),
-    Contestant("transformers", "onnxruntime", "fp32"),
-    Contestant("transformers", "openvino", "fp32"),
-    Contestant("transformers", "openvino of fixed shape", "fp32"),
-    Contestant("transformers", "openvino", "bf16"),
-    Contestant("transformers", "openvino of fixed shape", "bf16"),
-    Contestant("cvt", "torch", "fp32"),
+    Peer("transformers", "compiled", "fp32"),
+    Peer("transformers", "onnxruntime", "fp32"),
+    Peer("transformers", "openvino", "fp32"),
+    Peer("transformers", "openvino of fixed shape", "fp32"),
+    Peer("transformers", "openvino", "bf16"),
+    Peer("transformers", "openvino of fixed shape", "bf16"),
+    Peer("cvt", "torch", "fp32"),
     OURS,
-    Contestant("cvt", "compiled", "fp32"),
-    Contestant("cvt", "onnxruntime", "fp32"),
-    Contestant("cvt", "openvino", "fp32"),
-    Contestant("cvt", "fused", "bf16"),
-    Contestant("cvt", "openvino", "bf16"),
+    Peer("cvt", "compiled", "fp32"),
+    Peer("cvt", "onnxruntime", "fp32"),
+    Peer("cvt", "openvino", "fp32"),
+    Peer("cvt", "fused", "bf16"),
+    Peer("cvt", "openvino", "bf16"),
 )
 YARDSTICKS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2")  # timm's
 
@@ -82,14 +83,39 @@ def build(name: str, config: CvtConfig) -> nn.Module:
     return timm.create_model(name, drop_path_rate=0.0).eval()
 
 
-def opened(contestant: Contestant, options: argparse.Namespace) -> Callable[[Tensor], Tensor]:
+def training_step(
+    model: nn.Module, forward: nn.Module, images: Tensor, dtype: torch.dtype
+) -> Callable[[], None]:
+    """A function that takes one step on images (B, 3, H, W); a GPU is not waited for.
+
+    Args:
+        model: is trained.
+        forward: gives logits (B, K), by the model as it is or compiled.
+        images: the batch of every step.
+        dtype: of autocast, which is off for float32.
+    """
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    labels = torch.arange(len(images), device=images.device) % 10
+
+    def step() -> None:
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not torch.float32):
+            loss = F.cross_entropy(forward(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def opened(peer: Peer, options: argparse.Namespace) -> Callable[[Tensor], Tensor]:
     """What runs a model, from pixels (B, 3, H, W) to logits (B, K) on the CPU.
 
     Raises:
         ValueError: this processor does not compute in its precision.
     """
     torch.set_num_threads(options.threads)
-    name, runtime, precision = contestant
+    name, runtime, precision = peer
     if runtime.startswith("openvino"):  # which would compute in fp32 without a word
         demand(precision)
     model = build(name, shape(options.variant))
@@ -173,15 +199,15 @@ def in_openvino(
     return run
 
 
-def operations(contestant: Contestant, options: argparse.Namespace) -> int:
-    """Floating point operations that a contestant executes for an image.
+def operations(peer: Peer, options: argparse.Namespace) -> int:
+    """Floating point operations that a peer executes for an image.
 
     Those of matrix products and convolutions, attention included. Our fused form skips what the
     last block does for nothing; nothing else skips any.
     """
     with torch.device("meta"), torch.no_grad():
-        model = build(contestant.model, shape(options.variant))
-        if contestant.model == "cvt" and contestant.runtime != "torch":
+        model = build(peer.model, shape(options.variant))
+        if peer.model == "cvt" and peer.runtime != "torch":
             model = fuse(model)
         pixels = torch.empty(1, 3, options.image_size, options.image_size)
         with MacCounter() as counter:
