@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -344,6 +345,39 @@ def test_an_export_is_opened_as_what_it_is_alone(exported, small, to):
     ):
         with pytest.raises(ValueError, match=message):
             open_runtime(source, **arguments)
+
+
+@pytest.mark.parametrize("to", FILES)
+def test_a_flipped_bit_is_refused_by_the_files_name(exported, tmp_path, to):
+    folder = tmp_path / "export"
+    shutil.copytree(exported[to], folder)
+    manifest = Manifest.read(folder)
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert manifest.files.keys() == there - {"export.json"}
+    for name in manifest.files:
+        content = (folder / name).read_bytes()
+        for place in range(0, len(content), max(1, len(content) // 50)):
+            flipped = bytearray(content)
+            flipped[place] ^= 4
+            (folder / name).write_bytes(flipped)
+            with pytest.raises(ValueError, match=f"{name} is damaged or was changed"):
+                manifest.verify(folder)
+        with pytest.raises(ValueError, match=f"{name} is damaged or was changed.*--no-verify"):
+            open_runtime(folder)
+        (folder / name).write_bytes(content)
+    open_runtime(folder)
+
+
+@pytest.mark.parametrize("to", FILES)
+def test_a_full_disk_leaves_nothing_under_the_final_name(small, tmp_path, to):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"export was not written: .*[Ff]ile too large"):
+            export(small, tmp_path / "export", to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
