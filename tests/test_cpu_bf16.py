@@ -111,6 +111,13 @@ def test_a_model_in_another_type_computes_the_same_to_the_bit(mode):
     assert torch.equal(step(model, torch.float32), expected)
 
 
+def test_an_attention_that_was_chosen_stays():
+    model = make(tiny())
+    model.set_attn_implementation("eager")
+    apply_cpu_bf16(model)
+    assert model.config._attn_implementation == "eager"
+
+
 def test_it_leaves_no_trace_in_what_is_saved(tmp_path):
     model = make(tiny())
     names = list(model.state_dict())

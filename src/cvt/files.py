@@ -83,19 +83,19 @@ def full_disk_named(target: str | Path, folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         cause: BaseException | None = error
-        while cause and not full_disk_in(cause):
+        words = ""
+        while cause and not (words := full_disk_in(cause)):
             cause = cause.__cause__ or cause.__context__
         is_ours = isinstance(error, OSError | ValueError)
-        if cause or (not is_ours and full_disk(folder)):
-            why = full_disk(folder) or (cause and full_disk_in(cause))
-            raise OSError(f"{target} was not written: {why}") from error
+        if words or (not is_ours and full_disk(folder)):
+            raise OSError(f"{target} was not written: {full_disk(folder) or words}") from error
         raise
 
 
 def full_disk_in(error: BaseException) -> str:
     """The system's words for a full disk in an error, of whatever kind; empty if there are none."""
     if isinstance(error, OSError) and error.errno in FULL:
-        return str(error.strerror)
+        return os.strerror(error.errno)
     return next((words for words in map(os.strerror, FULL) if words in str(error)), "")
 
 

@@ -52,8 +52,8 @@ def load_strictly(
 ) -> Any:
     """Call `PreTrainedModel.from_pretrained`, given as `load`, and refuse weights that do not fit.
 
-    A classifier for another number of classes is made anew, random, if `num_labels` or `id2label`
-    asks for it; that is logged. `ignore_mismatched_sizes` and `output_loading_info` leave the
+    If `num_labels` or `id2label` asks for another number of classes, a new, random classifier is
+    created; that is logged. `ignore_mismatched_sizes` and `output_loading_info` leave the
     judgement to the caller.
 
     Raises:

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from damage import assert_flips_are_refused
 from small_models import make, mixed, random_case
 
 from cvt import Classifier, CvtConfig, CvtForImageClassification, image_processor
@@ -351,20 +352,7 @@ def test_an_export_is_opened_as_what_it_is_alone(exported, small, to):
 def test_a_flipped_bit_is_refused_by_the_files_name(exported, tmp_path, to):
     folder = tmp_path / "export"
     shutil.copytree(exported[to], folder)
-    manifest = Manifest.read(folder)
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert manifest.files.keys() == there - {"export.json"}
-    for name in manifest.files:
-        content = (folder / name).read_bytes()
-        for place in range(0, len(content), max(1, len(content) // 50)):
-            flipped = bytearray(content)
-            flipped[place] ^= 4
-            (folder / name).write_bytes(flipped)
-            with pytest.raises(ValueError, match=f"{name} is damaged or was changed"):
-                manifest.verify(folder)
-        with pytest.raises(ValueError, match=f"{name} is damaged or was changed.*--no-verify"):
-            open_runtime(folder)
-        (folder / name).write_bytes(content)
+    assert_flips_are_refused(folder, places=50)
     open_runtime(folder)
 
 

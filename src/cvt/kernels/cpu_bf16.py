@@ -20,13 +20,15 @@ MAX_KEYS = 1024  # beyond, SDPA, which keeps no attention weights, for the memor
 def apply_cpu_bf16(model: PreTrainedModel) -> None:
     """Make a model train faster on a CPU in bfloat16; elsewhere it computes as before.
 
-    Attention is computed in chunks, strided depthwise convolutions as dense ones, and the gradient
-    of BatchNorm from contiguous memory. State dicts and saved configs stay as they are.
+    Attention is computed in chunks, unless another than SDPA was chosen; strided depthwise
+    convolutions as dense ones; and the gradient of BatchNorm from contiguous memory. State dicts
+    and saved configs stay as they are.
 
     Args:
         model: any of `cvt.modeling`; changed in place.
     """
-    model.set_attn_implementation("cpu_bf16")
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("cpu_bf16")
     for module in model.modules():
         if isinstance(module, Projection) and isinstance(
             module.convolution_projection, nn.Sequential

@@ -523,8 +523,7 @@ class Run:
 
     def mixed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images and targets on the device, mixed; not if an unreadable image left an odd batch."""
-        memory = torch.channels_last
-        pixels = batch.pixels.to(self.device, non_blocking=True, memory_format=memory)
+        pixels = batch.pixels.to(self.device, non_blocking=True, memory_format=torch.channels_last)
         targets = batch.targets.to(self.device, non_blocking=True)
         off = self.recipe.mixup_off_epoch
         if len(targets) % 2 or (off and self.epoch >= off):

@@ -294,8 +294,8 @@ def json_schema() -> dict[str, Any]:
         kind, optional = value_type(spec)
         types_ = [JSON_TYPES[kind], *(["null"] if optional else [])]
         schema = {"description": spec.metadata["help"], "default": spec.default, "type": types_}
-        limits = {JSON_LIMITS[limit]: spec.metadata[limit] for limit in JSON_LIMITS}
-        schema |= {name: limit for name, limit in limits.items() if math.isfinite(limit)}
+        limits = {key: spec.metadata[limit] for limit, key in JSON_LIMITS.items()}
+        schema |= {key: limit for key, limit in limits.items() if math.isfinite(limit)}
         if choices := spec.metadata["choices"]:
             schema["enum"] = [*choices, *([None] if optional else [])]
         properties[name] = schema
