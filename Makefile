@@ -2,19 +2,23 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 
 .PHONY: demo test test-tensorflow test-oldest test-wheel lint bench clean
 
 demo: $(VENV)/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
 	$(BIN)/cvt demo --output runs/demo
 
-# The longest parts first; two of them at a time.
-test: $(VENV)/dev.stamp  ## every test that needs no GPU and no network; Keras' on every backend
-	$(MAKE) --jobs 2 --output-sync test-torch-a-f test-torch-g-z test-keras-jax test-tensorflow \
-	  test-keras-tensorflow test-keras-torch test-gpu_kernels
+# Keras, TensorFlow and Triton's interpreter need processes of their own.
+APART := keras tensorflow gpu_kernels
 
-test-torch-a-f test-torch-g-z: test-torch-%: $(VENV)/dev.stamp
-	$(BIN)/pytest tests/test_[$*]*.py
+test: $(VENV)/dev.stamp  ## every test that needs no GPU and no network; Keras' on every backend
+	$(MAKE) test-torch
+	$(MAKE) --jobs $(JOBS) --output-sync test-tensorflow test-keras-jax test-keras-tensorflow \
+	  test-keras-torch test-gpu_kernels
+
+test-torch: $(VENV)/dev.stamp
+	$(BIN)/pytest tests $(APART:%=--ignore tests/%) --numprocesses $(JOBS) --dist loadfile
 
 test-tensorflow test-gpu_kernels: test-%: $(VENV)/dev.stamp
 	$(BIN)/pytest tests/$*

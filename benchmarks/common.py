@@ -17,8 +17,8 @@ import transformers
 from transformers.models.cvt import modeling_cvt as port
 
 from cvt import CvtConfig
-from cvt.benchmark import Turns, device_name, middle, speed_ratios, timed
 from cvt.configuration import VARIANTS
+from cvt.inference.benchmark import Turns, device_name, middle, speed_ratios, timed
 
 SHAPES = (*VARIANTS, "tiny")  # of a model
 RESULTS = Path(__file__).parent / "results"

@@ -5,7 +5,7 @@
     python benchmarks/feeding.py --quick         # few pictures and a tiny model: does it run?
 
 Pictures of 500 x 375 pixels, as most of ImageNet's, but of some 70 kB where those have 110, go
-through `cvt.train.batches` as in a run of the recipe cvt-13-224x224. One worker process
+through `cvt.train.loader` as in a run of the recipe cvt-13-224x224. One worker process
 - decode: decodes them, and throws away what it has;
 - crop: decodes, crops, mirrors and normalises;
 - recipe: does the whole augmentation.
@@ -43,11 +43,11 @@ from peers import Logits, build, shape, training_step
 from torch import Tensor
 
 from cvt import image_processor
-from cvt.benchmark import device_name, in_turns, middle, timed, versions
-from cvt.datasets import LabelledImages
+from cvt.data import LabelledImages
+from cvt.inference.benchmark import device_name, in_turns, middle, timed, versions
 from cvt.kernels import recompute_activations
 from cvt.train.augmentation import augmentation
-from cvt.train.batches import Batch, Plan, batches
+from cvt.train.loader import Batch, Plan, batches
 from cvt.train.recipe import Recipe, load_recipe
 
 RECIPE = "cvt-13-224x224"

@@ -73,7 +73,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from cvt import fuse
-from cvt.benchmark import Turns, device_name, in_turns, middle, speed_ratios, versions
+from cvt.inference.benchmark import Turns, device_name, in_turns, middle, speed_ratios, versions
 from cvt.kernels import apply_triton, recompute_activations
 from cvt.macs import MacCounter
 

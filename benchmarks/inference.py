@@ -60,8 +60,8 @@ from common import (
 from peers import CPU, OURS, REFERENCE, Peer, build, opened, operations, shape
 
 from cvt import image_processor
-from cvt.benchmark import device_name, in_turns, middle, speed_ratios, timed, versions
-from cvt.classifier import Classifier
+from cvt.inference.benchmark import device_name, in_turns, middle, speed_ratios, timed, versions
+from cvt.inference.classifier import Classifier
 from cvt.runtime import open_runtime
 
 INT8 = Peer("cvt", "openvino", "int8")

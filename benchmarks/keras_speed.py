@@ -52,7 +52,7 @@ from common import (
 from peers import shape
 
 import cvt
-from cvt.benchmark import device_name, in_turns, middle
+from cvt.inference.benchmark import device_name, in_turns, middle
 
 
 class Peer(NamedTuple):

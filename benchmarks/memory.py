@@ -31,7 +31,7 @@ from peers import DTYPES, YARDSTICKS, Logits, build, shape, training_step
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from cvt.benchmark import versions
+from cvt.inference.benchmark import versions
 from cvt.kernels import apply_triton, recompute_activations
 from cvt.profile import LiveMemory
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from cvt import CvtConfig, CvtForImageClassification, fuse
-from cvt.graph import onnx_graph, openvino_graph
 from cvt.macs import MacCounter
 from cvt.runtime import open_runtime
+from cvt.runtime.capture import onnx_graph, openvino_graph
 from cvt.runtime.openvino_runtime import demand
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -28,7 +28,7 @@ from common import CLOCKS, SHAPES, Row, command_line, count, duration, result_fi
 from peers import shape
 from torch import Tensor
 
-from cvt.benchmark import device_name, in_turns, middle, speed_ratios, versions
+from cvt.inference.benchmark import device_name, in_turns, middle, speed_ratios, versions
 from cvt.kernels import apply_triton
 from cvt.kernels.qkv_projection import convolve, parts_of
 from cvt.kernels.qkv_reference import taps_of

@@ -34,7 +34,7 @@ from common import (
 from peers import DTYPES, Logits, build, shape, training_step
 
 import cvt
-from cvt.benchmark import device_name, in_turns, middle, speed_ratios
+from cvt.inference.benchmark import device_name, in_turns, middle, speed_ratios
 from cvt.kernels import apply_cpu_bf16, recompute_activations
 
 PEERS = ("cvt", "transformers")

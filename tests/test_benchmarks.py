@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cvt.classifier import Classifier
+from cvt.inference.classifier import Classifier
 from cvt.kernels.qkv_projection import OnePassAttention
 from cvt.kernels.recompute import RecomputingBlock
 from cvt.modeling import Block, SelfAttention

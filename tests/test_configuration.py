@@ -7,7 +7,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from small_models import random_case
+from helpers.small_models import random_case
 from transformers import PreTrainedConfig
 
 from cvt import CvtBackbone, CvtConfig, CvtForImageClassification, CvtModel

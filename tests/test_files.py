@@ -11,16 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.small_models import make, tiny
 from safetensors.torch import save_file
-from small_models import make, tiny
 
 from cvt import image_processor
 from cvt.checkpoints import convert, load_classifier, load_config, transformers_to_authors
 from cvt.configuration import VARIANTS
-from cvt.datasets import open_labelled, open_training
+from cvt.data import open_labelled, open_training
 from cvt.export import export
 from cvt.files import check_checksums, locked, staged, write_checksums
-from cvt.predict import find_images
+from cvt.inference.predict import find_images
 from cvt.runtime import open_runtime
 from cvt.train import load_recipe, resume, train
 

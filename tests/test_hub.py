@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hub_server import HubServer
-from small_models import images, make, tiny
+from helpers.hub_server import HubServer
+from helpers.small_models import images, make, tiny
 
 from cvt import CvtBackbone, CvtForImageClassification, CvtModel, hub
 from cvt.configuration import VARIANTS
-from cvt.zoo import PUBLISHED
+from cvt.hub import PUBLISHED
 
 CLASSES = ("CvtConfig", "CvtModel", "CvtForImageClassification")
 FOLDER = "models--microsoft--cvt-13"  # in the hub library's cache

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import CLASSES, METHODS, PLACES, images, make, mixed, onnx_of_trace, tiny
+from helpers.small_models import CLASSES, METHODS, PLACES, images, make, mixed, onnx_of_trace, tiny
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.cvt import modeling_cvt as port

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from small_models import assert_equal, random_case, randomise, seeds
+from helpers.small_models import assert_equal, random_case, randomise, seeds
 from transformers.models.cvt import CvtConfig as PortConfig
 from transformers.models.cvt import CvtForImageClassification as PortForImageClassification
 from transformers.models.cvt import CvtModel as PortModel

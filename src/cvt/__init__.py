@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names as in _HOME and _MODULES, for mypy, pyright and editors
     from cvt import checkpoints as checkpoints
     from cvt.auto import register_auto_classes as register_auto_classes
-    from cvt.classifier import Classifier as Classifier
     from cvt.configuration import CvtConfig as CvtConfig
-    from cvt.fused import fuse as fuse
-    from cvt.images import image_processor as image_processor
+    from cvt.data.preprocessing import image_processor as image_processor
+    from cvt.inference.classifier import Classifier as Classifier
     from cvt.keras import TFCvtForImageClassification as TFCvtForImageClassification
     from cvt.keras import TFCvtModel as TFCvtModel
     from cvt.modeling import CvtBackbone as CvtBackbone
     from cvt.modeling import CvtForImageClassification as CvtForImageClassification
     from cvt.modeling import CvtModel as CvtModel
     from cvt.runtime.base import PixelError as PixelError
+    from cvt.runtime.fused import fuse as fuse
 
 __version__ = "0.1.0"
 
@@ -31,9 +31,9 @@ _HOME = {
     "TFCvtModel": "keras",
     "TFCvtForImageClassification": "keras",
     "register_auto_classes": "auto",
-    "fuse": "fused",
-    "image_processor": "images",
-    "Classifier": "classifier",
+    "fuse": "runtime.fused",
+    "image_processor": "data.preprocessing",
+    "Classifier": "inference.classifier",
     "PixelError": "runtime.base",
 }
 _MODULES = ("checkpoints",)
@@ -46,7 +46,7 @@ if not TYPE_CHECKING:  # or type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         if "tensorflow" in sys.modules:  # else what follows might end the process
-            import_module("cvt.tensorflow").keep_triton_apart()
+            import_module("cvt.libraries").keep_triton_apart()
         if name in _HOME:
             return getattr(import_module(f"cvt.{_HOME[name]}"), name)
         if name in _MODULES:

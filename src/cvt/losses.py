@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
-from cvt.problems import problem_of, unknown_classes
+from cvt.problem_type import problem_of, unknown_classes
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: CvtConfig) -> Tensor:

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import images
-from test_qkv_projection import one_block
+from helpers.small_models import images, one_block
 
 from cvt.kernels import apply_triton, qkv_projection, qkv_triton
 from cvt.kernels.qkv_projection import convolve

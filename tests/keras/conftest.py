@@ -1,6 +1,6 @@
 import os
 
-from cvt.tensorflow import keep_triton_apart
+from cvt.libraries import keep_triton_apart
 
 # What a test compiles runs a few times: JAX takes a third of the time without optimising it.
 if os.environ.get("KERAS_BACKEND") == "jax":

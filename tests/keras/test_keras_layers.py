@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 import torch
+from helpers.small_models import tiny
 from keras import ops
 from keras.src.testing import TestCase
-from small_models import tiny
 
 from cvt.keras import layers
 from cvt.keras.modeling import Encoder

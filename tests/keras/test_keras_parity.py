@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import pytest
 import torch
+from helpers.small_models import assert_equal, images, mixed, random_case, randomise, seeds, tiny
 from keras import initializers, ops
 from scipy import stats
-from small_models import assert_equal, images, mixed, random_case, randomise, seeds, tiny
 
 from cvt import CvtConfig, CvtForImageClassification, TFCvtForImageClassification, TFCvtModel
 from cvt.checkpoints.names import keras_to_transformers

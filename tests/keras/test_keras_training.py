@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from small_models import tiny
+from helpers.small_models import tiny
 
 from cvt import TFCvtForImageClassification, TFCvtModel
 from cvt.keras.losses import ClassificationLoss

@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 from golden.cases import TF_CLASSIFIER, TF_IMAGES, TF_MODEL, image
+from helpers.small_models import CLASSES, assert_equal, make, tiny
 from safetensors.torch import load_file, save_file
-from small_models import CLASSES, assert_equal, make, tiny
 
 from cvt import (
     CvtConfig,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training_runs import Process, settings
+from helpers.training_runs import Process, settings
 
 from cvt.train.checkpointing import checkpoints, newest_checkpoint
 

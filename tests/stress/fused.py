@@ -10,10 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from small_models import tiny
+from helpers.small_models import tiny
 from test_fused import EVERYTHING, REQUESTS, difference, random_models, tensors
 
-from cvt import CvtForImageClassification, fuse, fused
+from cvt import CvtForImageClassification, fuse
+from cvt.runtime import fused
 
 PARTS = (fused.CACHED, 10_000, 1)  # no cuts, some, image by image
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training_runs import Process, equal, kill_until_done, settings
+from helpers.training_runs import Process, equal, kill_until_done, settings
 
 from cvt.train.checkpointing import newest_checkpoint
 

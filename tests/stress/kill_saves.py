@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training_runs import kill_during_saves
+from helpers.training_runs import kill_during_saves
 
 if __name__ == "__main__":
     kills, seed = [*map(int, sys.argv[1:]), *(1000, 0)[len(sys.argv) - 1 :]]

@@ -1,5 +1,5 @@
 """TensorFlow and PyTorch in one process."""
 
-from cvt.tensorflow import keep_triton_apart
+from cvt.libraries import keep_triton_apart
 
 keep_triton_apart()  # before any test imports TensorFlow

@@ -10,11 +10,11 @@ from pkgutil import resolve_name
 import pytest
 import torch
 import typer
-from small_models import make, tiny
+from helpers.small_models import make, tiny
 
 from cvt import PixelError
 from cvt.cli import app
-from cvt.runtime import RUNTIMES, opening
+from cvt.runtime import RUNTIMES, factory
 from cvt.runtime.torch_runtime import TorchRuntime
 from cvt.train.recipe import FIELDS, load_recipe, packaged_recipes
 
@@ -84,7 +84,7 @@ def commands():
 @pytest.mark.parametrize(("page", "line"), sorted({(p, c) for p, c in commands() if "cvt " in c}))
 def test_every_command_is_understood(page, line, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(opening, "check_device", lambda device: None)  # some are for a GPU
+    monkeypatch.setattr(factory, "check_device", lambda device: None)  # some are for a GPU
     Path("mine.yaml").write_text("epochs: 1\n")
     words = shlex.split(line.partition(" > ")[0], comments=True)
     if "cvt" not in words:  # a command of others
@@ -179,7 +179,7 @@ def test_the_inference_page_has_the_words_of_every_pixel_error(pixels):
 
 def test_architecture_names_every_module():
     text = read("docs/architecture.md")
-    for path in [*ROOT.glob("src/cvt/*"), *ROOT.glob("src/cvt/train/[!_]*.py")]:
+    for path in [*ROOT.glob("src/cvt/*"), *ROOT.glob("src/cvt/*/[!_]*.py")]:
         name = f"{path.name}/" if path.is_dir() else path.name
         if path.suffix == ".py" or (path.is_dir() and name != "__pycache__/"):
             indent = "  " * len(path.relative_to(ROOT / "src/cvt").parts)

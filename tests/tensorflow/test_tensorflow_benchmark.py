@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_models import tiny
+from helpers.small_models import tiny
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from cvt import CvtConfig, image_processor
-from cvt.datasets import LabelledImages, image_folder
-from cvt.images import decode
+from cvt.data import LabelledImages, image_folder
+from cvt.data.decoding import decode
 from cvt.keras import digits
 from cvt.keras.data import image_dataset
 

@@ -10,15 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from damage import assert_flips_are_refused
-from small_models import make, mixed, random_case
+from helpers.damage import assert_flips_are_refused
+from helpers.small_models import make, mixed, random_case
 
 from cvt import Classifier, CvtConfig, CvtForImageClassification, image_processor
 from cvt.export import export
 from cvt.export.tensorflow import write_saved_model
 from cvt.keras import weights
+from cvt.libraries import silence_stderr
 from cvt.runtime import available, open_runtime
-from cvt.runtime.base import PixelError, silence_stderr
+from cvt.runtime.base import PixelError
 from cvt.runtime.manifest import Manifest
 from cvt.runtime.saved_model_runtime import check, import_tensorflow
 

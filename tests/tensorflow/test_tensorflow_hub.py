@@ -9,9 +9,9 @@ import subprocess
 import sys
 
 from golden.cases import TF_MODEL
-from hub_server import HubServer
+from helpers.hub_server import HubServer
+from helpers.small_models import assert_equal, make, tiny
 from safetensors.torch import load_file
-from small_models import assert_equal, make, tiny
 
 from cvt import CvtConfig
 

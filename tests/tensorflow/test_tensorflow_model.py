@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from small_models import images, mixed, tiny
+from helpers.small_models import images, mixed, tiny
 
 from cvt import CvtConfig, TFCvtForImageClassification
 

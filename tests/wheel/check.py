@@ -147,7 +147,7 @@ def check(folder: Path) -> None:
     listed = user.run("cvt recipes")
     assert "photos " in listed, listed
     assert user.run("cvt recipes photos").endswith(
-        (ROOT / "src/cvt/recipes/photos.yaml").read_text("utf-8")
+        (ROOT / "src/cvt/train/recipes/photos.yaml").read_text("utf-8")
     )
     user.run("cvt predict cvt-13 cat.jpg")
     refused = user.run("cvt demo", code=1)

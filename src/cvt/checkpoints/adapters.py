@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -160,18 +159,6 @@ def activation_of(folder: str | Path) -> str | None:
     mapping = settings(folder).get("auto_mapping") or {}
     is_transformers = str(mapping.get("parent_library")).startswith("transformers.")
     return "gelu" if is_transformers else None
-
-
-def require_peft(folder: str | Path) -> None:
-    """Make sure that PEFT is installed.
-
-    Raises:
-        ImportError: it is not; names the command that installs it.
-    """
-    if not find_spec("peft"):
-        raise ImportError(
-            f"{folder} is an adapter, which needs peft: pip install 'cvt-vision[train]'"
-        )
 
 
 @contextmanager

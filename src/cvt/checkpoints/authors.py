@@ -13,7 +13,7 @@ from torch import Tensor
 from cvt.checkpoints.names import known_to_transformers, rename_known, transformers_to_authors
 from cvt.checkpoints.reading import CheckpointError, read_weights
 from cvt.configuration import VARIANTS, CvtConfig
-from cvt.labels import imagenet_classes
+from cvt.data.class_names import imagenet_classes
 from cvt.modeling import CvtForImageClassification
 from cvt.strict_loading import CLASSIFIER, COUNTER, HEAD, list_faults
 

@@ -10,8 +10,8 @@ from cvt.checkpoints.authors import nonfinite
 from cvt.checkpoints.loading import image_size_of, load_classifier, load_processor
 from cvt.checkpoints.names import authors_to_transformers, transformers_to_authors
 from cvt.checkpoints.reading import CheckpointError, read_weights
+from cvt.data.class_names import read_labels
 from cvt.files import staged, write_checksums
-from cvt.labels import read_labels
 from cvt.modeling import CvtForImageClassification
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def convert(
         to: "transformers" (a model folder, ours and transformers') or "authors".
         image_size: resolution of the preprocessing in pixels; else the source's, else told by the
             name of a published file, else 224.
-        labels: a file of class names, as `cvt.labels.read_labels` takes it; else the source's.
+        labels: a file of class names, see `cvt.data.class_names.read_labels`; else the source's.
         num_labels: make a new, random classifier for so many classes if the source's has others.
         config: a config.json for weights of no published variant, or without `dw_bn` projections.
         hidden_act: the activation, where the source's own is wrong: a folder downloaded from the

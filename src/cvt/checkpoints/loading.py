@@ -9,11 +9,12 @@ from cvt import hub
 from cvt.checkpoints import adapters
 from cvt.checkpoints.authors import load_authors, read_file
 from cvt.configuration import VARIANTS, CvtConfig
+from cvt.data.preprocessing import image_processor
 from cvt.files import check_checksums, check_path
-from cvt.images import image_processor
+from cvt.hub import PUBLISHED
+from cvt.libraries import require
 from cvt.modeling import CvtForImageClassification
 from cvt.strict_loading import CLASSIFIER
-from cvt.zoo import PUBLISHED
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def load_adapted(
         CheckpointError: it does not fit its base; lists every fault.
         ValueError: the weights of its base do not fit.
     """
-    adapters.require_peft(folder)
+    require(f"{folder} is an adapter, which", "peft", extra="train")
     if verify:
         check_checksums(folder)
     weights, config = adapters.read_adapter(folder), adapters.config_of(folder)

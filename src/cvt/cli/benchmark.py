@@ -51,11 +51,11 @@ def benchmark(
     sizes = _numbers(image_sizes, "--image-sizes") if image_sizes else None
     from rich.table import Table
 
-    from cvt.benchmark import benchmark as time_model
-    from cvt.benchmark import versions, write_benchmark
     from cvt.cli.console import bar, err, out, quiet_libraries
     from cvt.files import staged
-    from cvt.runtime.base import require
+    from cvt.inference.benchmark import benchmark as time_model
+    from cvt.inference.benchmark import versions, write_benchmark
+    from cvt.libraries import require
 
     quiet_libraries()
     # What may not be written is refused before the work begins.

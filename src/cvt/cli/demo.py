@@ -34,10 +34,10 @@ def demo(
 
     from cvt.checkpoints import load_classifier, load_processor
     from cvt.cli.console import TrainingBars, bar, out, quiet_libraries
-    from cvt.datasets import image_folder, write_digits
-    from cvt.evaluate import evaluate
-    from cvt.predict import Prediction, predict
-    from cvt.report import plot_predictions
+    from cvt.data import image_folder, write_digits
+    from cvt.inference.evaluate import evaluate
+    from cvt.inference.predict import Prediction, predict
+    from cvt.inference.report import plot_predictions
     from cvt.train import load_recipe, train
 
     run = free(output)

@@ -18,7 +18,7 @@ from cvt.cli.predict import (
 )
 
 if TYPE_CHECKING:
-    from cvt.datasets import Images
+    from cvt.data import Images
 
 
 def evaluate(
@@ -73,10 +73,11 @@ def evaluate(
 
     from cvt.checkpoints import load_processor
     from cvt.cli.console import bar, err, out, quiet_libraries
-    from cvt.datasets import StreamedImages, open_labelled
-    from cvt.evaluate import evaluate as evaluate_images
-    from cvt.evaluate import read_class_map, read_real_labels, write_evaluation
+    from cvt.data import StreamedImages, open_labelled
     from cvt.files import staged
+    from cvt.inference.class_matching import read_class_map, read_real_labels
+    from cvt.inference.evaluate import evaluate as evaluate_images
+    from cvt.inference.evaluate import write_evaluation
     from cvt.runtime import open_runtime
 
     quiet_libraries()
@@ -93,7 +94,7 @@ def evaluate(
         staged(report, force) if report else nullcontext() as page,
     ):
         if page:
-            from cvt.report import write_report
+            from cvt.inference.report import write_report
         verify = not no_verify
         classifier = open_runtime(
             model, runtime, precision, device, threads, images=total, verify=verify
@@ -155,7 +156,7 @@ def not_trained_on(images: "Images", model: str) -> "Images":
     How many the model was trained on, by their names, is printed.
     """
     from cvt.cli.console import err
-    from cvt.datasets import LabelledImages, without_trained
+    from cvt.data import LabelledImages, without_trained
 
     split_file = Path(model).resolve().parent / "split.csv"
     if not isinstance(images, LabelledImages) or not split_file.is_file():

@@ -10,7 +10,7 @@ import typer
 from cvt.limits import BOUNDS
 
 if TYPE_CHECKING:
-    from cvt.predict import Prediction
+    from cvt.inference.predict import Prediction
     from cvt.runtime.base import Runtime
 
 # How a model is run, in every command that runs one.
@@ -30,7 +30,7 @@ def known_device(name: str) -> str:
     """The device, which there is."""
     if name in ("auto", "cpu"):  # there always; PyTorch is imported for the others alone
         return name
-    from cvt.runtime.opening import check_device
+    from cvt.runtime.factory import check_device
 
     try:
         check_device(name)
@@ -104,11 +104,11 @@ def predict(
         raise typer.BadParameter("goes on with an --output", param_hint="--resume")
     from cvt.checkpoints import load_processor
     from cvt.cli.console import bar, err, quiet_libraries
-    from cvt.predict import Prediction, find_images, scores_per_image
-    from cvt.predict import predict as predict_files
-    from cvt.results import Results
+    from cvt.inference.predict import Prediction, find_images, scores_per_image
+    from cvt.inference.predict import predict as predict_files
+    from cvt.inference.prediction_file import Results
     from cvt.runtime import open_runtime
-    from cvt.runtime.opening import MANY
+    from cvt.runtime.factory import MANY
 
     quiet_libraries()
     paths = find_images(images)
@@ -175,7 +175,7 @@ def identity(model: str, runtime: "Runtime") -> dict[str, Any]:
 
 def line(prediction: "Prediction", as_json: bool) -> str:
     """A prediction as a line of text or of JSON."""
-    from cvt.results import json_line
+    from cvt.inference.prediction_file import json_line
     from cvt.text import printable
 
     if as_json:

@@ -18,7 +18,6 @@ import io
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,11 @@ from cvt.export.tensorflow import (
     write_saved_model,
 )
 from cvt.files import check_path, staged, sums_of
-from cvt.fused import fuse
-from cvt.graph import onnx_graph, openvino_graph, torch_graph
+from cvt.libraries import require, version_of
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime import PRECISIONS, open_runtime
-from cvt.runtime.base import require
+from cvt.runtime.capture import onnx_graph, openvino_graph, torch_graph
+from cvt.runtime.fused import fuse
 from cvt.runtime.manifest import DYNAMIC, FORMATS, NAME, Manifest
 from cvt.runtime.torch_runtime import DTYPES
 
@@ -144,7 +143,7 @@ def export(
             file=FILES[to],
             image_size=size,
             dynamic=tuple(name for name in DYNAMIC if name in dynamic),
-            versions=_versions("cvt-vision", "torch", *libraries),
+            versions={name: str(version_of(name)) for name in ("cvt-vision", "torch", *libraries)},
             parity={},
         )
         manifest.write(folder)
@@ -251,9 +250,3 @@ def _write_graph(
             network = quantized(network, calibrating, processor)
         network.set_rt_info(names, ["model_info", "class_names"])
         openvino.save_model(network, file, compress_to_fp16=precision in ("bf16", "fp16"))
-
-
-def _versions(*libraries: str) -> dict[str, str]:
-    """Of what is installed, by the names that it is imported by: TensorFlow has several."""
-    installed = packages_distributions()
-    return {name: version(installed.get(name, [name])[0]) for name in libraries}

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvt.graph import quiet
-from cvt.images import decode
-from cvt.predict import find_images
+from cvt.data.decoding import decode
+from cvt.inference.predict import find_images
+from cvt.libraries import quiet
 
 Graph = TypeVar("Graph")  # of ONNX or of OpenVINO
 LARGEST_BATCH = 32

@@ -9,10 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cvt.graph import quiet
+from cvt.libraries import import_tensorflow, quiet, silence_stderr
 from cvt.modeling import CvtForImageClassification
-from cvt.runtime.base import silence_stderr
-from cvt.runtime.saved_model_runtime import import_tensorflow
 
 
 def demand_backend(to: str) -> None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from cvt.datasets import LabelledImages, image_folder
-from cvt.datasets.folder import folder_splits
-from cvt.images import check_range, decode
+from cvt.data import LabelledImages, image_folder
+from cvt.data.decoding import decode
+from cvt.data.folder import folder_splits
+from cvt.data.preprocessing import check_range
 from cvt.keras.modeling import DATA_FORMATS
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def image_dataset(
     time, but differ by up to 7/255 on photographs.
 
     Args:
-        images: a folder with a folder per class, or what `cvt.datasets` opened.
+        images: a folder with a folder per class, or what `cvt.data` opened.
         processor: of `cvt.image_processor`; `backend="pil"` would differ by up to 2/255.
         batch_size: images in a batch; the last batch may have fewer.
         training: give a random crop of every image, perhaps mirrored, in a new random order each
@@ -51,7 +52,7 @@ def image_dataset(
         crop_scale: the smallest share of an image's area that a crop has.
         flip: the share of the crops that are mirrored.
         seed: of everything random; the same seed gives the same views, if the dataset is new.
-        max_pixels: the pixels that an image may have, see `cvt.images.decode`.
+        max_pixels: the pixels that an image may have, see `cvt.data.decoding.decode`.
 
     Returns:
         Batches of pixels, (B, 3, H, W) or (B, H, W, 3) in float32, and class indices, (B,) in
@@ -76,7 +77,7 @@ def image_dataset(
         if splits := sorted(filter(None, folder_splits(Path(images)))):
             raise ValueError(
                 f"{images} has the splits {', '.join(splits)}: name one of them, or give what "
-                "cvt.datasets.open_training returns for one of them"
+                "cvt.data.open_training returns for one of them"
             )
         images = image_folder(images)
     names = {name: i for i, name in enumerate(images.classes if classes is None else classes)}

@@ -12,7 +12,7 @@ from cvt import CvtConfig, TFCvtForImageClassification, image_processor
 
 import keras  # isort: skip  # behind cvt, which keeps PyTorch's Triton apart from TensorFlow
 
-from cvt.datasets import LabelledImages, open_training
+from cvt.data import LabelledImages, open_training
 from cvt.keras.data import image_dataset
 
 

@@ -9,7 +9,7 @@ from keras import ops
 
 from cvt.configuration import CvtConfig
 from cvt.keras.layers import register
-from cvt.problems import problem_of, unknown_classes
+from cvt.problem_type import problem_of, unknown_classes
 
 
 def losses_of(logits: Any, labels: Any, problem: str) -> Any:

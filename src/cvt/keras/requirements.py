@@ -1,8 +1,6 @@
 """What the Keras models need is asked for when this is imported, before anything else is."""
 
-from importlib.metadata import PackageNotFoundError, version
-
-from cvt.tensorflow import keep_triton_apart
+from cvt.libraries import keep_triton_apart, version_of
 
 BACKENDS = ("tensorflow", "jax", "torch")
 OLDEST = (3, 13)  # of Keras
@@ -16,10 +14,9 @@ def check() -> None:
     Raises:
         ImportError: it is not; says what to do.
     """
-    try:
-        found = version("keras")
-    except PackageNotFoundError:
-        raise ImportError(f"cvt's TF classes need Keras 3 and TensorFlow: {INSTALL}") from None
+    found = version_of("keras")
+    if found is None:
+        raise ImportError(f"cvt's TF classes need Keras 3 and TensorFlow: {INSTALL}")
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise ImportError(f"cvt's TF classes need Keras {oldest}, and this is {found}: {INSTALL}")

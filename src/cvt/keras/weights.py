@@ -8,8 +8,9 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import keras
 import ml_dtypes
 import numpy as np
 from keras import ops
@@ -23,9 +24,6 @@ from cvt.configuration import CvtConfig
 from cvt.files import pointer_fault, staged
 from cvt.keras.layers import as_config
 from cvt.strict_loading import CLASSIFIER, COUNTER, HEAD, new_weights, verify_folder
-
-if TYPE_CHECKING:
-    from cvt.keras.modeling import TFCvtPreTrainedModel
 
 Weights = dict[str, np.ndarray]  # under transformers' names, in PyTorch's order of axes
 
@@ -45,8 +43,8 @@ SAFETENSORS = {
 
 
 def load(
-    source: str | os.PathLike, make: "Callable[[CvtConfig], TFCvtPreTrainedModel]", **kwargs: Any
-) -> "TFCvtPreTrainedModel":
+    source: str | os.PathLike, make: Callable[[CvtConfig], keras.Model], **kwargs: Any
+) -> keras.Model:
     """The model that `make` makes of the source's config, with the source's weights.
 
     Args:
@@ -87,9 +85,7 @@ def load(
     return model
 
 
-def assign(
-    model: "TFCvtPreTrainedModel", found: Weights, source: Any, new_head: bool = False
-) -> None:
+def assign(model: keras.Model, found: Weights, source: Any, new_head: bool = False) -> None:
     """Give a model weights, all of them and no others.
 
     Args:
@@ -119,7 +115,7 @@ def assign(
             variable.assign(to_keras(found[name]))
 
 
-def save(model: "TFCvtPreTrainedModel", folder: str | Path) -> None:
+def save(model: keras.Model, folder: str | Path) -> None:
     """Write config.json and model.safetensors, as the PyTorch classes do.
 
     Files of these names are replaced, others in the folder are left alone.
@@ -141,7 +137,7 @@ def save(model: "TFCvtPreTrainedModel", folder: str | Path) -> None:
         save_file(weights, written / "model.safetensors", metadata={"format": "pt"})
 
 
-def named_variables(model: "TFCvtPreTrainedModel") -> dict[str, Any]:
+def named_variables(model: keras.Model) -> dict[str, Any]:
     """A model's variables under transformers' names of its weights."""
     named = ((keras_to_transformers(variable.path), variable) for variable in model.variables)
     return {name: variable for name, variable in named if name}  # seeds of dropout have none

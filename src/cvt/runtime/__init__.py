@@ -1,9 +1,9 @@
 """One interface over what runs a classifier: pixels in, logits out."""
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cvt.libraries import is_installed
 from cvt.limits import check_counts
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ LIBRARIES = {
 
 def available(runtime: str) -> bool:
     """Whether what a runtime needs is installed; imports nothing."""
-    return all(map(importlib.util.find_spec, LIBRARIES.get(runtime, ())))
+    return is_installed(*LIBRARIES.get(runtime, ()))
 
 
 def open_runtime(
@@ -63,7 +63,7 @@ def open_runtime(
         ImportError: the runtime is not installed; says what to install.
     """
     from cvt.files import check_path
-    from cvt.runtime.opening import open_export, open_model
+    from cvt.runtime.factory import open_export, open_model
 
     for name, value, choices in (
         ("runtime", runtime, ("auto", *RUNTIMES, *OF_EXPORTS)),

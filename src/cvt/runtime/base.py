@@ -1,22 +1,15 @@
 """Pixels in, logits out: what every runtime promises, and the pixels that none takes."""
 
-import importlib.util
-import os
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from threading import RLock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
-from cvt.images import LARGEST
-
-ERRORS = RLock()  # the error stream, while it is kept from all threads
+from cvt.data.preprocessing import LARGEST
 
 
 class PixelError(ValueError):
@@ -157,37 +150,3 @@ class Runtime(ABC):
                 "the mean off and divides by the standard deviation"
             )
         return pixels
-
-
-def require(purpose: str, *libraries: str, extra: str = "export") -> None:
-    """Make sure that optional libraries are installed.
-
-    Args:
-        purpose: what needs them, as the beginning of the error.
-        libraries: the names that they are imported by.
-        extra: of this package, that brings them.
-
-    Raises:
-        ImportError: one is not; names the command that installs it.
-    """
-    if missing := [name for name in libraries if not importlib.util.find_spec(name)]:
-        raise ImportError(
-            f"{purpose} needs {' and '.join(missing)}: pip install 'cvt-vision[{extra}]'"
-        )
-
-
-@contextmanager
-def silence_stderr() -> Iterator[None]:
-    """Keep back what libraries in C++ write to the error stream, which no setting keeps back."""
-    if sys.stderr is None:  # then its number may be another file's
-        yield
-        return
-    with ERRORS, open(os.devnull, "w") as nothing:
-        sys.stderr.flush()
-        kept = os.dup(2)
-        os.dup2(nothing.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)

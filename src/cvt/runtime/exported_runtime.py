@@ -14,8 +14,8 @@ from torch.export.passes import move_to_device_pass
 from torch.utils._sympy import functions
 
 from cvt.configuration import CvtConfig
-from cvt.graph import pixel_shape
 from cvt.runtime.base import Runtime
+from cvt.runtime.capture import pixel_shape
 
 # The files of an archive, below the folder that holds all of them.
 MEMBERS = re.compile(

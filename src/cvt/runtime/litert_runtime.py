@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
-from cvt.runtime.base import Runtime, require, silence_stderr
+from cvt.libraries import require, silence_stderr
+from cvt.runtime.base import Runtime
 
 
 class LiteRtRuntime(Runtime):

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
-from cvt.fused import fuse
-from cvt.graph import onnx_graph, torch_graph
+from cvt.libraries import require
 from cvt.modeling import CvtForImageClassification
-from cvt.runtime.base import Runtime, require
+from cvt.runtime.base import Runtime
+from cvt.runtime.capture import onnx_graph, torch_graph
+from cvt.runtime.fused import fuse
 from cvt.runtime.torch_runtime import DTYPES
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
-from cvt.fused import fuse
-from cvt.graph import openvino_graph, torch_graph
+from cvt.libraries import require
 from cvt.modeling import CvtForImageClassification
-from cvt.runtime.base import Runtime, require
+from cvt.runtime.base import Runtime
+from cvt.runtime.capture import openvino_graph, torch_graph
+from cvt.runtime.fused import fuse
 
 if TYPE_CHECKING:
     import openvino

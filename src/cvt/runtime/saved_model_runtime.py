@@ -1,6 +1,5 @@
 """A SavedModel in TensorFlow as a runtime, on a CPU, after a check that it can only compute."""
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +9,8 @@ import torch
 from torch import Tensor
 
 from cvt.configuration import CvtConfig
-from cvt.graph import quiet
-from cvt.runtime.base import Runtime, require, silence_stderr
-from cvt.tensorflow import keep_triton_apart
+from cvt.libraries import import_tensorflow, quiet
+from cvt.runtime.base import Runtime
 
 FILES = re.compile(
     r"saved_model\.pb|fingerprint\.pb|variables/variables\.(index|data-\d{5}-of-\d{5})"
@@ -88,20 +86,6 @@ class SavedModelRuntime(Runtime):
         with self.tf.device("CPU"):
             logits = self.run(pixel_values=self.tf.constant(pixels.cpu().numpy()))["logits"]
         return torch.from_numpy(logits.numpy())
-
-
-def import_tensorflow() -> Any:
-    """TensorFlow, beside PyTorch, and without its remarks about this machine.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    require("the runtime tensorflow", "tensorflow", extra="tensorflow")
-    keep_triton_apart()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with silence_stderr():
-        import tensorflow
-    return tensorflow
 
 
 def check(path: Path) -> None:

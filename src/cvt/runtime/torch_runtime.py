@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cvt.configuration import CvtConfig
-from cvt.fused import fuse, refuse_offloaded
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import Runtime
+from cvt.runtime.fused import fuse, refuse_offloaded
 
 DTYPES = {
     "fp32": torch.float32,

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from cvt.images import normalisation
+from cvt.data.preprocessing import normalisation
 from cvt.train.recipe import Recipe
 
 

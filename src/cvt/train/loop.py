@@ -35,7 +35,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cvt.checkpoints import load_classifier
-from cvt.datasets import (
+from cvt.data import (
     Images,
     LabelledImages,
     StreamedImages,
@@ -43,15 +43,15 @@ from cvt.datasets import (
     oversized,
     write_split,
 )
-from cvt.evaluate import Evaluation, evaluate, write_evaluation
+from cvt.data.preprocessing import processor_of
+from cvt.data.workers import Interrupted
 from cvt.files import check_path, locked
-from cvt.images import processor_of
+from cvt.inference.evaluate import evaluate, write_evaluation
+from cvt.inference.metrics import Evaluation
 from cvt.kernels import apply_cpu_bf16, apply_triton, recompute_activations
 from cvt.modeling import Block
-from cvt.predict import Interrupted
-from cvt.train import records
+from cvt.train import run_folder
 from cvt.train.augmentation import augmentation, mixing
-from cvt.train.batches import Batch, Plan, batches, seed_all
 from cvt.train.checkpointing import (
     check_state,
     check_weights,
@@ -59,6 +59,7 @@ from cvt.train.checkpointing import (
     newest_checkpoint,
     save_checkpoint,
 )
+from cvt.train.loader import Batch, Plan, batches, seed_all
 from cvt.train.models import (
     classifier_for,
     frozen,
@@ -68,7 +69,7 @@ from cvt.train.models import (
     regularised,
     trainable,
 )
-from cvt.train.optimization import Schedule, optimizer_for
+from cvt.train.optim import Schedule, optimizer_for
 from cvt.train.progress import NullProgress, Progress, Row
 from cvt.train.recipe import LENGTH, Recipe, load_recipe, read_settings, resumed_recipe
 
@@ -94,7 +95,7 @@ class StepMetrics(NamedTuple):
 
 
 def train(recipe: Recipe, output: str | Path, progress: Progress | None = None) -> Row:
-    """Train a classifier and leave a run folder; `cvt.train.records` lists what is in it.
+    """Train a classifier and leave a run folder; `cvt.train.run_folder` lists what is in it.
 
     Start it in several processes with `torchrun` or `accelerate launch` and they share the work.
 
@@ -380,12 +381,12 @@ class Run:
             if self.main:
                 self.output.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.output))
-                records.write_settings(self.output, self.given, self.plan, self.device)
+                run_folder.write_settings(self.output, self.given, self.plan, self.device)
                 if self.splits.drawn:
                     assert isinstance(self.train_images, LabelledImages)
                     assert isinstance(self.val_images, LabelledImages)
                     write_split(self.output / "split.csv", self.train_images, self.val_images)
-                self.events = records.Events(self.output, self.step)
+                self.events = run_folder.Events(self.output, self.step)
                 stack.callback(self.events.close)
             stack.callback(self.__dict__.pop, "batches")  # ends its workers
             if not self.step:
@@ -462,7 +463,7 @@ class Run:
         """Write down how fast an epoch was; say once what helps if it waited much for images."""
         speed = {"images_per_second": images_per_second, "waiting": waiting}
         if self.main:
-            records.write_speed(self.output, {"epoch": epoch, **speed})
+            run_folder.write_speed(self.output, {"epoch": epoch, **speed})
             self.events.add(self.step, {f"epoch/{name}": value for name, value in speed.items()})
         if waiting > MAX_WAITING_SHARE and not self.advised:
             self.advised = True
@@ -579,7 +580,7 @@ class Run:
                 self.corrupt[name] = error
                 self.progress.say(f"left out: {error}")
         if self.main:
-            records.write_corrupt(self.output, self.corrupt)
+            run_folder.write_corrupt(self.output, self.corrupt)
         allowed = max(CORRUPT_ALWAYS_ALLOWED, self.recipe.max_corrupt * self.plan.images)
         if len(self.corrupt) > allowed:
             raise ValueError(
@@ -623,12 +624,12 @@ class Run:
             for failure in evaluation.failures if number <= recipe.eval_every else ():
                 logger.warning(f"not counted: {failure.error}")
             if is_best := best(self.history) is row:
-                records.write_pictures(self.output, evaluation)
+                run_folder.write_pictures(self.output, evaluation)
             for name in ("best", "last") if is_best else ("last",):
                 folder = self.output / name
-                records.write_model(folder, model, self.processor, recipe, row, adapter)
+                run_folder.write_model(folder, model, self.processor, recipe, row, adapter)
         if self.main:
-            records.write_results(self.output, self.history)
+            run_folder.write_results(self.output, self.history)
             self.events.add(self.step, {f"epoch/{name}": value for name, value in row.items()})
         self.save(state)
         self.progress.epoch(row)

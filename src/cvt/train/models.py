@@ -10,8 +10,8 @@ from torch import nn
 from cvt import hub
 from cvt.checkpoints import adapters, load_classifier, load_config, load_processor
 from cvt.configuration import VARIANTS, CvtConfig
-from cvt.evaluate import class_rows
-from cvt.images import image_processor
+from cvt.data.preprocessing import image_processor
+from cvt.inference.class_matching import class_rows
 from cvt.modeling import CvtForImageClassification
 from cvt.strict_loading import ADAPTER
 from cvt.train.recipe import Recipe

@@ -19,7 +19,7 @@ import yaml
 
 from cvt.limits import MOST_AT_ONCE, MOST_IMAGES
 
-PACKAGED = Path(__file__).parents[1] / "recipes"
+PACKAGED = Path(__file__).parent / "recipes"
 NESTED = 8  # levels of a yaml file; a recipe has two
 LARGEST: dict[type, int] = {int: 2**63 - 1}  # that a setting without a limit of its own may be
 

@@ -1,0 +1,116 @@
+"""Comma-separated files of path and label."""
+
+import csv
+import os
+from functools import partial
+from pathlib import Path
+
+from cvt.data.folder import Files
+from cvt.data.labelled import SPLIT_NAMES, LabelledImages, SplitReaders
+
+PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
+LABEL_NAMES = ("label", "class", "class_name")
+SHOWN = 5  # files or lines that an error lists
+
+
+def csv_splits(
+    path: Path, image_column: str | None = None, label_column: str | None = None
+) -> SplitReaders:
+    """The images that a file lists, by the values of its column `split` if it has one.
+
+    Its first line is a header if a cell of it is one of `PATH_NAMES`, or if a column is named.
+    Without a header a line is path and label.
+
+    Raises:
+        ValueError: the file is malformed; names the line, or the files that are missing.
+        OSError: the file cannot be read.
+    """
+    rows = _read(path)
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    header = [cell.lower() for cell in rows[0][1]]
+    image, label, split_column = 0, 1, None
+    has_header = bool(image_column or label_column or set(header) & set(PATH_NAMES))
+    if has_header:
+        image = _column(path, rows[0][1], image_column, PATH_NAMES, "image_column")
+        label = _column(path, rows[0][1], label_column, LABEL_NAMES, "label_column")
+        split_column = header.index("split") if "split" in header else None
+        del rows[0]
+    elif len(header) != 2:
+        raise ValueError(
+            f"{path} has {len(header)} columns, separated by commas, and no header that names a "
+            "path column"
+        )
+
+    splits: dict[str, tuple[list[str], list[str]]] = {}
+    seen: dict[str, tuple[str, str]] = {}  # by path, however it is written
+    for line, cells in rows:
+        if len(cells) != len(header):
+            raise ValueError(f"{path}, line {line}: {len(cells)} columns, expected {len(header)}")
+        name, written = cells[image], cells[label]
+        if not name or not written:
+            raise ValueError(f"{path}, line {line}: has no {'label' if name else 'path'}")
+        split = "" if split_column is None else cells[split_column].lower()
+        if split_column is not None and split not in SPLIT_NAMES:
+            raise ValueError(
+                f"{path}, line {line}: split is {cells[split_column]!r}, "
+                f"not one of {', '.join(SPLIT_NAMES)}"
+            )
+        file = os.path.normpath(path.parent / name)
+        if file in seen:
+            if seen[file] != (written, split):
+                raise ValueError(
+                    f"{path}, line {line}: {name} is {' '.join(filter(None, (written, split)))}, "
+                    f"and {' '.join(filter(None, seen[file]))} on an earlier line; an image has "
+                    "one label and is in one split"
+                )
+            continue
+        seen[file] = written, split
+        names, labels = splits.setdefault(split, ([], []))
+        names.append(name)
+        labels.append(written)
+    if not splits:
+        raise ValueError(f"{path} lists no images")
+    listed = [name for names, _ in splits.values() for name in names]
+    missing = [name for name in listed if not os.path.isfile(path.parent / name)]
+    if not has_header and rows[0][1][0] in missing:
+        first = ", ".join(rows[0][1])
+        raise ValueError(
+            f"{path}, line 1: {first} is neither a file and its label nor a header that names a "
+            f"column {', '.join(PATH_NAMES)}; name the columns with image_column and label_column"
+        )
+    if missing:
+        raise FileNotFoundError(
+            f"{path} lists {len(missing)} files that do not exist (paths are relative to its "
+            f"folder): {', '.join(missing[:SHOWN])}{', ...' if missing[SHOWN:] else ''}"
+        )
+    return {
+        split: partial(LabelledImages, Files(path.parent, names), labels)
+        for split, (names, labels) in splits.items()
+    }
+
+
+def _read(path: Path) -> list[tuple[int, list[str]]]:
+    """The lines that are not blank, with their numbers; cells without the spaces around them."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, skipinitialspace=True, strict=True)
+            rows = ((reader.line_num, [cell.strip() for cell in cells]) for cells in reader)
+            return [(line, cells) for line, cells in rows if any(cells)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+
+
+def _column(
+    path: Path, header: list[str], chosen: str | None, known: tuple[str, ...], option: str
+) -> int:
+    lower = [cell.lower() for cell in header]
+    found = [chosen] if chosen else [name for name in lower if name in known]
+    if len(found) == 1 and found[0] in (header if chosen else lower):
+        return (header if chosen else lower).index(found[0])
+    raise ValueError(
+        f"{path} has the columns {', '.join(header)}: "
+        + (f"none is called {chosen}" if chosen else f"name the one to use with {option}")
+    )

@@ -1,0 +1,262 @@
+"""From the name of a data set to its splits, by the reader of its kind."""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from cvt.data.cifar import cifar_splits, is_cifar
+from cvt.data.class_names import read_labels
+from cvt.data.columns import find_columns
+from cvt.data.csv_file import csv_splits
+from cvt.data.digits import digits_splits
+from cvt.data.folder import folder_splits
+from cvt.data.huggingface import (
+    SAVED,
+    by_split,
+    file_splits,
+    files_of,
+    hub_splits,
+    saved_splits,
+)
+from cvt.data.labelled import (
+    TEST_NAMES,
+    TRAIN_NAMES,
+    VALIDATION_NAMES,
+    Images,
+    LabelledImages,
+    SplitReaders,
+    Splits,
+    StreamedImages,
+    label_map,
+    split,
+)
+from cvt.files import check_path
+
+
+def open_training(
+    data: str | Path,
+    val_data: str | Path | None = None,
+    *,
+    seed: int = 0,
+    classes: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Splits:
+    """The images to train on, those that validate, of the same classes, and those held out.
+
+    Args:
+        data: what to train on; the table of `cvt.data` says what that may be.
+        val_data: what to validate with, if it is not a split of `data`.
+        seed: draws the validation images where the data has no split for them.
+        classes: a text file of class names, one per line, in the order of the classifier's outputs.
+        image_column: the column of a table or csv file with the images, where it is not plain.
+        label_column: the column with the labels, likewise.
+
+    Returns:
+        The splits `train`, `validation` and `test`. A test split without a validation split beside
+        it validates, and `test` is then None.
+
+    Raises:
+        ValueError: there is only one class, a class has no images, the splits differ in their
+            classes, or the data is malformed.
+        OSError: a file is missing or cannot be read, or the hub cannot be reached.
+        ImportError: a library that this kind of data needs is not installed.
+    """
+    options = _Options(_names(classes), image_column, label_column)
+    splits = _splits(data, options)
+    name = _chosen(data, splits, TRAIN_NAMES)
+    is_held_out = name in VALIDATION_NAMES + TEST_NAMES
+    if is_held_out and (Path(data).is_dir() or "hub:" in os.fspath(data)):
+        raise ValueError(f"{data} has the split {name} alone, and none to train on")
+    source, others = (data, splits) if val_data is None else (val_data, _splits(val_data, options))
+    train: Images = splits[name]()
+    _check_names(data, train.classes)
+    validation: Images
+    validating = name
+    if val_data is None and len(splits) == 1:
+        if isinstance(train, StreamedImages):
+            raise ValueError(
+                f"{data} has no validation split, and streams are not split: give val_data"
+            )
+        train, validation = split(train, seed)
+    else:
+        validating = _chosen(source, others, VALIDATION_NAMES, TEST_NAMES)
+        validation = others[validating]()
+    held_out = [
+        read
+        for of in (splits, others)
+        for key, read in of.items()
+        if key in TEST_NAMES and (of, key) not in ((splits, name), (others, validating))
+    ]
+    test = held_out[0]() if held_out else None
+    where = str(data) if val_data is None else f"{data} and {val_data}"
+    _check(where, train, validation, test)
+    return Splits(train, validation, test)
+
+
+def _check(where: str, train: Images, validation: Images, test: Images | None) -> None:
+    """Raise a ValueError if the splits differ in their classes, or one has no images of a class."""
+    if differing := sorted(set(train.classes) ^ set(validation.classes)):
+        raise ValueError(
+            f"of the training and the validation split of {where} only one has the class "
+            f"{', '.join(differing)}"
+        )
+    if test is not None and (unknown := sorted(set(test.classes) - set(train.classes))):
+        raise ValueError(
+            f"{where}: only the test split has the class {', '.join(unknown)}, which is not "
+            "trained on"
+        )
+    for images, name in ((train, "training"), (validation, "validation")):
+        labels = images.labels if isinstance(images, LabelledImages) else images.classes
+        if empty := sorted(set(images.classes) - set(labels)):
+            raise ValueError(f"{where} has classes without {name} images: {', '.join(empty)}")
+    if len(train.classes) < 2:
+        raise ValueError(
+            f"{where} has a single class, {', '.join(train.classes)}; at least two are needed"
+        )
+
+
+def _check_names(data: str | Path, classes: list[str]) -> None:
+    """Raise a ValueError if class names cannot be told apart by eye, or written as text."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(" ".join(name.split()), []).append(name)
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{data} has a class whose name is not UTF-8, {name!a}; rename it"
+            ) from None
+    if pairs := [repr(name) for names in alike.values() if len(names) > 1 for name in names]:
+        raise ValueError(f"{data} has classes that differ in spaces alone: {', '.join(pairs)}")
+
+
+def open_labelled(
+    data: str | Path,
+    *,
+    classes: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Images:
+    """The images to evaluate with: the validation split, else the test split, else all of them.
+
+    Args:
+        data: the table of `cvt.data` says what that may be.
+        classes: as in `open_training`.
+        image_column: likewise.
+        label_column: likewise.
+
+    Raises:
+        ValueError: the data is malformed.
+        OSError: a file is missing or cannot be read, or the hub cannot be reached.
+        ImportError: a library that this kind of data needs is not installed.
+    """
+    options = _Options(_names(classes), image_column, label_column)
+    splits = _splits(data, options)
+    images = splits[_chosen(data, splits, VALIDATION_NAMES, TEST_NAMES)]()
+    _check_names(data, images.classes)
+    return images
+
+
+@dataclass(frozen=True)
+class _Options:
+    names: list[str] | None
+    image_column: str | None
+    label_column: str | None
+
+
+def _names(file: Path | None) -> list[str] | None:
+    """The class names in a file, however many they are."""
+    return None if file is None else read_labels(file)
+
+
+def _chosen(data: str | Path, splits: SplitReaders, *names: tuple[str, ...]) -> str:
+    """The name of the split that has one of the first of `names`; else of the only one there is."""
+    for of_split in names:
+        chosen = [name for name in splits if name in of_split]
+        if len(chosen) > 1:
+            raise ValueError(f"{data} has two splits of one kind: {', '.join(chosen)}")
+        if chosen:
+            return chosen[0]
+    if len(splits) > 1:
+        asked = ", ".join(name for of_split in names for name in of_split)
+        raise ValueError(f"{data} has the splits {', '.join(splits)} and none of {asked}")
+    return next(iter(splits))
+
+
+def _splits(data: str | Path, options: _Options) -> SplitReaders:
+    """The splits of `data`, by the reader of its kind."""
+    check_path(data, "data")
+    name = os.fspath(data)
+    streaming = name.startswith("stream:")
+    name = name.removeprefix("stream:")
+    path = Path(name)
+    columns = (options.image_column, options.label_column)
+    find = partial(
+        find_columns,
+        names=options.names,
+        image_column=options.image_column,
+        label_column=options.label_column,
+    )
+    if name.startswith("hub:"):
+        return hub_splits(name.removeprefix("hub:"), find, streaming)
+    if shards := files_of("tar", name):
+        return file_splits("webdataset", by_split(shards), find, streaming=True)
+    if tables := files_of("parquet", name):
+        return file_splits("parquet", by_split(tables), find, streaming)
+    if streaming:
+        raise ValueError(f"{data}: neither shards nor parquet files nor hub:OWNER/NAME to stream")
+    if any((path / file).is_file() for file in SAVED):
+        return saved_splits(path, find)
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return _renamed(csv_splits(path, *columns), options.names, path)
+    if any(columns):
+        raise ValueError(
+            f"{data} has no columns to choose from: leave image_column and label_column out"
+        )
+    return _renamed(_plain_splits(name), options.names, path)
+
+
+def _plain_splits(name: str) -> SplitReaders:
+    path = Path(name)
+    if name == "digits":
+        if path.is_dir():
+            raise ValueError(
+                "digits is scikit-learn's data set, and a folder here: for the folder write "
+                "./digits; for the data set, start in another folder"
+            )
+        return digits_splits()
+    if path.is_dir():
+        is_packed = is_cifar([file.name for file in path.iterdir() if file.is_file()])
+        return cifar_splits(path) if is_packed else folder_splits(path)
+    if path.is_file() and name.endswith((".tar.gz", ".tgz")):
+        return cifar_splits(path)
+    if path.is_file():
+        raise ValueError(
+            f"{path} is neither a .csv nor a .parquet file, nor an archive of CIFAR or shards"
+        )
+    hint = ""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        hint = f"; a data set of the hub is written hub:{name}"
+    raise FileNotFoundError(f"{path} is not a folder, nor a file{hint}")
+
+
+def _renamed(splits: SplitReaders, names: list[str] | None, path: Path) -> SplitReaders:
+    """The same with the classes `names`, if there are any."""
+    if names is None:
+        return splits
+    known = label_map(names)
+
+    def renamed(read: Callable[[], Images]) -> LabelledImages:
+        images = read()
+        assert isinstance(images, LabelledImages)
+        if unknown := sorted(set(images.labels) - known.keys()):
+            raise ValueError(
+                f"{path} has labels that are none of the classes: {', '.join(unknown)}"
+            )
+        return LabelledImages(images.sources, [known[label] for label in images.labels], names)
+
+    return {name: partial(renamed, read) for name, read in splits.items()}

@@ -1,0 +1,223 @@
+"""Labelled images, the form that every kind of data set takes: to be looked up, or streamed."""
+
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cvt.data.decoding import Source
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+TRAIN_NAMES = ("train", "training")
+VALIDATION_NAMES = ("val", "valid", "validation")
+TEST_NAMES = ("test", "testing")
+SPLIT_NAMES = TRAIN_NAMES + VALIDATION_NAMES + TEST_NAMES
+_ANY = "|".join(sorted(SPLIT_NAMES, key=len, reverse=True))
+_WORD = re.compile(rf"(?<![a-z])({_ANY})(?![a-z])")
+_AT_AN_END = re.compile(rf"(?<![a-z])({_ANY})|({_ANY})(?![a-z])")
+
+
+def split_name(name: str) -> str | None:
+    """The name of a split that is a word of a file's or folder's name, as in `train_set`."""
+    found = _WORD.search(name.lower())
+    return found[1] if found else None
+
+
+def resembles_splits(names: Iterable[str]) -> list[str]:
+    """Those of the names that may be meant as splits, as `mytrain` and `myval`.
+
+    Returns:
+        The names with the name of a split at the begin or end of a word; none if they are all of
+        the same split, or if none is of images to train on.
+    """
+    found = {name: _AT_AN_END.search(name.lower()) for name in names}
+    kinds = {name: (match[1] or match[2])[:3] for name, match in found.items() if match}
+    several = len(set(kinds.values())) > 1 and TRAIN_NAMES[0][:3] in kinds.values()
+    return sorted(kinds) if several else []
+
+
+class LabelledImages:
+    """Images that can be looked up, each with the name of its class.
+
+    Attributes:
+        sources: the images; one that is not a file is read when it is asked for.
+        labels: the name of the class of every image.
+        classes: the names of the classes in the order of a classifier's outputs.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], labels: Sequence[str], classes: list[str] | None = None
+    ) -> None:
+        """By default the classes are those of the labels, sorted."""
+        assert len(sources) == len(labels)
+        self.sources = sources
+        self.labels = labels
+        self.classes = sorted(set(labels)) if classes is None else classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """The name of an image, the same wherever its folder is; of a file its path from there."""
+        return _name(self.sources, index)
+
+    def __getitem__(self, index: int) -> tuple[Source, str]:
+        return self.sources[index], self.labels[index]
+
+    def __iter__(self) -> Iterator[tuple[Source, str]]:
+        return zip(self.sources, self.labels, strict=True)
+
+    def select(self, indices: Sequence[int]) -> "LabelledImages":
+        """Some of the images, in the order of `indices`."""
+        labels = [self.labels[i] for i in indices]
+        return LabelledImages(_Selection(self.sources, indices), labels, self.classes)
+
+
+def _name(sources: Sequence[Source], index: int) -> str:
+    if isinstance(sources, _Selection):
+        return _name(sources.sources, sources.indices[index])
+    naming = getattr(sources, "name", None)  # of files and rows
+    return naming(index) if naming else str(sources[index])
+
+
+@dataclass(frozen=True)
+class _Selection(Sequence[Source]):
+    sources: Sequence[Source]
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.sources[self.indices[index]]
+
+
+@dataclass(frozen=True)
+class StreamedImages:
+    """Images that are read one after the other, for sets that do not fit on one machine.
+
+    Attributes:
+        classes: the names of the classes in the order of a classifier's outputs.
+        length: how many images one pass has, where that is known without reading them all.
+        rows: what is streamed.
+        sample: makes an image and the name of its class of a row.
+    """
+
+    classes: list[str]
+    length: int | None
+    rows: "IterableDataset"
+    sample: Callable[[dict[str, Any]], tuple[Source, str]]
+
+    def __iter__(self) -> Iterator[tuple[Source, str]]:
+        """All images once, in the order in which they are stored.
+
+        Raises:
+            OSError: what is streamed is damaged, or out of reach by now.
+        """
+        return self._samples(self.rows)
+
+    def shuffled(
+        self, seed: int, rank: int = 0, world: int = 1, buffer: int = 1000
+    ) -> Iterator[tuple[Source, str]]:
+        """One rank's share of the images, pass after pass without end, in an order of its own each.
+
+        In every pass each image goes to one rank. Where there are enough shards (files) for all
+        ranks, each is read by one rank alone; a rank with fewer then begins its next pass earlier.
+
+        Args:
+            seed: together with the other arguments, determines the order.
+            rank: whose share, from 0 to `world` - 1.
+            world: how many ranks share.
+            buffer: how many images are kept, encoded, and drawn from, besides mixing the shards.
+
+        Raises:
+            OSError: what is streamed is damaged, or out of reach by now.
+            ValueError: a pass has no image for this rank.
+        """
+        from datasets.distributed import split_dataset_by_node
+
+        strategy = "shards" if self.rows.num_shards >= world else "examples"
+        rows = self.rows.shuffle(seed=seed, buffer_size=buffer)
+        rows = split_dataset_by_node(rows, rank, world, strategy)
+        for epoch in itertools.count():
+            rows.set_epoch(epoch)
+            found = None
+            for found in self._samples(rows):
+                yield found
+            if found is None:
+                raise ValueError(f"the data has no image for rank {rank} of {world}")
+
+    def _samples(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[Source, str]]:
+        stored, last = iter(rows), "its start"
+        while True:
+            try:
+                row = next(stored, None)
+            except Exception as error:  # of an archive, a table, the network
+                raise OSError(f"the stream broke off after {last}: {error}") from error
+            if row is None:
+                return
+            source, label = self.sample(row)
+            last = str(source)
+            yield source, label
+
+
+Images = LabelledImages | StreamedImages
+
+
+class Splits(NamedTuple):
+    """The images of a training run.
+
+    Attributes:
+        train: those to train on.
+        validation: those by which the best epoch is chosen.
+        test: those that are held out until the end; None where there are none.
+    """
+
+    train: Images
+    validation: Images
+    test: Images | None
+
+    @property
+    def drawn(self) -> bool:
+        """Whether `validation` was drawn from the images of `train`'s folder or table."""
+        sources = [getattr(images, "sources", None) for images in (self.train, self.validation)]
+        selected = [source.sources for source in sources if isinstance(source, _Selection)]
+        return len(selected) == 2 and selected[0] is selected[1]
+
+
+# The splits of a data set, each opened when it is called; one that has none is called "".
+SplitReaders = Mapping[str, Callable[[], Images]]
+
+
+def split(images: LabelledImages, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """Four fifths and one fifth of every class, drawn by `seed`, at least one image in each.
+
+    Raises:
+        ValueError: a class has a single image.
+    """
+    of_class: dict[str, list[int]] = {name: [] for name in images.classes}
+    for i, label in enumerate(images.labels):
+        of_class[label].append(i)
+    train: list[int] = []
+    validation: list[int] = []
+    for name, indices in of_class.items():
+        if len(indices) == 1:
+            raise ValueError(
+                f"class {name} has one image, {images[indices[0]][0]}: too few to split"
+            )
+        random.Random(f"{seed} {name}").shuffle(indices)
+        cut = max(1, round(len(indices) / 5))
+        validation += sorted(indices[:cut])
+        train += sorted(indices[cut:])
+    return images.select(train), images.select(validation)
+
+
+def label_map(names: Sequence[str]) -> dict[str | int, str]:
+    """The class names by all that may stand for them: themselves, else their positions."""
+    by_position: dict[str | int, str] = dict(enumerate(names))
+    as_text = {str(i): name for i, name in by_position.items()}
+    return as_text | {name: name for name in names} | by_position

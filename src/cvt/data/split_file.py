@@ -1,0 +1,80 @@
+"""The split that a run has drawn, as a file: which images it was trained on, which validate it."""
+
+import csv
+from pathlib import Path
+
+from cvt.data.labelled import LabelledImages
+from cvt.files import staged
+
+COLUMNS = ["path", "split"]
+TRAIN, VALIDATION = "train", "validation"
+
+
+def write_split(path: str | Path, train: LabelledImages, validation: LabelledImages) -> None:
+    """Write which images are trained on and which validate, where both were drawn from one source.
+
+    Args:
+        path: a csv file with the columns path and split; one that is there is replaced. Paths are
+            relative to the folder of the data; images that are no files have their names.
+        train: the images to train on.
+        validation: those that validate.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with (
+        staged(path, overwrite=True) as beside,
+        open(beside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for split, images in ((TRAIN, train), (VALIDATION, validation)):
+            writer.writerows((images.name(i), split) for i in range(len(images)))
+
+
+def read_split(path: str | Path) -> dict[str, str]:
+    """The splits, `train` or `validation`, by the names of the images, as `write_split` wrote them.
+
+    Raises:
+        ValueError: it is no such file; names the line.
+        OSError: the file cannot be read.
+    """
+    found: dict[str, str] = {}
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file)
+        try:
+            header = next(reader, None)
+            if header != COLUMNS:
+                raise ValueError(f"{path}, line 1: must be {','.join(COLUMNS)}")
+            for row in reader:
+                if len(row) != 2 or row[1] not in (TRAIN, VALIDATION):
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: must be a path and {TRAIN} or "
+                        f"{VALIDATION}"
+                    )
+                found[row[0]] = row[1]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+    return found
+
+
+def without_trained(images: LabelledImages, path: str | Path) -> tuple[LabelledImages, int]:
+    """The images to evaluate a run with, by the split that it has drawn.
+
+    Args:
+        images: those of the data.
+        path: the file that `write_split` wrote.
+
+    Returns:
+        The validation images alone, and 0, if the images are those of the split; else all, and how
+        many of them have the name of an image that the run was trained on.
+
+    Raises:
+        ValueError: the file is malformed.
+        OSError: it cannot be read.
+    """
+    splits = read_split(path)
+    names = [images.name(i) for i in range(len(images))]
+    if splits.keys() == set(names):
+        return images.select([i for i, n in enumerate(names) if splits[n] == VALIDATION]), 0
+    return images, sum(splits.get(name) == TRAIN for name in names)

@@ -1,0 +1,1 @@
+"""From images to labels and scores, and how good those are."""

@@ -1,0 +1,318 @@
+"""A classifier of images in one object, for services, notebooks and Ray Data."""
+
+import os
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cvt.checkpoints import load_processor
+from cvt.data.decoding import ImageError, Source, StoredImage, decode, is_content
+from cvt.inference.predict import Prediction, Result, find_images, predict
+from cvt.libraries import require
+from cvt.limits import check_counts
+from cvt.modeling import CvtForImageClassification
+from cvt.runtime import open_runtime
+
+DOWNLOAD_BYTES = 2**26  # that an image behind a URL may have
+DOWNLOAD_SECONDS = 30.0  # that fetching one may take
+ROUNDING = 0.5 / 255  # beyond 0 and 1, floats still round to 0 and 255
+
+
+class Classifier:
+    """Labels and scores of images; several threads may share one.
+
+        clf = cvt.Classifier("cvt-13")
+        clf("cat.jpg", top_k=5)  # [{"label": "tabby, tabby cat", "score": 0.51}, ...]
+        clf(["cat.jpg", Image.open("dog.jpg"), array])  # a list of such lists
+        for record in clf.stream("photos", workers=2):  # {"path": ..., "predictions": [...]}
+            ...
+
+    An image is a path, the bytes of a file, a PIL image, or an array (H, W, 3) of uint8 or of
+    floats from 0 to 1; with `allow_urls`, also a URL.
+
+    It is also a class for Ray Data's `map_batches`, over images or parquet files; each worker
+    loads the model once. Batches get the columns `label` and `score` of the best class, and
+    `error`: null, or why the image could not be decoded; there is then no label, and the score is
+    NaN. Label and error are arrays of strings of Arrow. The images are the column `image` (arrays,
+    or what parquet files of the hub have: structs of `bytes` and `path`) or `bytes`.
+
+        ds = ray.data.read_parquet("photos.parquet")  # or read_images("photos", mode="RGB")
+        ds = ds.map_batches(
+            cvt.Classifier,
+            fn_constructor_args=("cvt-13",),
+            fn_constructor_kwargs={"threads": 2},
+            compute=ray.data.ActorPoolStrategy(size=4),
+            num_cpus=2,
+            batch_size=32,
+        )
+        ds.write_parquet("labels")
+
+    Args:
+        model: a published name, a model folder, an authors' file, an exported folder, or a loaded
+            model.
+        runtime: what runs it, see `cvt.runtime.open_runtime`.
+        precision: likewise.
+        device: likewise.
+        threads: likewise.
+        batch_size: images run through the model at a time.
+        processor: the image processor, if not the model's own; a loaded model needs one.
+        exact: decode large JPEGs whole, see `cvt.inference.predict.classify`.
+        max_pixels: the pixels that an image may have, see `cvt.data.decoding.decode`.
+        allow_urls: fetch images whose http or https URL is given, of up to 64 MiB and within 30
+            seconds. Whoever chooses the URLs then reaches what this machine can reach.
+        verify: see `cvt.runtime.open_runtime`.
+
+    Attributes:
+        runtime: what runs the model; `runtime.describe` says it in words.
+        processor: the image processor.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        TypeError: an argument is of a wrong type; names it.
+        ValueError: an argument is illegal, or a loaded model comes without its processor.
+        ImportError: the runtime is not installed.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | CvtForImageClassification,
+        runtime: str = "auto",
+        precision: str | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+        *,
+        batch_size: int = 32,
+        processor: Callable | None = None,
+        exact: bool = False,
+        max_pixels: int | None = None,
+        allow_urls: bool = False,
+        verify: bool = True,
+    ) -> None:
+        check_counts(batch_size=batch_size)
+        if processor is None and isinstance(model, CvtForImageClassification):
+            raise ValueError(
+                "a loaded model does not know its preprocessing: give its processor, such as "
+                "cvt.image_processor(folder)"
+            )
+        self._anew = partial(
+            Classifier,
+            *(model, runtime, precision, device, threads),
+            batch_size=batch_size,
+            processor=processor,
+            exact=exact,
+            max_pixels=max_pixels,
+            allow_urls=allow_urls,
+            verify=verify,
+        )
+        self.runtime = open_runtime(model, runtime, precision, device, threads, verify=verify)
+        self.processor = processor or load_processor(str(model), self.runtime.config)
+        self.batch_size, self.allow_urls = batch_size, allow_urls
+        self.exact, self.max_pixels = exact, max_pixels
+
+    def __reduce__(self) -> tuple:
+        return self._anew, ()  # a runtime does not travel; its arguments do
+
+    def __call__(self, images: Any, top_k: int = 5) -> Any:
+        """Classify an image or a list of them, or a batch of Ray Data.
+
+        Args:
+            images: an image, a list of images, or a batch: columns by name.
+            top_k: how many classes to name of each image, at most all; of a batch always one. Of a
+                regression all values are given.
+
+        Returns:
+            Of an image a list of `{"label", "score"}`, the best first; of a list, a list of those;
+            scores are those of transformers' pipeline: of a regression, its values, unchanged;
+            of a batch, the batch with more columns, see the class.
+
+        Raises:
+            ImageError: an image cannot be decoded or has wrong pixels; says which and why.
+            TypeError: something is no image at all.
+            ValueError: a URL is given and not allowed, or a batch has no column of images.
+        """
+        if isinstance(images, Mapping):
+            return self._with_columns(images)
+        several = isinstance(images, list | tuple)
+        answers = []
+        for result in self._predict(map(self._source, images if several else [images]), top_k):
+            if isinstance(result, Result):
+                raise ImageError(result.error)
+            answers.append(result.records)
+        return answers if several else answers[0]
+
+    def stream(
+        self,
+        images: str | os.PathLike | Iterable[Any],
+        batch_size: int | None = None,
+        workers: int = 1,
+        top_k: int = 5,
+    ) -> Iterator[dict[str, Any]]:
+        """Classify any number of images, one batch after the other, in their order.
+
+        Worker processes decode ahead: each holds two batches, and no more images than that are
+        taken from an iterable in advance.
+
+        Args:
+            images: a folder (with all below it), a file, a glob pattern, or an iterable of images.
+            batch_size: images at a time; the classifier's by default.
+            workers: processes that decode; with 0, threads of this process, and not ahead. So it
+                is in a daemonic process, as of `multiprocessing.Pool`, which may start none.
+            top_k: how many classes to name of each image, at most all.
+
+        Returns:
+            An iterator of `{"path", "predictions"}`, with predictions as a call gives them, or of
+            `{"path", "error"}` for an image that cannot be used.
+
+        Raises:
+            FileNotFoundError: there is no such folder, file or match, or no image in it.
+            TypeError: something is no image at all, or an argument is of a wrong type.
+            ValueError: an argument is illegal, or a URL is not allowed.
+        """
+        if isinstance(images, str | os.PathLike):
+            if isinstance(images, str) and is_content(images):
+                decode(images)  # raises
+            sources: Iterator[Source] = find_images([os.fspath(images)])
+        else:
+            sources = map(self._source, images)
+        results = self._predict(sources, top_k, batch_size, workers)
+        return (_streamed(result) for result in results)
+
+    def _predict(
+        self,
+        sources: Iterable[Source],
+        top_k: int,
+        batch_size: int | None = None,
+        workers: int = 0,
+    ) -> Iterator[Prediction | Result]:
+        size = self.batch_size if batch_size is None else batch_size
+        check_counts(top_k=top_k, batch_size=size, workers=workers)
+        settings = (top_k, size, workers, self.exact, self.max_pixels)
+        return predict(self.runtime, self.processor, sources, *settings)
+
+    def _source(self, image: Any) -> Source:
+        """What `cvt.inference.predict` takes, of what a call takes."""
+        if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
+            if not self.allow_urls:
+                raise ValueError(f"{image}: URLs are fetched only by Classifier(allow_urls=True)")
+            return StoredImage(image, partial(fetched, image))
+        if isinstance(image, str) and is_content(image):
+            return StoredImage("<text>", partial(decode, image))  # which raises
+        if isinstance(image, str | os.PathLike):
+            return Path(image)
+        if isinstance(image, StoredImage):
+            return image
+        if isinstance(image, bytes):
+            return StoredImage("<bytes>", image)
+        if isinstance(image, np.ndarray):
+            return StoredImage("<array>", partial(from_array, image))
+        if isinstance(image, Image.Image):
+            return StoredImage(getattr(image, "filename", "") or "<PIL image>", image)
+        raise TypeError(
+            "an image is a path, bytes, a PIL image, an array or a URL, "
+            f"not {type(image).__module__}.{type(image).__qualname__}"
+        )
+
+    def _with_columns(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch of Ray Data with the columns `label`, `score` and `error`.
+
+        Strings are Arrow's: of objects, Ray would take the type from the values, and tables of good
+        images alone and of bad ones alone would differ.
+        """
+        require("a batch of Ray Data", "pyarrow", extra="ray")
+        import pyarrow
+
+        if taken := [name for name in ("label", "score", "error") if name in batch]:
+            raise ValueError(
+                f"the batch has a column {', '.join(taken)} already: rename or drop it before"
+            )
+        name = next((name for name in ("image", "bytes") if name in batch), None)
+        if name is None:
+            raise ValueError(
+                f"the batch has the columns {', '.join(batch)}: expected image (arrays or structs "
+                "of bytes and path) or bytes"
+            )
+        results = list(self._predict(map(self._cell, batch[name]), top_k=1))
+        best = [result if isinstance(result, Prediction) else None for result in results]
+        return {
+            **batch,
+            "label": pyarrow.array([b and b.labels[0] for b in best], pyarrow.string()),
+            "score": np.array([b.scores[0] if b else np.nan for b in best]),
+            "error": pyarrow.array(
+                [getattr(result, "error", None) for result in results], pyarrow.string()
+            ),
+        }
+
+    def _cell(self, cell: Any) -> Source:
+        """The image in a cell; an empty one is an image that cannot be decoded."""
+        if isinstance(cell, Mapping):
+            name, content = cell.get("path") or "<bytes>", cell.get("bytes")
+            cell = Path(name) if content is None else StoredImage(name, content)
+        return StoredImage("<null>", b"") if cell is None else self._source(cell)
+
+
+def _streamed(result: Prediction | Result) -> dict[str, Any]:
+    if isinstance(result, Prediction):
+        return {"path": str(result.path), "predictions": result.records}
+    return {"path": str(result.path), "error": result.error}
+
+
+# ------------------------------------------------------------------------------ arrays and URLs
+
+
+def from_array(array: np.ndarray) -> Image.Image:
+    """The image of an array, (H, W, 3), of uint8 or of floats from 0 to 1.
+
+    Raises:
+        ImageError: it is another array; says what was expected.
+    """
+    if array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise ImageError(f"<array>: has shape {array.shape}; expected (height, width, 3)")
+    if array.dtype == np.uint8:
+        return Image.fromarray(np.ascontiguousarray(array))
+    if array.dtype.kind != "f":
+        raise ImageError(f"<array>: is of {array.dtype}; expected uint8, or floats from 0 to 1")
+    low, high = array.min(), array.max()
+    if not -ROUNDING < low <= high < 1 + ROUNDING:  # nor NaN
+        raise ImageError(
+            f"<array>: has floats from {low:g} to {high:g}; expected 0 to 1, or uint8 of 0 to 255"
+        )
+    return Image.fromarray(np.rint(array.clip(0, 1) * np.float32(255)).astype(np.uint8))
+
+
+def fetched(url: str) -> bytes:
+    """What is behind an http or https URL.
+
+    Raises:
+        ImageError: it cannot be fetched, is too large or takes too long.
+    """
+    # Not urllib's own opener: that would follow a redirection to ftp.
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(handler())
+    end, content = time.monotonic() + DOWNLOAD_SECONDS, bytearray()
+    try:
+        with opener.open(url, timeout=DOWNLOAD_SECONDS) as response:
+            while piece := response.read1(2**16):
+                content += piece
+                if len(content) > DOWNLOAD_BYTES:
+                    raise ImageError(f"{url}: is larger than {DOWNLOAD_BYTES} bytes")
+                if time.monotonic() > end:
+                    raise ImageError(f"{url}: takes longer than {DOWNLOAD_SECONDS:g} seconds")
+    except (OSError, HTTPException) as error:
+        raise ImageError(f"{url}: cannot be fetched: {error}") from error
+    return bytes(content)

@@ -1,0 +1,187 @@
+"""The figures of an evaluation: accuracy, calibration, confusion, mistakes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+from typing import NamedTuple
+
+import numpy as np
+
+from cvt.data.decoding import Source
+
+BINS = 15  # of the calibration error, as in its paper
+MOST_CONFIDENT = 60  # mistakes whose images are kept
+
+# What is kept of every counted image.
+COUNTED = np.dtype(
+    [
+        ("position", np.int64),  # in the data set
+        ("name", object),
+        ("true", np.int64),  # indices of classes
+        ("predicted", np.int64),
+        (
+            "score",
+            np.float64,
+        ),  # of the predicted class, as `inference.predict.predict` gives it
+        ("in_top5", np.bool_),
+        ("loss", np.float64),  # cross-entropy
+        ("real", np.float64),  # whether ImageNet-ReaL agrees; nan where it is not asked or mute
+    ]
+)
+
+
+class Mistake(NamedTuple):
+    """An image that was taken for what it is not."""
+
+    score: float
+    position: int
+    source: Source
+    true: str
+    predicted: str
+
+
+class Failure(NamedTuple):
+    """An image that could not be decoded; the error names it."""
+
+    position: int
+    name: str
+    error: str
+
+
+class Reliability(NamedTuple):
+    """Images in bins of equal width by their score: how many, their mean score, their top-1.
+
+    Each is an array of `BINS` numbers; means over nothing are nan.
+    """
+
+    images: np.ndarray
+    score: np.ndarray
+    top1: np.ndarray
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What became of every image, and the figures that follow from it.
+
+    Attributes:
+        labels: the classifier's K classes.
+        counted: a row of `COUNTED` for every image that could be decoded, by position.
+        mistakes: the most confident ones, at most `MOST_CONFIDENT`, the most confident first.
+        failures: the images that could not be decoded, by position.
+    """
+
+    labels: list[str]
+    counted: np.ndarray
+    mistakes: list[Mistake]
+    failures: list[Failure]
+
+    @classmethod
+    def joined(cls, parts: Sequence["Evaluation"]) -> "Evaluation":
+        """The evaluation of one process, from the shares of several.
+
+        Raises:
+            ValueError: there were no images, or none could be decoded.
+        """
+        counted = np.concatenate([part.counted for part in parts])
+        failures = sorted(failure for part in parts for failure in part.failures)
+        mistakes = sorted((mistake for part in parts for mistake in part.mistakes), reverse=True)
+        if not len(counted) and not failures:
+            raise ValueError("there are no images to evaluate with")
+        if not len(counted):
+            raise ValueError(
+                f"none of the {len(failures)} images could be decoded: {failures[0].error}"
+            )
+        order = np.argsort(counted["position"])
+        return cls(parts[0].labels, counted[order], mistakes[:MOST_CONFIDENT], failures)
+
+    @property
+    def images(self) -> int:
+        """How many images were counted."""
+        return len(self.counted)
+
+    @property
+    def right(self) -> np.ndarray:
+        """Of every counted image whether its best class is the true one."""
+        return self.counted["true"] == self.counted["predicted"]
+
+    @property
+    def top1(self) -> float:
+        """Share of images whose best class is the true one."""
+        return float(self.right.mean())
+
+    @property
+    def top5(self) -> float:
+        """Share of images whose best five classes hold the true one."""
+        return float(self.counted["in_top5"].mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return float(self.counted["loss"].mean())
+
+    @property
+    def real_top1(self) -> float | None:
+        """Share of images whose best class is among their ImageNet-ReaL labels, if there are any.
+
+        Source: Beyer et al., Are we done with ImageNet?, arXiv 2006.07159.
+        """
+        real = self.counted["real"][~np.isnan(self.counted["real"])]
+        return float(real.mean()) if len(real) else None
+
+    @property
+    def reliability(self) -> Reliability:
+        """Whether images of a score of 0.8 are right in 80 of 100 cases, bin by bin."""
+        edges = np.linspace(0, 1, BINS + 1)[1:-1]  # a score on an edge is in the bin below it
+        bins = np.digitize(self.counted["score"], edges, right=True)
+        images, score, right = (
+            np.bincount(bins, weights, minlength=BINS)
+            for weights in (None, self.counted["score"], self.right)
+        )
+        mean = np.where(images > 0, images, nan)
+        return Reliability(images, score / mean, right / mean)
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error: by how much score and accuracy differ, mean over all images.
+
+        Source: Guo et al., On Calibration of Modern Neural Networks, arXiv 1706.04599, section 2.
+        """
+        images, score, top1 = self.reliability
+        return float(np.nansum(images * abs(top1 - score)) / self.images)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The figures by their names."""
+        names = ("images", "top1", "top5", "loss", "calibration_error", "real_top1")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def per_class(self) -> dict[str, tuple[int, float]]:
+        """Number of images and top-1 of every class that has images."""
+        totals = np.bincount(self.counted["true"], minlength=len(self.labels))
+        right = np.bincount(self.counted["true"][self.right], minlength=len(self.labels))
+        return {
+            self.labels[i]: (int(totals[i]), float(right[i] / totals[i]))
+            for i in totals.nonzero()[0]
+        }
+
+    @property
+    def cells(self) -> np.ndarray:
+        """The confusion matrix where it is not zero, (cells, 3): true, predicted, count."""
+        pairs = np.stack([self.counted["true"], self.counted["predicted"]], axis=1)
+        found, counts = np.unique(pairs, axis=0, return_counts=True)
+        return np.column_stack([found, counts])
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """The confusion matrix, (K, K): rows the true class, columns the predicted one."""
+        matrix = np.zeros((len(self.labels), len(self.labels)), dtype=np.int64)
+        true, predicted, count = self.cells.T
+        matrix[true, predicted] = count
+        return matrix
+
+    def mistaken_for(self, label: str) -> str:
+        """The class that images of `label` are most often taken for; empty if for none."""
+        of_label = self.counted["true"] == self.labels.index(label)
+        taken = np.bincount(self.counted["predicted"][of_label & ~self.right])
+        return self.labels[taken.argmax()] if len(taken) else ""

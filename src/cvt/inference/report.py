@@ -1,0 +1,316 @@
+"""Pictures of a run and of an evaluation, and one page with all of them."""
+
+import base64
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image, ImageOps
+
+from cvt.data.decoding import Source, decode
+from cvt.files import staged
+from cvt.inference.metrics import BINS, Evaluation
+from cvt.inference.predict import Prediction
+from cvt.text import printable
+
+logger = logging.getLogger(__name__)
+INK, GREY, BLUE, RIGHT, WRONG = "#222222", "#9a9a9a", "#2166ac", "#1b7837", "#c51b29"
+STYLE: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,  # a class may be called $1$
+}
+# Fonts that have the characters of Chinese, Japanese and Korean, and more.
+WIDE_FONTS = (
+    *("Noto Sans CJK SC", "WenQuanYi Micro Hei", "Noto Sans CJK JP", "Noto Sans SC"),
+    *("WenQuanYi Zen Hei", "Source Han Sans SC", "Source Han Sans CN", "Droid Sans Fallback"),
+    *("Microsoft YaHei", "SimHei", "PingFang SC", "PingFang HK", "Hiragino Sans GB", "Heiti TC"),
+    *("Arial Unicode MS", "AR PL UMing CN", "IPAGothic", "Noto Sans CJK KR", "NanumGothic"),
+    *("Malgun Gothic", "Unifont"),
+)
+SIDE = 128  # of an image on a sheet, in pixels
+COLUMNS, CELL, MARGIN = 10, (144, 188), 8  # of a sheet; a cell is an image below its caption
+ROWS = 1000  # of the table of classes on the page
+
+
+# ------------------------------------------------------------------------------ pictures
+
+
+P = ParamSpec("P")
+
+
+def _styled(
+    names: Callable[[Any], Iterable[str]],
+) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Our style for a function; `names` gives the names that are drawn, of its first argument."""
+
+    def decorated(draw: Callable[P, None]) -> Callable[P, None]:
+        @wraps(draw)
+        def styled(*arguments: P.args, **options: P.kwargs) -> None:
+            with _style(names(arguments[0])):
+                draw(*arguments, **options)
+
+        return styled
+
+    return decorated
+
+
+@contextmanager
+def _style(texts: Iterable[str]) -> Iterator[None]:
+    """Our style, with a font that has the characters of the texts, if this machine has one."""
+    fonts = list(matplotlib.rcParams["font.family"])
+    missing = _missing("".join(texts), font_manager.findfont(font_manager.FontProperties()))
+    installed = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    for name in WIDE_FONTS:
+        if missing and name in installed:
+            left = _missing(missing, installed[name])
+            if left != missing:
+                fonts.append(name)
+                missing = left
+    if missing:
+        _warn_of_glyphs()
+    with matplotlib.rc_context({**STYLE, "font.family": fonts}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
+
+
+def _missing(text: str, font: str) -> str:
+    """The characters of a text, each once, that are not in a font file."""
+    known = font_manager.get_font(font).get_charmap()
+    return "".join(sorted({c for c in text if c.isprintable() and ord(c) not in known}))
+
+
+@cache
+def _warn_of_glyphs() -> None:
+    logger.warning(
+        "no font for the characters of some names was found; pictures show boxes for them. "
+        "Install one, such as %s",
+        " or ".join(WIDE_FONTS[:2]),
+    )
+
+
+@matplotlib.rc_context(STYLE)
+def plot_curves(history: Sequence[Mapping[str, float | None]], path: Path) -> None:
+    """Loss and top-1 over the epochs, of the averaged model too where there is one, as a PNG.
+
+    Args:
+        history: for every epoch `epoch`, `train_loss`, `val_loss` and `val_top1`, and perhaps
+            `ema_loss` and `ema_top1`; those of the validation are None where there was none.
+        path: the picture.
+    """
+    figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw(left, history, "train_loss", 1, GREY, "train")
+    _draw(left, history, "val_loss", 1, INK, "validation")
+    _draw(left, history, "ema_loss", 1, BLUE, "validation, averaged weights")
+    left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
+    left.legend(frameon=False)
+    points = _draw(right, history, "val_top1", 100, INK, "weights as trained")
+    averaged = _draw(right, history, "ema_top1", 100, BLUE, "averaged weights")
+    right.set(xlabel="epoch", ylabel="top-1, %", title="Validation accuracy")
+    if averaged:
+        right.legend(frameon=False, loc="lower right")
+    if points + averaged:
+        best = max(points + averaged, key=lambda point: point[1])
+        right.plot(*best, "o", color=RIGHT)
+        right.set(title=f"Validation accuracy, at best {best[1]:.2f} %")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    figure.savefig(path, format="png")
+
+
+def _draw(
+    axes: Axes,
+    history: Sequence[Mapping[str, float | None]],
+    name: str,
+    scale: float,
+    colour: str,
+    label: str,
+) -> list[tuple[float, float]]:
+    """Draw the figure called `name` over the epochs that have it; returns the points."""
+    points = [
+        (epoch, scale * value)
+        for row in history
+        if (epoch := row["epoch"]) is not None and (value := row.get(name)) is not None
+    ]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=".", markersize=3)
+    return points
+
+
+@_styled(lambda evaluation: evaluation.labels)
+def plot_confusion(evaluation: Evaluation, path: Path, most: int = 40) -> None:
+    """The confusion matrix as a PNG; of more than `most` classes, those most often confused."""
+    true, predicted, count = evaluation.cells.T
+    chosen, title = np.arange(len(evaluation.labels)), "Confusion matrix"
+    if len(chosen) > most:
+        wrong = np.where(true != predicted, count, 0)
+        confused = sum(np.bincount(ends, wrong, len(chosen)) for ends in (true, predicted))
+        chosen = np.sort(np.argsort(confused, kind="stable")[-most:])
+        title += f", the {most} classes most often confused"
+    counts = np.zeros((len(chosen), len(chosen)), dtype=int)
+    shown = np.isin(true, chosen) & np.isin(predicted, chosen)
+    rows, columns = np.searchsorted(chosen, true[shown]), np.searchsorted(chosen, predicted[shown])
+    counts[rows, columns] = count[shown]
+    images = np.bincount(true, count, len(evaluation.labels))[chosen, None]
+    shares = counts / np.maximum(images, 1)
+    labels = [_short(evaluation.labels[i], 24) for i in chosen]
+
+    size = 2.5 + 0.32 * len(labels)
+    figure = Figure(figsize=(size, size), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i, j in zip(*counts.nonzero(), strict=True):
+        colour = "white" if shares[i, j] > 0.5 else WRONG if i != j else INK
+        axes.text(j, i, str(counts[i, j]), ha="center", va="center", color=colour, fontsize=7)
+    axes.set_xticks(range(len(labels)), labels, rotation=90)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    figure.savefig(path, format="png")
+
+
+@matplotlib.rc_context(STYLE)
+def plot_reliability(evaluation: Evaluation, path: Path) -> None:
+    """Top-1 of the images in bins by their score, and how many those are, as a PNG."""
+    images, score, top1 = evaluation.reliability
+    centres = (np.arange(BINS) + 0.5) / BINS
+    figure = Figure(figsize=(5, 5), dpi=120, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.bar(centres, 100 * top1, 0.9 / BINS, color=BLUE)
+    above.plot([0, 1], [0, 100], "--", color=GREY)
+    above.plot(score, 100 * top1, "o", color=INK, markersize=4)
+    above.annotate("perfect calibration", (0.02, 5), rotation=35, color=GREY)
+    error = 100 * evaluation.calibration_error
+    above.set(ylabel="top-1, %", title=f"Calibration error {error:.2f} %", ylim=(0, 104))
+    below.bar(centres, images, 0.9 / BINS, color=GREY)
+    below.set(xlabel="score of the predicted class", ylabel="images", xlim=(0, 1))
+    figure.savefig(path, format="png")
+
+
+def plot_predictions(
+    predictions: Sequence[Prediction], truths: Sequence[str], path: Path, most: int = 60
+) -> None:
+    """A sheet of images with class and score, the wrong ones first and marked, as a PNG."""
+    pairs = list(zip(predictions, truths, strict=True))
+    wrong = [pair for pair in pairs if pair[0].labels[0] != pair[1]][:most]
+    right = [pair for pair in pairs if pair[0].labels[0] == pair[1]]
+    step = max(1, len(right) // max(1, most - len(wrong)))
+    shown = [
+        (prediction.path, prediction.labels[0], prediction.scores[0], truth)
+        for prediction, truth in [*wrong, *right[::step]][:most]
+    ]
+    _plot_sheet(shown, f"{len(pairs)} images, {len(pairs) - len(right)} wrong", path)
+
+
+def plot_mistakes(evaluation: Evaluation, path: Path, most: int = 30) -> None:
+    """A sheet of the images that the model is most wrongly sure of, the worst first, as a PNG."""
+    shown = [(m.source, m.predicted, m.score, m.true) for m in evaluation.mistakes[:most]]
+    wrong = evaluation.images - int(evaluation.right.sum())
+    title = f"{wrong} of {evaluation.images} images wrong"
+    _plot_sheet(shown, title + (", the most confident" if wrong > len(shown) else ""), path)
+
+
+@_styled(lambda shown: [name for _, predicted, _, true in shown for name in (predicted, true)])
+def _plot_sheet(shown: Sequence[tuple[Source, str, float, str]], title: str, path: Path) -> None:
+    """Images with their predicted class, its score, and the true class where that is another."""
+    columns = min(COLUMNS, max(4, len(shown)))  # wide enough for the title
+    rows = max(1, -(-len(shown) // columns))
+    sheet = Image.new("RGB", (columns * CELL[0], rows * CELL[1]), "white")
+    figure = Figure(figsize=(sheet.width / 120, sheet.height / 120 + 0.4), dpi=120)
+    axes = figure.add_axes((0, 0, 1, sheet.height / 120 / figure.get_figheight()))
+    figure.text(0.5, 1 - 0.2 / figure.get_figheight(), title, ha="center", va="center")
+    for k, (source, predicted, score, true) in enumerate(shown):
+        x, y = k % columns * CELL[0] + MARGIN, (k // columns + 1) * CELL[1] - MARGIN - SIDE
+        sheet.paste(_thumbnail(source), (x, y))
+        caption, right = f"{_short(predicted, 14)}  {100 * score:.0f} %", predicted == true
+        if not right:
+            caption += f"\ntruly {_short(true, 12)}"
+            frame = Rectangle((x, y), SIDE, SIDE, fill=False, edgecolor=WRONG, linewidth=2)
+            axes.add_patch(frame)
+        colour = RIGHT if right else WRONG
+        axes.text(x + SIDE / 2, y - 4, caption, color=colour, fontsize=8, ha="center", va="bottom")
+    axes.imshow(sheet)
+    axes.axis("off")
+    figure.savefig(path, format="png")
+
+
+def _thumbnail(source: Source) -> Image.Image:
+    """The middle of an image, a square of `SIDE` pixels; the pixels of a tiny one stay sharp."""
+    image = decode(source, max_pixels=sys.maxsize, least_of_large=SIDE)  # it was decoded before
+    tiny = min(image.size) < SIDE / 2
+    method = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
+    return ImageOps.fit(image, (SIDE, SIDE), method)
+
+
+def _short(name: str, width: int) -> str:
+    name = printable(name)
+    return name if len(name) <= width else name[: width - 1] + "…"
+
+
+# ------------------------------------------------------------------------------ the page
+
+
+def write_report(
+    evaluation: Evaluation, path: str | Path, title: str, overwrite: bool = False
+) -> None:
+    """Write one HTML page of figures, tables and pictures; it needs no other file.
+
+    Args:
+        evaluation: what to show.
+        path: the page.
+        title: its heading.
+        overwrite: whether a file that is there already may be replaced.
+
+    Raises:
+        FileExistsError: `path` is there already and may not be overwritten.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    classes = sorted(evaluation.per_class.items(), key=lambda item: item[1][1])
+    mistakes = [
+        (
+            _embedded(lambda file, source=mistake.source: _thumbnail(source).save(file, "PNG")),
+            mistake,
+        )
+        for mistake in evaluation.mistakes
+    ]
+    page = templates.get_template("report.html.jinja").render(
+        title=title,
+        evaluation=evaluation,
+        classes=classes[:ROWS],
+        hidden=len(classes[ROWS:]),
+        mistakes=mistakes,
+        confusion=_embedded(lambda file: plot_confusion(evaluation, file, most=30)),
+        reliability=_embedded(lambda file: plot_reliability(evaluation, file)),
+    )
+    with staged(path, overwrite) as written:
+        written.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def _embedded(save: Callable) -> str:
+    """A PNG as part of a page, from what writes it to a file."""
+    file = io.BytesIO()
+    save(file)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

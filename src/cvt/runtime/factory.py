@@ -1,0 +1,162 @@
+"""From a model or an export to a runtime: what `cvt.runtime.open_runtime` does."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cvt.checkpoints import load_classifier
+from cvt.configuration import CvtConfig
+from cvt.files import pointer_fault
+from cvt.modeling import CvtForImageClassification
+from cvt.runtime import OF_EXPORTS, available
+from cvt.runtime.base import Runtime
+from cvt.runtime.exported_runtime import ExportedRuntime
+from cvt.runtime.fused import refuse_offloaded
+from cvt.runtime.litert_runtime import LiteRtRuntime
+from cvt.runtime.manifest import FORMATS, Manifest
+from cvt.runtime.onnx_runtime import OnnxRuntime, uses_cuda
+from cvt.runtime.openvino_runtime import OpenVinoRuntime, computes, demand
+from cvt.runtime.saved_model_runtime import SavedModelRuntime
+from cvt.runtime.torch_runtime import DTYPES, CompiledRuntime, FusedRuntime, TorchRuntime
+
+ON_A_CPU = ("openvino", *OF_EXPORTS)  # these compute nowhere else
+# Images from which on it pays to convert a model for OpenVINO. For cvt-13 on two cores that took 11
+# seconds longer than to fuse it, and an image, of batches of 32, then 3 ms less in fp32 and 7 ms in
+# bf16 (docs/inference.md): the gain begins at 3700 and at 1600 images.
+MANY = 2000
+
+
+def open_model(
+    source: str | Path | CvtForImageClassification,
+    runtime: str,
+    precision: str,
+    device: str,
+    threads: int | None,
+    images: int | None = None,
+    verify: bool = True,
+) -> Runtime:
+    """A runtime of a model that is loaded, or to be loaded."""
+    if precision == "int8":
+        raise ValueError(
+            "precision = int8: is for exports; `cvt export` makes one, with --precision int8"
+        )
+    if runtime in OF_EXPORTS:
+        (form,) = (form for form, own in FORMATS.items() if own == runtime)
+        raise ValueError(
+            f"runtime = {runtime}: is for exports; `cvt export` makes one, with --to {form}"
+        )
+    device = _device(device, runtime)
+    if runtime == "auto":
+        runtime = fastest(device, precision, images)
+    loaded = isinstance(source, CvtForImageClassification)
+    model = (
+        source
+        if isinstance(source, CvtForImageClassification)
+        else load_classifier(source, verify=verify)
+    )
+    refuse_offloaded(model)
+    model.eval()
+    if runtime == "openvino":
+        return OpenVinoRuntime.from_model(model, precision, threads)
+    if runtime == "onnxruntime":
+        return OnnxRuntime.from_model(model, precision, device, threads)
+    if runtime == "fused":
+        return FusedRuntime(model, precision, device, threads)
+    if runtime == "compiled":
+        return CompiledRuntime(model, precision, device, threads)
+    dtype, weight = DTYPES[precision], next(model.parameters())
+    as_asked: nn.Module = model
+    if loaded and weight.to(device, dtype) is not weight:
+        as_asked = copy.deepcopy(model)  # the caller's stays where it is
+    return TorchRuntime(as_asked.to(device, dtype), threads=threads)
+
+
+def open_export(
+    folder: Path,
+    runtime: str,
+    precision: str | None,
+    device: str,
+    threads: int | None,
+    verify: bool = True,
+) -> Runtime:
+    """The runtime of an exported folder."""
+    manifest = Manifest.read(folder)
+    own = FORMATS[manifest.format]
+    if runtime not in ("auto", own):
+        raise ValueError(f"runtime = {runtime}: {folder} is an export for {own}")
+    if precision not in (None, manifest.precision):
+        if own != "openvino" or manifest.precision != "fp32" or precision == "int8":
+            raise ValueError(
+                f"precision = {precision}: {folder} is an export in {manifest.precision}"
+            )
+        demand(precision)  # OpenVINO computes a graph of full precision in a lower one, too
+    device = _device(device, own)
+    if verify:
+        manifest.verify(folder)
+    config = CvtConfig.from_pretrained(folder)
+    size = None if "size" in manifest.dynamic else manifest.image_size
+    rest: Any = (threads, size, "batch" not in manifest.dynamic)
+    graph, precision = folder / manifest.file, precision or manifest.precision
+    for file in sorted([*folder.glob(f"{graph.stem}.*"), *graph.rglob("*")]):  # model.bin, too
+        if fault := pointer_fault(file):
+            raise ValueError(fault)
+    if own == "openvino":
+        return OpenVinoRuntime.from_file(graph, config, precision, *rest)
+    if own == "onnxruntime":
+        return OnnxRuntime(graph, config, precision, device, *rest)
+    if own == "tensorflow":
+        return SavedModelRuntime(graph, config, precision, *rest)
+    if own == "litert":
+        return LiteRtRuntime(graph, config, precision, *rest)
+    return ExportedRuntime(graph, config, precision, device, *rest)
+
+
+def fastest(device: str, precision: str, images: int | None = None) -> str:
+    """The fastest of the installed runtimes that compute in a precision on a device.
+
+    Args:
+        device: its name in torch.
+        precision: to compute in.
+        images: how many there are, where that is known: for few, the time until the first counts.
+    """
+    if images is not None and images < MANY:
+        return "fused"
+    if device == "cpu" and precision != "fp16" and available("openvino") and computes(precision):
+        return "openvino"
+    return "fused"
+
+
+def check_device(device: str) -> None:
+    """Make sure that there is a device: `auto`, or one of torch's.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: there is none of that name.
+    """
+    if not isinstance(device, str):
+        raise TypeError(
+            f"device is of type {type(device).__name__}: must be a string, such as cpu or cuda:1"
+        )
+    try:
+        torch.empty(0, device="cpu" if device == "auto" else device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device = {device!r}: {str(error).splitlines()[0]}") from error
+
+
+def _device(device: str, runtime: str) -> str:
+    """The name of the device that is to be used.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: there is none of that name, or the runtime cannot use it.
+    """
+    if device == "auto":
+        usable = uses_cuda() if runtime == "onnxruntime" else runtime not in ON_A_CPU
+        return "cuda" if usable and torch.cuda.is_available() else "cpu"
+    if runtime in ON_A_CPU and device != "cpu":
+        raise ValueError(f"device = {device}: the runtime {runtime} computes on a CPU")
+    check_device(device)
+    return device

@@ -1,0 +1,198 @@
+"""The order of the images, and their way through worker processes into batches.
+
+Everything random is drawn from the seed and a place in the run: the order from the epoch, a view
+of an image from its slot in the epoch, dropout and mixup from the batch's number. So a run can go
+on at any step as if it had never stopped, with any number of workers, and processes can be traded
+for accumulated batches.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from cvt.data import LabelledImages, StreamedImages
+from cvt.data.decoding import ImageError, Source, decode
+from cvt.data.preprocessing import REDUCED
+from cvt.data.workers import POLL_SECONDS, answer_nothing, fetch_batches, received, shared
+from cvt.train.recipe import Recipe
+
+
+def seed_all(*numbers: int) -> None:
+    """Start Python's, NumPy's and torch's generators, a GPU's too, from these numbers."""
+    # Their count too: a sequence of seeds is the same with a 0 behind it.
+    mixed = int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.default_generator.manual_seed(mixed)
+    if torch.cuda.is_initialized():  # torch.manual_seed would take 0.5 ms to note it for later
+        torch.cuda.manual_seed(mixed)
+
+
+class Draw(NamedTuple):
+    """One view to make of one image: which, its class, and the numbers that seed the view."""
+
+    image: Source
+    target: int
+    seed: tuple[int, ...]
+
+
+class Batch(NamedTuple):
+    """Views (B, 3, H, W), their classes (B,), and the images that could not be read."""
+
+    pixels: Tensor
+    targets: Tensor
+    failures: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many images, batches and steps a run has, and which batches are this process's.
+
+    Attributes:
+        images: of one epoch.
+        batch_size: images in a batch.
+        accumulate: batches of a process in a step.
+        rank: this process, from 0.
+        world: how many processes there are.
+        epochs: including those of the cool-down.
+        only_steps: of the run, whatever its epochs.
+    """
+
+    images: int
+    batch_size: int
+    accumulate: int
+    rank: int
+    world: int
+    epochs: int
+    only_steps: int | None = None
+
+    @property
+    def batches_per_step(self) -> int:
+        """Of all processes."""
+        return self.accumulate * self.world
+
+    @property
+    def images_per_step(self) -> int:
+        """Of all processes."""
+        return self.batches_per_step * self.batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole steps; images that are too few for one are taken more than once in it."""
+        return max(1, self.images // self.images_per_step)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.only_steps or self.epochs * self.steps_per_epoch
+
+    def number(self, step: int, turn: int) -> int:
+        """The number, in the whole run, of this process's batch in the given turn of a step."""
+        return step * self.batches_per_step + turn * self.world + self.rank
+
+
+def draws(
+    images: LabelledImages | StreamedImages, recipe: Recipe, plan: Plan, start: int
+) -> Iterator[list[Draw]]:
+    """This process's batches from step `start` to the end of the run, image by image."""
+    targets = {name: i for i, name in enumerate(images.classes)}
+    mine = range(plan.rank, plan.batches_per_step, plan.world)
+    if isinstance(images, StreamedImages):
+        count = plan.batch_size * plan.accumulate
+        stream = images.shuffled(recipe.seed, plan.rank, plan.world)
+        views = (pair for pair in stream for _ in range(recipe.repeats))
+        pairs = islice(views, start * count, None)
+        for step in range(start, plan.steps):
+            for batch in mine:
+                yield [
+                    Draw(image, targets[label], (recipe.seed, step, batch, i))
+                    for i, (image, label) in enumerate(islice(pairs, plan.batch_size))
+                ]
+        return
+    order, of_epoch = np.empty(0, dtype=np.int64), -1
+    for step in range(start, plan.steps):
+        epoch, in_epoch = divmod(step, plan.steps_per_epoch)
+        if epoch != of_epoch:
+            shuffled = np.random.default_rng((recipe.seed, epoch)).permutation(len(images))
+            order, of_epoch = np.repeat(shuffled, recipe.repeats), epoch
+        for batch in mine:
+            # The views of an image go to different batches of the step, as timm's sampler does it.
+            first = in_epoch * plan.images_per_step + batch
+            slots = range(first, first + plan.images_per_step, plan.batches_per_step)
+            chosen = [images[int(order[slot % len(order)])] for slot in slots]
+            yield [
+                Draw(image, targets[label], (recipe.seed, epoch, slot))
+                for slot, (image, label) in zip(slots, chosen, strict=True)
+            ]
+
+
+class Views(Dataset):
+    """Reads and augments; what cannot be read is given back as its error."""
+
+    def __init__(self, augment: Callable[[Any], Tensor], read: Callable = decode) -> None:
+        self.augment, self.read = augment, read
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor | ImageError, Draw]:
+        seed_all(*draw.seed)
+        try:
+            return self.augment(self.read(draw.image)), draw
+        except ImageError as error:
+            return error, draw
+
+
+def collate(views: list[tuple[Any, Draw]]) -> Batch:
+    """Puts a batch together, without the images that could not be read, which are its failures."""
+    read = [view for view, _ in views if not isinstance(view, ImageError)]
+    targets = torch.tensor([d.target for view, d in views if not isinstance(view, ImageError)])
+    failures = {str(d.image): str(view) for view, d in views if isinstance(view, ImageError)}
+    batch = Batch(torch.stack(read) if read else torch.empty(0), targets, failures)
+    return with_tensors(batch, shared) if get_worker_info() else batch
+
+
+def with_tensors(batch: Batch, change: Callable) -> Batch:
+    """A batch with its tensors changed, or the arrays that stand for them."""
+    return batch._replace(pixels=change(batch.pixels), targets=change(batch.targets))
+
+
+def batches(
+    images: LabelledImages | StreamedImages,
+    augment: Callable[[Any], Tensor],
+    recipe: Recipe,
+    plan: Plan,
+    start: int,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Iterator[Batch]:
+    """This process's batches from step `start` to the end of the run.
+
+    Each worker makes whole batches, two ahead, on one thread, which is torch's way with workers.
+
+    Raises:
+        cvt.data.workers.Interrupted: `interrupted` was true, and no batch came for
+            `POLL_SECONDS`.
+    """
+    # What the smallest crop keeps, of which a view is made.
+    crop = recipe.image_size * math.sqrt(recipe.crop_ratio / recipe.crop_scale)
+    read = partial(
+        decode,
+        max_pixels=recipe.max_pixels,
+        least_of_large=math.ceil(REDUCED * crop),
+    )
+    loader: DataLoader = DataLoader(
+        Views(augment, read),
+        batch_sampler=draws(images, recipe, plan, start),
+        collate_fn=collate,
+        num_workers=recipe.workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=answer_nothing,
+        timeout=POLL_SECONDS if recipe.workers else 0,
+    )
+    return (with_tensors(batch, received) for batch in fetch_batches(loader, interrupted))

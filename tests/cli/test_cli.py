@@ -1,0 +1,464 @@
+import csv
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+import yaml
+
+from cvt import CvtForImageClassification
+from cvt.checkpoints import transformers_to_authors
+from cvt.cli import app
+from cvt.cli.console import TrainingBars
+from cvt.cli.train import default_output
+from cvt.data import open_training, write_split
+from cvt.runtime import factory
+
+CVT = Path(sys.executable).with_name("cvt")
+
+
+@pytest.fixture
+def broken(tmp_path):
+    path = tmp_path / "broken.jpg"
+    path.write_bytes(b"\xff\xd8\xff\xe0 this is no photo")
+    return path
+
+
+TORCH = ("--runtime", "torch")  # starts at once
+
+# A change here is a change for everybody's scripts.
+COMMANDS = {
+    "predict": [
+        "model", "images", "--topk", "--batch-size", "--workers", "--runtime", "--precision",
+        "--device", "--threads", "--exact-decoding", "--max-pixels", "--output",
+        "--json", "--resume", "--no-verify", "--force",
+    ],
+    "train": [
+        "words", "--config", "--output", "--resume", "--schema",
+        "--val-data", "--classes", "--image-column", "--label-column", "--epoch-images",
+        "--max-corrupt", "--max-pixels", "--workers",
+        "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only",
+        "--lora-r",
+        "--image-size", "--crop-pct", "--crop-scale", "--crop-ratio", "--interpolation", "--flip",
+        "--vertical-flip", "--auto-augment", "--color-jitter", "--random-erase", "--repeats",
+        "--mixup", "--cutmix", "--mixup-prob", "--mixup-switch", "--mixup-mode",
+        "--mixup-off-epoch", "--label-smoothing",
+        "--epochs", "--steps", "--batch-size", "--accumulate", "--optimizer", "--lr", "--lr-base",
+        "--lr-base-size", "--weight-decay", "--momentum", "--layer-decay", "--clip-grad",
+        "--warmup-epochs", "--warmup-lr", "--min-lr", "--cooldown-epochs", "--lr-updates",
+        "--ema-decay",
+        "--precision", "--compile", "--recompute-activations", "--gradient-checkpointing", "--fsdp",
+        "--triton",
+        "--seed", "--eval-every", "--save-steps", "--keep",
+    ],
+    "evaluate": [
+        "model", "data", "--batch-size", "--workers", "--runtime", "--precision", "--device",
+        "--threads", "--max-pixels", "--output", "--report", "--class-map",
+        "--subset", "--real-labels", "--classes", "--image-column", "--label-column",
+        "--no-verify", "--force",
+    ],
+    "convert": [
+        "source", "dest", "--to", "--image-size", "--labels", "--num-labels", "--config",
+        "--hidden-act", "--allow-nonfinite", "--no-verify", "--force",
+    ],
+    "export": [
+        "model", "output", "--to", "--precision", "--dynamic", "--image-size", "--calibration",
+        "--min-agreement", "--no-verify", "--force",
+    ],
+    "benchmark": [
+        "model", "--runtimes", "--precisions", "--batch-sizes", "--image-sizes", "--threads",
+        "--device", "--seconds", "--output", "--no-verify", "--force",
+    ],
+    "info": ["model", "--image-size", "--batch-size", "--json"],
+    "recipes": ["name"],
+    "demo": ["--output", "--epochs"],
+}  # fmt: skip
+
+
+def test_the_command_line_is_what_it_was():
+    commands = typer.main.get_command(app).commands
+    assert {
+        name: [parameter.opts[0] for parameter in command.params if parameter.name != "help"]
+        for name, command in commands.items()
+    } == COMMANDS
+
+
+def test_help_loads_no_framework():
+    """So it answers in a fraction of a second; how fast, `benchmarks/inference.py` measures."""
+    code = """
+import sys
+from cvt.__main__ import main
+sys.argv = ["cvt", "--help"]
+try:
+    main()
+finally:
+    heavy = {"torch", "transformers", "keras", "tensorflow", "numpy", "PIL"}
+    print(sorted(heavy & set(sys.modules)))
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert "predict" in answer
+    assert answer.splitlines()[-1] == "[]"
+
+
+def test_version_and_bare_call(cvt):
+    assert cvt("--version")[:2] == (0, "cvt-vision 0.1.0\n")
+    code, out, err = cvt()
+    assert code == 2
+    assert "Usage" in out + err
+
+
+# ------------------------------------------------------------------------------ predict
+
+
+def test_predict_prints_a_line_per_image(cvt, model_folder, photos):
+    code, out, _ = cvt("predict", *TORCH, model_folder, photos / "red", "--topk", 2)
+    assert code == 0
+    assert len(out.splitlines()) == 12
+    assert out.splitlines()[3].startswith(f"{photos / 'red' / '03.png'}: ")
+
+
+def test_predict_prints_json(cvt, model_folder, photos):
+    code, out, _ = cvt("predict", *TORCH, model_folder, f"{photos}/*/00.png", "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert len(records) == 3
+    assert sorted(p["label"] for p in records[0]["predictions"]) == ["blue", "green", "red"]
+
+
+def test_predict_writes_the_same_to_csv_and_jsonl(cvt, model_folder, photos, tmp_path):
+    for name in ("preds.csv", "preds.jsonl"):
+        code, out, err = cvt("predict", *TORCH, model_folder, photos, "--output", tmp_path / name)
+        assert (code, out) == (0, "")
+        assert f"{name}: 36 images classified" in err
+    with open(tmp_path / "preds.csv") as file:
+        rows = list(csv.DictReader(file))
+    records = [json.loads(line) for line in (tmp_path / "preds.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * len(records) == 108
+    for record in records:
+        of_image = [row for row in rows if row["path"] == record["path"]]
+        assert [row["label"] for row in of_image] == [p["label"] for p in record["predictions"]]
+        assert [row["rank"] for row in of_image] == ["1", "2", "3"]
+
+
+def test_predict_skips_broken_images_and_says_so(cvt, model_folder, photos, broken, tmp_path):
+    output = tmp_path / "preds.csv"
+    code, _, err = cvt("predict", *TORCH, model_folder, photos / "red", broken, "--output", output)
+    assert code == 3
+    assert "broken.jpg" in err
+    assert "1 of 13 images skipped" in err
+    assert len(output.read_text().splitlines()) == 1 + 12 * 3
+
+
+def test_predict_overwrites_only_when_told_to(cvt, model_folder, photos, tmp_path):
+    output = tmp_path / "preds.csv"
+    output.write_text("mine")
+    arguments = ("predict", *TORCH, model_folder, photos / "red", "--output", output)
+    code, _, err = cvt(*arguments)
+    assert code == 1
+    assert "preds.csv exists already" in err
+    assert output.read_text() == "mine"
+    assert cvt(*arguments, "--force")[0] == 0
+    assert output.read_text() != "mine"
+
+
+def test_predict_takes_an_authors_file(cvt, model_folder, photos, tmp_path):
+    model = CvtForImageClassification.from_pretrained(model_folder)
+    model.config.save_pretrained(tmp_path)
+    torch.save(transformers_to_authors(model.state_dict()), tmp_path / "a.pth")
+    folder = tmp_path / "folder"
+    config = tmp_path / "config.json"
+    assert (
+        cvt("convert", tmp_path / "a.pth", folder, "--config", config, "--image-size", 32)[0] == 0
+    )
+    assert cvt("predict", *TORCH, folder, photos / "red")[0] == 0
+
+
+# ------------------------------------------------------------------------------ the other commands
+
+
+def test_train_evaluate_predict_agree(cvt, photos, model_folder, tmp_path):
+    run = tmp_path / "run"
+    settings = ("--image-size", 32, "--batch-size", 8, "--lr", 3e-3)
+    code, out, err = cvt(
+        "train", photos, "--output", run, "--model", model_folder, "--epochs", 3, *settings
+    )
+    assert code == 0, err
+    assert f"cvt predict {run / 'best'}" in out
+    assert "epoch   3" in err
+
+    code, out, _ = cvt("evaluate", *TORCH, run / "best", photos, "--output", tmp_path / "metrics")
+    assert code == 0
+    metrics = json.loads((tmp_path / "metrics/metrics.json").read_text())
+    assert f"top-1 {100 * metrics['top1']:.2f} %" in out
+
+    _, out, _ = cvt("predict", *TORCH, run / "best", photos, "--topk", 1, "--json")
+    records = [json.loads(line) for line in out.splitlines()]
+    right = [Path(r["path"]).parent.name == r["predictions"][0]["label"] for r in records]
+    assert sum(right) / len(right) == pytest.approx(metrics["top1"])
+
+    code, _, err = cvt("train", photos, "--output", run)
+    assert code == 1
+    assert "--resume" in err
+    assert cvt("train", "--output", run, "--resume")[0] == 0
+
+
+def test_a_recipe_is_a_file_words_and_flags(cvt, photos, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(f"model: {model_folder}\nimage_size: 32\nepochs: 9\nsteps: 9\n")
+    code, _, err = cvt("train", photos, "--config", "mine.yaml", "epochs=2", "--steps", 1)
+    assert code == 0, err
+    assert yaml.safe_load(Path("runs/mine/args.yaml").read_text())["steps"] == 1
+    code, _, err = cvt("train", "--config", "mine.yaml", "epoch=2", photos)
+    assert code == 2
+    assert "no setting epoch; is it epochs?" in err
+
+
+def test_progress_on_a_pipe_is_plain_lines(cvt, photos, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingBars, "EVERY", 0.0)
+    settings = ("image_size=32", "batch_size=8", "epochs=1", f"model={model_folder}")
+    code, _, err = cvt("train", photos, "--output", tmp_path / "run", *settings)
+    assert code == 0, err
+    step = r"epoch 1/1  loss \d+\.\d+  lr \d\.\d\de-\d\d  \d+ images/s  \d/3  0:\d\d:\d\d left"
+    assert len(re.findall(step, err)) == 3
+
+
+def test_evaluate_reports_broken_images(cvt, model_folder, photos, tmp_path):
+    data = tmp_path / "data" / "red"
+    data.mkdir(parents=True)
+    (data / "good.png").write_bytes((photos / "red" / "00.png").read_bytes())
+    (data / "bad.png").write_bytes(b"no")
+    code, out, err = cvt("evaluate", *TORCH, model_folder, tmp_path / "data")
+    assert code == 3
+    assert "1 images" in out
+    assert "bad.png" in err
+
+
+def test_evaluate_takes_the_validation_images_of_the_run(cvt, model_folder, photos, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(model_folder, run / "best")
+    train, validation, _ = open_training(photos)
+    write_split(run / "split.csv", train, validation)
+    code, out, err = cvt("evaluate", *TORCH, run / "best", photos)
+    assert code == 0
+    assert "6 images" in out
+    assert f"the 6 validation images of 36, by {run / 'split.csv'}" in err
+    data = tmp_path / "data"
+    for name in ("red/00.png", "red/01.png", "red/02.png", "red/new.png"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_bytes((photos / "red/00.png").read_bytes())
+    names = [train.name(i) for i in range(len(train))]
+    trained = len({"red/00.png", "red/01.png", "red/02.png"} & set(names))
+    code, out, err = cvt("evaluate", *TORCH, run / "best", data)
+    assert code == 0
+    assert "4 images" in out
+    assert (
+        f"{trained} of the 4 images have the names of images that the model was trained on" in err
+    )
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_images_of_too_many_pixels_are_skipped(cvt, model_folder, photos, command):
+    code, _, err = cvt(command, *TORCH, model_folder, photos, "--max-pixels", 1000)
+    assert code == 3
+    assert f"{photos / 'red/02.png'}: is 40 x 26 pixels; at most 1000 are decoded" in err
+    assert "30 of 36 images skipped" in err
+
+
+def test_convert_says_what_it_wrote(cvt, model_folder, tmp_path):
+    code, out, _ = cvt("convert", model_folder, tmp_path / "a.pth", "--to", "authors")
+    assert code == 0
+    assert "largest difference after reading it back: 0" in out
+    code, out, err = cvt("convert", tmp_path / "a.pth", tmp_path / "folder")
+    assert code == 1
+    assert "--config" in err
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["cvt-13", pytest.param("cvt-w24", marks=pytest.mark.slow), "folder"]
+)
+def test_info_needs_no_weights(cvt, model_folder, name):
+    model = model_folder if name == "folder" else name
+    code, out, err = cvt("info", model, "--json", "--image-size", 64)
+    assert code == 0, err
+    numbers = json.loads(out)
+    expected = {"cvt-13": 19_997_480, "cvt-w24": 277_196_392}
+    assert numbers["parameters"] == expected.get(name, numbers["parameters"])
+    code, out, _ = cvt("info", model)
+    assert f"{numbers['parameters']:,}" in out
+    assert "stage3" in out
+
+
+# ------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("many", [5, 1000])
+def test_auto_chooses_by_the_number_of_images(cvt, photos, model_folder, monkeypatch, many):
+    counted = []
+
+    def fastest(device, precision, images):
+        counted.append(images)
+        return "fused"
+
+    monkeypatch.setattr(factory, "fastest", fastest)
+    monkeypatch.setattr(factory, "MANY", many)
+    code, out, _ = cvt("predict", model_folder, photos, "--workers", "0", "--json")
+    assert (code, len(out.splitlines()), counted) == (0, 36, [min(36, many)])
+    assert cvt("evaluate", model_folder, photos)[0] == 0
+    assert counted[1:] == [36]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fly",),
+        ("predict",),
+        ("predict", "cvt-13"),
+        ("predict", "cvt-13", "a.png", "--topk", "0"),
+        ("predict", "cvt-13", "a.png", "--topk", "many"),
+        ("predict", "cvt-13", "a.png", "--output", "preds.xml"),
+        ("predict", "cvt-13", "a.png", "--colour"),
+        ("predict", "cvt-13", "a.png", "--runtime", "jax"),
+        ("predict", "cvt-13", "a.png", "--precision", "fp8"),
+        ("predict", "cvt-13", "a.png", "--threads", "0"),
+        ("predict", "cvt-13", "a.png", "--workers", "-1"),
+        ("predict", "cvt-13", "a.png", "--threads", "1000000"),
+        ("predict", "cvt-13", "a.png", "--workers", "1000000"),
+        ("predict", "cvt-13", "a.png", "--batch-size", "1000000000"),
+        ("predict", "cvt-13", "a.png", "--device", "abacus"),
+        ("predict", "cvt-13", "a.png", "--resume"),
+        ("evaluate", "cvt-13", "photos", "--workers", "1000000"),
+        ("benchmark", "cvt-13", "--threads", "1000000"),
+        ("info", "cvt-13", "--batch-size", "1000000000"),
+        ("benchmark", "cvt-13", "--batch-sizes", "1,1000000000"),
+        ("train", "photos", "--workers", "1000000"),
+        ("train", "photos", "--batch-size", "1000000000"),
+        ("evaluate", "cvt-13", "photos", "--runtime", "jax"),
+        ("convert", "a.pth", "b", "--to", "onnx"),
+        ("train", "photos", "--epochs", "0"),
+        ("train", "photos", "--lr", "-1"),
+        ("train", "--resume", "--lr", "0.1"),
+        ("train", "photos", "batch_size=1000000000"),
+        ("train", "photos", "lora_r=1000000"),
+        ("train", "photos", "model="),
+        *(
+            (command, *words)
+            for words in (("",), ("", "a"), ("a", ""), ("a", "b", "--output="), ("--device", ""))
+            for command in ("predict", "train", "evaluate", "export", "benchmark", "convert")
+        ),
+        ("info", ""),
+        ("recipes", ""),
+        ("demo", "--output", ""),
+        ("train", "photos", "birds"),
+        ("train", "photos", "data=birds"),
+        ("train", "photos", "lr=1", "--lr", "2"),
+        ("train",),
+    ],
+)
+def test_wrong_usage_exits_with_2(cvt, arguments):
+    code, _, err = cvt(*arguments)
+    assert code == 2
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("predict", "{model}", "nowhere.png"), "nowhere.png does not exist"),
+        (("predict", "cvt-99", "{photos}"), "no model cvt-99"),
+        (("predict", "{photos}", "{photos}"), "has no config.json"),
+        (("evaluate", "{model}", "nowhere"), "nowhere is not a folder"),
+        (("evaluate", "{model}", "{photos}/red"), "no folder per class"),
+        (("convert", "nowhere.pth", "{tmp}/out"), "no model nowhere.pth"),
+        (("train", "nowhere", "--output", "{tmp}/run"), "nowhere is not a folder"),
+        (("info", "{model}", "--image-size", "2"), "at least 3"),
+        (("info", "cvt-14"), "cvt-13"),
+    ],
+)
+def test_failures_exit_with_1_and_a_sentence(
+    cvt, model_folder, photos, tmp_path, arguments, message
+):
+    places = {"model": model_folder, "photos": photos, "tmp": tmp_path}
+    code, _, err = cvt(*(argument.format(**places) for argument in arguments))
+    assert code == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_debug_shows_the_traceback():
+    command = [CVT, "predict", "cvt-99", "x.png", "--debug"]
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert "Traceback" in answer.stderr
+    assert "FileNotFoundError" in answer.stderr
+
+
+# ------------------------------------------------------------------------------ recipes
+
+
+def test_recipes_are_listed_with_what_they_are_for(cvt):
+    code, out, _ = cvt("recipes")
+    assert code == 0
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names == sorted(names)
+    assert re.search(r"^photos  +Fine-tune CvT-13 on your own photos", out, re.MULTILINE)
+    assert re.search(r"^digits  +A small CvT", out, re.MULTILINE)
+
+
+def test_a_recipe_is_printed_to_be_edited(cvt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos.yaml").touch()  # the shell has made it, of `cvt recipes photos > photos.yaml`
+    code, out, _ = cvt("recipes", "photos")
+    assert code == 0
+    assert yaml.safe_load(out)["model"] == "cvt-13"
+    code, out, err = cvt("recipes", "photo")
+    assert (code, out) == (1, "")
+    assert err.startswith("Error: no packaged recipe is called photo; there are cvt-13-224x224, ")
+    assert err.endswith("; is it photos?\n")
+
+
+# ------------------------------------------------------------------------------ names made to harm
+
+
+def test_names_reach_the_terminal_without_what_it_obeys(capsys):
+    from rich.table import Table
+
+    from cvt.cli import console
+
+    table = Table("class", title="[red]\u202e")
+    table.add_row("\x1b]0;owned\x07")
+    table.add_row("[red]cat[/red]")
+    console.SafeConsole(markup=False, highlight=False, width=100).print(table)
+    console.SafeConsole(markup=False, highlight=False, width=100).print("a\x9b\nb [bold]")
+    shown = capsys.readouterr().out
+    assert not set("\x1b\x07\x9b\u202e") & set(shown)
+    assert r"[red]\u202e" in shown
+    assert r"\x1b]0;owned\x07" in shown
+    assert "[red]cat[/red]" in shown
+    assert "a\\x9b\nb [bold]" in shown
+    record = logging.LogRecord("cvt", logging.WARNING, "", 0, "a\x1b[2J", (), None)
+    assert console.SafeFormatter().format(record) == r"a\x1b[2J"
+
+
+def test_an_error_names_a_file_without_what_a_terminal_obeys(cvt, model_folder):
+    code, _, err = cvt("predict", model_folder, "\x1b[2Jnowhere.png")
+    assert (code, err) == (1, "Error: \\x1b[2Jnowhere.png does not exist\n")
+
+
+@pytest.mark.parametrize("data", [".", "../photos", "{}"])
+def test_a_run_is_written_beside_data_that_it_would_be_in(tmp_path, monkeypatch, data):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path / "photos")
+    data = data.format(tmp_path / "photos")
+    assert default_output(data, "train") == tmp_path / "runs/train"
+    for elsewhere in ("digits", "hub:owner/name", "photos.csv", ""):
+        assert default_output(elsewhere, "train") == Path("runs/train")
