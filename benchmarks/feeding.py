@@ -47,7 +47,8 @@ from cvt.data import LabelledImages
 from cvt.inference.benchmark import device_name, in_turns, middle, timed, versions
 from cvt.kernels import recompute_activations
 from cvt.train.augmentation import augmentation
-from cvt.train.loader import Batch, Plan, batches
+from cvt.train.loader import Batch, batches
+from cvt.train.plan import Plan
 from cvt.train.recipe import Recipe, load_recipe
 
 RECIPE = "cvt-13-224x224"

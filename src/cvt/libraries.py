@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from threading import RLock
+from types import ModuleType
 from typing import Any
 
 ERRORS = RLock()  # held while the error stream is redirected, which is one for all threads
@@ -75,6 +76,14 @@ def import_tensorflow() -> Any:
     with silence_stderr():
         import tensorflow
     return tensorflow
+
+
+def keep_tensorflow_out_of_tensorboard() -> None:
+    """Call this before TensorBoard's writer is imported: TensorFlow takes seconds to load.
+
+    TensorBoard does without TensorFlow where it finds this module.
+    """
+    sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
 
 
 @contextmanager

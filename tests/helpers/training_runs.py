@@ -15,7 +15,9 @@ from PIL import Image
 
 # Children of a server that has imported everything: they begin at once.
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["__main__", "cvt.cli", "cvt.train.loop", "torch.utils.tensorboard"])
+forks.set_forkserver_preload(
+    ["__main__", "cvt.cli", "cvt.train.trainer", "torch.utils.tensorboard"]
+)
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 
 

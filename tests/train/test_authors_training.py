@@ -18,9 +18,10 @@ from golden.cases import (
 
 from cvt import CvtConfig, CvtForImageClassification
 from cvt.checkpoints import authors_to_transformers, transformers_to_authors
-from cvt.train import loop, train
-from cvt.train.loader import Batch, Plan
+from cvt.train import setup, train
+from cvt.train.loader import Batch
 from cvt.train.optim import Schedule, optimizer_for, parameter_groups
+from cvt.train.plan import Plan
 from cvt.train.progress import NullProgress
 from cvt.train.recipe import Recipe
 
@@ -86,7 +87,7 @@ def test_the_whole_loop_follows_the_authors_losses(name, tmp_path, monkeypatch):
     training, losses = TRAININGS[name], []
     images, targets = map(torch.from_numpy, (training_images(), training_targets(training)))
     batches = [Batch(images[step % 2], targets[step % 2], {}) for step in range(STEPS)]
-    monkeypatch.setattr(loop, "batches", lambda *_, **__: iter(batches))
+    monkeypatch.setattr(setup, "batches", lambda *_, **__: iter(batches))
     monkeypatch.setattr(
         NullProgress, "stage", lambda *_, **__: lambda **figures: losses.append(figures.get("loss"))
     )

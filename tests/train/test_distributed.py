@@ -182,14 +182,14 @@ def test_the_others_do_not_wait_for_a_killed_process(folder, words, killed):
 
 
 def no_space_for_the_second_checkpoint():
-    from cvt.train import loop
+    from cvt.train import trainer
 
     def save(folder, step, *rest):
         if step:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         return saved(folder, step, *rest)
 
-    saved, loop.save_checkpoint = loop.save_checkpoint, save
+    saved, trainer.save_checkpoint = trainer.save_checkpoint, save
 
 
 def test_a_full_disk_ends_all_processes_and_is_told_by_the_first(folder, words):

@@ -30,7 +30,7 @@ from cvt import CvtConfig, CvtForImageClassification, fuse
 from cvt.kernels import apply_triton, recompute_activations
 from cvt.modeling import Block
 from cvt.train import Recipe, run_folder, train
-from cvt.train.loop import Run
+from cvt.train.step import TrainingStep
 
 BATCH = 64  # so large that every activation has more numbers than any weight
 CVT_13 = {"depth": [1, 1, 2], "hidden_act": "quick_gelu", "num_labels": 10}  # but fewer blocks
@@ -356,15 +356,16 @@ class Operators(TorchDispatchMode):
 
 def test_a_step_neither_asks_the_gpu_for_a_value_nor_sends_it_one(recipe, tmp_path, monkeypatch):
     """Either would make Python wait until the GPU has done all its work."""
-    operators, train_step = Operators(), Run.train_step
+    operators, take_step = Operators(), TrainingStep.__call__
 
-    def watched(run):
-        ahead = [next(run.batches) for _ in range(recipe.accumulate)]
-        run.batches = chain(ahead, run.batches)
+    def watched(training_step, step):
+        setup = training_step.setup
+        ahead = [next(setup.batches) for _ in range(recipe.accumulate)]
+        setup.batches = chain(ahead, setup.batches)
         with operators:
-            return train_step(run)
+            return take_step(training_step, step)
 
-    monkeypatch.setattr(Run, "train_step", watched)
+    monkeypatch.setattr(TrainingStep, "__call__", watched)
     train(recipe, tmp_path / "run")
     assert operators.counts["convolution_backward"] > 0
     waiting = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "lift_fresh"}

@@ -12,7 +12,8 @@ from cvt.data import LabelledImages, StreamedImages
 from cvt.data.decoding import StoredImage
 from cvt.train import Recipe
 from cvt.train.augmentation import augmentation, mixing
-from cvt.train.loader import Plan, batches, draws, seed_all
+from cvt.train.loader import batches, draws, seed_all
+from cvt.train.plan import Plan
 
 PLAIN = {
     "image_size": 16, "crop_scale": 1.0, "crop_ratio": 1.0, "flip": 0.0, "label_smoothing": 0.0,
@@ -58,7 +59,7 @@ def test_processes_can_be_traded_for_accumulated_batches():
             of_step = {}
             for plan, share in zip(plans, shares, strict=True):
                 for turn in range(plan.accumulate):
-                    of_step[plan.number(step, turn)] = next(share)
+                    of_step[plan.batch_number(step, turn)] = next(share)
             together += [of_step[number] for number in sorted(of_step)]
         seen = [[(d.image.name, d.seed) for d in batch] for batch in together]
         assert seen == [[(d.image.name, d.seed) for d in batch] for batch in whole]

@@ -6,8 +6,8 @@ import torch
 
 from cvt import CvtForImageClassification
 from cvt.train import Recipe
-from cvt.train.loader import Plan
 from cvt.train.optim import Schedule, optimizer_for, parameter_groups
+from cvt.train.plan import Plan
 
 
 @pytest.fixture

@@ -33,14 +33,14 @@ def whole(folder, words):
 
 
 def slow_evaluation():
-    from cvt.train import loop
+    from cvt.train import evaluation
 
     def evaluate(*arguments, **options):
         print("evaluating", flush=True)
         time.sleep(0.5)
         return quick(*arguments, **options)
 
-    quick, loop.evaluate = loop.evaluate, evaluate
+    quick, evaluation.evaluate = evaluation.evaluate, evaluate
 
 
 def slow_saves():
@@ -92,7 +92,7 @@ def test_a_step_of_several_batches_is_finished_first(folder, words):
 
 
 def slow_second_batch():
-    from cvt.train import loop
+    from cvt.train import step
 
     def seed(*numbers):
         if numbers[1:] == (1,):
@@ -100,7 +100,7 @@ def slow_second_batch():
             time.sleep(0.5)
         quick(*numbers)
 
-    quick, loop.seed_all = loop.seed_all, seed
+    quick, step.seed_all = step.seed_all, seed
 
 
 def stuck(module):

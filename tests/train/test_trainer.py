@@ -26,12 +26,13 @@ from cvt.configuration import VARIANTS
 from cvt.data import image_folder, open_training
 from cvt.data.class_names import imagenet_classes
 from cvt.inference.evaluate import evaluate
-from cvt.train import Recipe, load_recipe, loop, resume, train
+from cvt.train import Recipe, corrupt, load_recipe, resume, step, train, trainer
 from cvt.train.augmentation import augmentation
 from cvt.train.checkpointing import newest_checkpoint
-from cvt.train.loop import Stopped, precision
 from cvt.train.models import classifier_for, regularised
 from cvt.train.progress import NullProgress
+from cvt.train.setup import chosen_precision
+from cvt.train.trainer import Stopped
 
 EVERYTHING_RANDOM = {
     "batch_size": 4,
@@ -170,7 +171,7 @@ def test_what_a_run_says_names_the_batch_and_the_learning_rate(recipe, tmp_path)
 
 
 def test_speed_is_told_for_every_epoch_and_what_would_help_once(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "MAX_WAITING_SHARE", 0.0)
+    monkeypatch.setattr(trainer, "MAX_WAITING_SHARE", 0.0)
     watcher = Watcher()
     with pytest.raises(Stopped):
         train(recipe(), tmp_path / "run", progress=Watcher(stop_after=4))
@@ -462,7 +463,7 @@ def test_an_unreadable_image_is_left_out_counted_and_named(damaged, recipe, tmp_
 def test_a_share_of_unreadable_images_stops_the_run(
     damaged, recipe, tmp_path, monkeypatch, share, stops
 ):
-    monkeypatch.setattr(loop, "CORRUPT_ALWAYS_ALLOWED", 1)
+    monkeypatch.setattr(corrupt, "ALWAYS_ALLOWED", 1)
     settings = recipe(data=str(damaged[0]), max_corrupt=share, epochs=1)
     expected = pytest.raises(
         ValueError,
@@ -519,10 +520,10 @@ def break_images(photos, folder, count=None):
 
 
 def test_a_batch_without_a_readable_image_counts_nothing(photos, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "CORRUPT_ALWAYS_ALLOWED", 100)
+    monkeypatch.setattr(corrupt, "ALWAYS_ALLOWED", 100)
     data = break_images(photos, tmp_path / "some", 5)
     norms = []
-    kept = loop.statistics_kept
+    kept = step.statistics_kept
 
     @contextlib.contextmanager
     def watched(model):
@@ -531,7 +532,7 @@ def test_a_batch_without_a_readable_image_counts_nothing(photos, recipe, tmp_pat
             yield
             norms.append(all(map(torch.equal, before, model.buffers())))
 
-    monkeypatch.setattr(loop, "statistics_kept", watched)
+    monkeypatch.setattr(step, "statistics_kept", watched)
     train(recipe(data=data, batch_size=2, image_size=48, epochs=1), tmp_path / "run")
     state = final_state(tmp_path / "run")
     assert norms
@@ -619,9 +620,9 @@ def test_a_compiled_run_follows_the_plain_one(recipe, tmp_path):
 
 def test_half_precision_needs_a_gpu():
     with pytest.raises(ValueError, match="precision = fp16: needs a GPU"):
-        precision("fp16", torch.device("cpu"))
-    assert precision("auto", torch.device("cpu")) == "fp32"
-    assert precision("bf16", torch.device("cpu")) == "bf16"
+        chosen_precision("fp16", torch.device("cpu"))
+    assert chosen_precision("auto", torch.device("cpu")) == "fp32"
+    assert chosen_precision("bf16", torch.device("cpu")) == "bf16"
 
 
 # ------------------------------------------------------------------------------ the model

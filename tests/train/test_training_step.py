@@ -16,7 +16,7 @@ from cvt.inference.evaluate import evaluate
 from cvt.modeling import Attention, ConvEmbedding
 from cvt.train import Recipe, resume, train
 from cvt.train.checkpointing import newest_checkpoint
-from cvt.train.loop import best
+from cvt.train.trainer import best
 
 COLOURS = {"blue": (30, 60, 220), "red": (220, 40, 30)}
 STAGES = 3

@@ -68,7 +68,7 @@ def train(
         raise typer.BadParameter(printable(str(error), keep="\n")) from None
 
     from cvt.cli.console import TrainingBars, out, quiet_libraries
-    from cvt.train import loop
+    from cvt.train import trainer
     from cvt.train.checkpointing import checkpoints
 
     output = output or default_output(recipe.data, config.stem if config else "train")
@@ -78,9 +78,9 @@ def train(
     quiet_libraries()
     with TrainingBars() as progress:
         if resumes:
-            best = loop.resume(output, settings, progress)
+            best = trainer.resume(output, settings, progress)
         else:
-            best = loop.train(recipe, output, progress)
+            best = trainer.train(recipe, output, progress)
     if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
         return
     top1 = 100 * float(best.get("ema_top1", best["val_top1"]) or 0.0)

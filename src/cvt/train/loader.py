@@ -9,7 +9,6 @@ for accumulated batches.
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from cvt.data import LabelledImages, StreamedImages
 from cvt.data.decoding import ImageError, Source, decode
 from cvt.data.preprocessing import REDUCED
 from cvt.data.workers import POLL_SECONDS, answer_nothing, fetch_batches, received, shared
+from cvt.train.plan import Plan
 from cvt.train.recipe import Recipe
 
 
@@ -51,53 +51,6 @@ class Batch(NamedTuple):
     pixels: Tensor
     targets: Tensor
     failures: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many images, batches and steps a run has, and which batches are this process's.
-
-    Attributes:
-        images: of one epoch.
-        batch_size: images in a batch.
-        accumulate: batches of a process in a step.
-        rank: this process, from 0.
-        world: how many processes there are.
-        epochs: including those of the cool-down.
-        only_steps: of the run, whatever its epochs.
-    """
-
-    images: int
-    batch_size: int
-    accumulate: int
-    rank: int
-    world: int
-    epochs: int
-    only_steps: int | None = None
-
-    @property
-    def batches_per_step(self) -> int:
-        """Of all processes."""
-        return self.accumulate * self.world
-
-    @property
-    def images_per_step(self) -> int:
-        """Of all processes."""
-        return self.batches_per_step * self.batch_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Whole steps; images that are too few for one are taken more than once in it."""
-        return max(1, self.images // self.images_per_step)
-
-    @property
-    def steps(self) -> int:
-        """Of the whole run."""
-        return self.only_steps or self.epochs * self.steps_per_epoch
-
-    def number(self, step: int, turn: int) -> int:
-        """The number, in the whole run, of this process's batch in the given turn of a step."""
-        return step * self.batches_per_step + turn * self.world + self.rank
 
 
 def draws(

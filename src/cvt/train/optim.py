@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cvt.train.loader import Plan
+from cvt.train.plan import Plan
 from cvt.train.recipe import Recipe
 
 

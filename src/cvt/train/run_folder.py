@@ -1,25 +1,24 @@
-"""What a run folder tells of its run: settings, versions, results, TensorBoard events, model cards.
+"""The files of a run folder.
 
 | file | what is in it |
 |---|---|
-| `args.yaml` | the resolved recipe; `cvt train --config` takes it |
-| `environment.json` | versions, device, processes, command, git: an entry a start |
-| `results.csv` | a row an epoch |
+| `args.yaml` | the resolved recipe, for `cvt train --config` |
+| `environment.json` | versions, device, processes, command, git: an entry for each start |
+| `results.csv` | a row for each epoch |
 | `learning_curve.png` | the same as a picture |
-| `speed.csv` | images per second, and the share of the time that went by waiting for them |
+| `speed.csv` | images per second, and the share of the time that was spent waiting for them |
 | `split.csv` | which images were trained on, where the run drew the validation images itself |
 | `test/` | the best model's evaluation on the images that were held out, where there are any |
 | `confusion_matrix.png`, `mistakes.png` | of the best epoch |
 | `tensorboard/` | events for TensorBoard |
 | `corrupt.txt` | the training images that could not be read |
 | `best/`, `last/` | model folders, with preprocessing, a model card and `checksums.json` |
-| `checkpoints/` | what the run goes on from |
+| `checkpoints/` | what the run resumes from |
 """
 
 import csv
 import dataclasses
 import json
-import math
 import os
 import platform
 import subprocess
@@ -27,7 +26,6 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,12 +36,14 @@ from cvt.inference.metrics import Evaluation
 from cvt.inference.report import plot_confusion, plot_curves, plot_mistakes
 from cvt.libraries import version_of
 from cvt.text import printable
-from cvt.train.loader import Plan
+from cvt.train.model_card import model_card
+from cvt.train.plan import Plan
 from cvt.train.progress import Row
 from cvt.train.recipe import Recipe
 
 PACKAGES = ("cvt-vision", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets",
             "peft", "numpy", "pillow")  # fmt: skip
+CORRUPT = "corrupt.txt"
 
 
 def write_settings(output: Path, recipe: Recipe, plan: Plan, device: torch.device) -> None:
@@ -107,7 +107,7 @@ def write_speed(output: Path, row: Row) -> None:
 
 def write_corrupt(output: Path, corrupt: dict[str, str]) -> None:
     """Write the training images that could not be read, and why, a line each."""
-    with staged(output / "corrupt.txt", overwrite=True) as path:
+    with staged(output / CORRUPT, overwrite=True) as path:
         lines = "".join(f"{printable(error)}\n" for error in corrupt.values())
         path.write_text(lines, "utf-8")
 
@@ -142,75 +142,3 @@ def write_pictures(output: Path, evaluation: Evaluation) -> None:
         plot_confusion(evaluation, path)
     with staged(output / "mistakes.png", overwrite=True) as path:
         plot_mistakes(evaluation, path)
-
-
-def model_card(config: Any, recipe: Recipe, row: Row) -> str:
-    """A model card for the hub: what the model is, how good, how it was trained, how to use it."""
-    metrics = {name: value for name, value in row.items() if name.startswith(("val_", "ema_"))}
-    name = Path(recipe.model).name
-    shown = dataclasses.replace(
-        recipe, model=name, data="", val_data=None, classes=None
-    )  # no paths of ours
-    head = {
-        "library_name": "cvt-vision",
-        "pipeline_tag": "image-classification",
-        "tags": ["cvt", "image-classification", "vision"],
-        "metrics": ["accuracy"],
-    }
-    start = "random weights" if recipe.from_scratch else f"`{name}`"
-    classes = printable(", ".join(config.class_names[:20])) + (
-        ", ..." if config.num_labels > 20 else ""
-    )
-    results = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items() if v is not None)
-    settings = yaml.safe_dump(dataclasses.asdict(shown), sort_keys=False, allow_unicode=True)
-    return f"""---
-{yaml.safe_dump(head, sort_keys=False).strip()}
----
-
-# CvT, trained from {start}
-
-Classifies images into {config.num_labels} classes: {classes}.
-
-After epoch {row["epoch"]:.0f}, on the validation images:
-
-| measure | value |
-|---|---|
-{results}
-
-```python
-import cvt
-from cvt.data.decoding import decode
-
-model = cvt.CvtForImageClassification.from_pretrained("FOLDER").eval()
-processor = cvt.image_processor("FOLDER")
-logits = model(**processor(decode("photo.jpg"), return_tensors="pt")).logits
-print(model.config.id2label[logits.argmax().item()])
-```
-
-Trained with cvt-vision {version_of("cvt-vision")} and this recipe:
-
-```yaml
-{settings.strip()}
-```
-"""
-
-
-class Events:
-    """TensorBoard's events of a run; a resumed run takes back what came after its checkpoint."""
-
-    def __init__(self, output: Path, step: int) -> None:
-        # TensorBoard's own way to be told to do without TensorFlow, which takes seconds to load.
-        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
-
-    def add(self, step: int, values: dict[str, float | None]) -> None:
-        """Scalars of a step."""
-        for name, value in values.items():
-            if value is not None and math.isfinite(value):
-                self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Write what is left to write."""
-        self.writer.close()

@@ -1,0 +1,92 @@
+"""Evaluation during a run, shared by its processes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+
+from cvt.checkpoints import load_classifier
+from cvt.data import Images
+from cvt.inference.evaluate import evaluate, write_evaluation
+from cvt.inference.metrics import Evaluation
+from cvt.train.models import rebuilt
+from cvt.train.progress import Progress
+from cvt.train.setup import Setup
+
+METRICS = ("loss", "top1", "top5")  # of an epoch
+
+
+def evaluate_shared(
+    setup: Setup,
+    model: Any,
+    images: Images,
+    after_image: Callable[[], None],
+    interrupted: Callable[[], bool],
+) -> Evaluation:
+    """Evaluate a model on every image once, each process on its share.
+
+    Args:
+        setup: what the run is built of.
+        model: that is trained, or its average.
+        images: to evaluate on.
+        after_image: called after each image of this process.
+        interrupted: whether to give up while a worker is stuck.
+
+    Raises:
+        cvt.data.workers.Interrupted: `interrupted` was true while no image came.
+        FloatingPointError: the model's answer is not finite.
+    """
+    if setup.plan.world > 1:
+        for buffer in model.buffers():  # the first process's, whose model is kept
+            torch.distributed.broadcast(buffer, 0)
+    share = evaluate(
+        model,
+        setup.processor,
+        images,
+        setup.recipe.batch_size,
+        setup.recipe.workers,
+        after_image,
+        rank=setup.plan.rank,
+        world=setup.plan.world,
+        config=setup.config,
+        max_pixels=setup.recipe.max_pixels,
+        interrupted=interrupted,
+    )
+    return Evaluation.joined(gather_object([share]))
+
+
+def evaluate_held_out(
+    setup: Setup,
+    evaluated: Callable[[Any, Images, str], Evaluation],
+    is_done: bool,
+    progress: Progress,
+) -> None:
+    """Evaluate the best model on the test split, if there is one, and write `test/`.
+
+    Args:
+        setup: what the run is built of.
+        evaluated: evaluates a model on images, under a name.
+        is_done: whether the run was complete when it was resumed: then `test/` is kept.
+        progress: receives the result.
+    """
+    if setup.splits.test is None:
+        return
+    folder = setup.output / "test"
+    (is_known,) = broadcast_object_list([is_done and folder.exists()])
+    if is_known:
+        return
+    model: Any = rebuilt(setup.config.to_dict())
+    if setup.is_main:
+        model = load_classifier(setup.output / "best")
+    model.to(setup.device)
+    if setup.plan.world > 1:
+        for parameter in model.parameters():
+            torch.distributed.broadcast(parameter.data, 0)
+    evaluation = evaluated(model, setup.splits.test, "test")
+    if setup.is_main:
+        write_evaluation(evaluation, folder, overwrite=True)
+        progress.say(
+            f"{evaluation.images} held-out test images: top-1 {100 * evaluation.top1:.2f} %, "
+            f"loss {evaluation.loss:.4f}; more in {folder}"
+        )

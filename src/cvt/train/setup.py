@@ -1,0 +1,369 @@
+"""What a training run is built of: images, plan, model, optimizer, batches; restored on resume."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+
+from cvt.data import Images, LabelledImages, Splits, StreamedImages, open_training
+from cvt.data.preprocessing import processor_of
+from cvt.kernels import apply_cpu_bf16, apply_triton, recompute_activations
+from cvt.modeling import Block
+from cvt.train.augmentation import augmentation, mixing
+from cvt.train.checkpointing import check_weights
+from cvt.train.loader import Batch, batches, seed_all
+from cvt.train.models import (
+    classifier_for,
+    merged,
+    processor_for,
+    rebuilt,
+    regularised,
+    trainable,
+)
+from cvt.train.optim import Schedule, optimizer_for
+from cvt.train.plan import Plan
+from cvt.train.progress import Progress
+from cvt.train.recipe import LENGTH, Recipe, load_recipe
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, under sharding too
+
+
+@dataclass
+class Setup:
+    """What a run is built of.
+
+    Attributes:
+        recipe: with the precision and the batches a step of this process.
+        first_recipe: with the batches a step of a process that the run began with.
+        output: the run folder.
+        accelerator: the processes and their device.
+        splits: the images.
+        digest: of the training and validation images.
+        plan: numbers of images, batches and steps.
+        config: the classifier's.
+        processor: the image processor of the model that is written.
+        model: the classifier as it is trained, without what wraps it.
+        wrapped: the same for several processes.
+        forward: the same compiled, if the recipe says so; what a step calls.
+        ema: the average of the weights, if the recipe asks for one.
+        schedule: learning rates.
+        optimizer: of the trainable parameters.
+        scaler: of the loss, in fp16.
+        mix: mixup and cutmix of a batch.
+        batches: this process's, from the next step on.
+    """
+
+    recipe: Recipe
+    first_recipe: Recipe
+    output: Path
+    accelerator: Accelerator
+    splits: Splits
+    digest: str
+    plan: Plan
+    config: Any
+    processor: Any
+    model: Any
+    wrapped: Any
+    forward: Any
+    ema: ModelEmaV3 | None
+    schedule: Schedule
+    optimizer: torch.optim.Optimizer
+    scaler: Any
+    mix: Callable
+    batches: Iterator[Batch]
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process."""
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files of the run."""
+        return self.accelerator.is_main_process
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the processes share one copy of the weights, by FSDP."""
+        return self.recipe.fsdp and self.plan.world > 1
+
+    @property
+    def averaged(self) -> Any:
+        """The model of averaged weights; None without an average."""
+        return self.ema and self.ema.module
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it; whole in the main process, under sharding too."""
+        model = get_model_state_dict(self.model, options=FULL)  # first: it shards what is whole
+        optimizer = None
+        if self.optimizer.state:  # else torch would take a step, to have something to save
+            optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=FULL)
+        return {
+            "recipe": asdict(self.first_recipe),
+            "config": self.config.to_dict(),
+            "processor": json.loads(self.processor.to_json_string()),
+            "images": self.digest,
+            "batches_per_step": self.plan.batches_per_step,
+            "model": model,
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+            "ema": self.averaged.state_dict() if self.ema else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Load weights, moments, average and scale of a checkpoint.
+
+        Raises:
+            ValueError: the weights are not those of the model.
+        """
+        check_weights(state["model"], self.model.state_dict(), "model")
+        if self.ema:
+            check_weights(state["ema"] or {}, self.averaged.state_dict(), "ema")
+        set_model_state_dict(self.model, state["model"], options=FULL)
+        if found := state["optimizer"]:
+            set_optimizer_state_dict(self.model, self.optimizer, found, options=FULL)
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.averaged.load_state_dict(state["ema"])
+
+    def final_model(self, state: dict[str, Any]) -> tuple[Any, Any]:
+        """The model to write, averaged where there is an average, and its LoRA adapter."""
+        if self.recipe.lora_r:
+            adapted = self.averaged or self.model
+            return merged(adapted), adapted
+        model = rebuilt(self.config.to_dict())
+        model.load_state_dict(state["ema"] or state["model"])
+        return model, None
+
+
+def set_up(
+    recipe: Recipe,
+    output: Path,
+    state: dict[str, Any],
+    accelerator: Accelerator,
+    progress: Progress,
+    interrupted: Callable[[], bool],
+) -> Setup:
+    """Build what a run needs, as it was where there is a state.
+
+    Args:
+        recipe: how to train.
+        output: the run folder.
+        state: of the checkpoint that the run resumes from; empty for a new run.
+        accelerator: the processes and their device.
+        progress: receives what became of the classifier's head, and a summary.
+        interrupted: whether to give up while a worker is stuck.
+
+    Raises:
+        OSError: there is no such data or model.
+        ValueError: the recipe, the data and the state do not fit each other.
+    """
+    recipe = replace(recipe, precision=chosen_precision(recipe.precision, accelerator.device))
+    first_recipe, step = recipe, state.get("step", 0)
+    if state:
+        recipe = redistributed(recipe, state["batches_per_step"], accelerator.num_processes)
+    splits, found = _open_images(recipe, state, output)
+    plan = _plan(recipe, splits, accelerator)
+    if state:
+        check_length(load_recipe(None, state["recipe"]), recipe, plan, step, output)
+    seed_all(recipe.seed)
+    start, processor = _model(recipe, splits.train.classes, state, output, progress)
+    augment = augmentation(recipe, processor)
+    mix = mixing(recipe, len(start.config.class_names))
+    model, ema = _prepared(start, recipe, accelerator.device, plan.world)
+    schedule = Schedule(recipe, plan)
+    optimizer = optimizer_for(model, recipe, schedule.peak)
+    is_sharded = recipe.fsdp and plan.world > 1
+    wrapped = model if is_sharded else accelerator.prepare_model(model)
+    fp16 = recipe.precision == "fp16"
+    setup = Setup(
+        *(recipe, first_recipe, output, accelerator, splits, found, plan),
+        *(start.config, processor, model, wrapped),
+        # A graph for each number of images: an unreadable one would make all sizes share a slower.
+        forward=torch.compile(wrapped, dynamic=False) if recipe.compile else wrapped,
+        ema=ema,
+        schedule=schedule,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(accelerator.device.type, enabled=fp16),
+        mix=mix,
+        batches=batches(splits.train, augment, recipe, plan, step, interrupted),
+    )
+    if state:
+        setup.restore(state)
+    _summarise(setup, progress)
+    return setup
+
+
+def _open_images(recipe: Recipe, state: dict[str, Any], output: Path) -> tuple[Splits, str]:
+    """The images and their digest, which has to be that of the state."""
+    splits = open_training(
+        recipe.data,
+        recipe.val_data,
+        seed=recipe.seed,
+        classes=Path(recipe.classes) if recipe.classes else None,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+    )
+    found = digest(splits.train, splits.validation)
+    if state and state["images"] != found:
+        raise ValueError(f"the images in {recipe.data} are not those of the run in {output}")
+    return splits, found
+
+
+def _plan(recipe: Recipe, splits: Splits, accelerator: Accelerator) -> Plan:
+    plan = Plan(
+        images=_images_per_epoch(recipe, splits.train),
+        batch_size=recipe.batch_size,
+        accumulate=recipe.accumulate,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        epochs=recipe.epochs + recipe.cooldown_epochs,
+        only_steps=recipe.steps,
+    )
+    images = splits.validation
+    if isinstance(images, StreamedImages) and images.length is None and plan.world > 1:
+        raise ValueError(
+            "val_data: processes cannot share a stream of unknown length; give a folder"
+        )
+    return plan
+
+
+def _images_per_epoch(recipe: Recipe, images: Images) -> int:
+    if isinstance(images, LabelledImages):
+        return len(images)
+    if found := recipe.epoch_images or images.length:
+        return found
+    raise ValueError(f"epoch_images: {recipe.data} does not say how many images it has")
+
+
+def _model(
+    recipe: Recipe, classes: list[str], state: dict[str, Any], output: Path, progress: Progress
+) -> tuple[Any, Any]:
+    """The classifier to train and its image processor."""
+    if state:
+        return rebuilt(state["config"]), processor_of(state["processor"], str(output))
+    model, sentence = classifier_for(recipe.model, classes, recipe.from_scratch)
+    if sentence:
+        progress.say(sentence)
+    model = regularised(model, recipe)
+    return model, processor_for(recipe, model.config)
+
+
+def _prepared(
+    model: Any, recipe: Recipe, device: torch.device, world: int
+) -> tuple[Any, ModelEmaV3 | None]:
+    """The model on its device, with what makes its steps cheaper, and its average."""
+    if recipe.recompute_activations:
+        recompute_activations(model)
+    if recipe.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    if recipe.triton:
+        apply_triton(model)
+    if device.type == "cpu" and recipe.precision == "bf16":
+        apply_cpu_bf16(model)
+    model = trainable(model, recipe).to(device)
+    if not recipe.fsdp:  # it shards contiguous weights only
+        model.to(memory_format=torch.channels_last)
+    ema = None
+    if recipe.ema_decay:
+        ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
+    if recipe.fsdp and world > 1:
+        for block in [module for module in model.modules() if isinstance(module, Block)]:
+            fully_shard(block)
+        fully_shard(model)
+    return model, ema
+
+
+def _summarise(setup: Setup, progress: Progress) -> None:
+    """Report what is about to be trained, and how the learning rate came about."""
+    plan, recipe = setup.plan, setup.recipe
+    trained = sum(p.numel() for p in setup.model.parameters() if p.requires_grad)
+    peak = f"{recipe.peak_lr(plan.images_per_step):.3g}"
+    if recipe.lr is None:
+        peak += f" = {recipe.lr_base:g} x {plan.images_per_step} / {recipe.lr_base_size}"
+    progress.say(
+        f"{plan.images:,} images of {setup.config.num_labels} classes; {trained:,} parameters "
+        f"to train on {setup.device.type} in {recipe.precision}"
+        + (", sharded" if setup.is_sharded else "")
+    )
+    progress.say(
+        f"{plan.steps:,} steps of {plan.images_per_step} images = {plan.batch_size} x "
+        f"{plan.accumulate} x {plan.world} (batch_size, accumulate, processes); "
+        f"highest learning rate {peak}"
+    )
+
+
+# ------------------------------------------------------------------------------ resuming
+
+
+def redistributed(recipe: Recipe, batches: int, world: int) -> Recipe:
+    """The recipe for as many batches a step on however many processes there are now.
+
+    Raises:
+        ValueError: the processes cannot share the batches equally.
+    """
+    if batches % world:
+        raise ValueError(f"{world} processes cannot share the run's {batches} batches a step")
+    return replace(recipe, accumulate=batches // world)
+
+
+def check_length(before: Recipe, recipe: Recipe, plan: Plan, steps: int, output: Path) -> None:
+    """Refuse another length of the run if the learning rates of its first `steps` would differ.
+
+    Raises:
+        ValueError: they would; says what to do.
+    """
+    names = [name for name in LENGTH if getattr(before, name) != getattr(recipe, name)]
+    if not names:
+        return
+    old, new = Schedule(before, plan), Schedule(recipe, plan)
+    done = range(0, steps, old.unit)
+    if all(old.rate(step) == new.rate(step) for step in done) and steps <= plan.steps:
+        return
+    changed = ", ".join(f"{name} = {getattr(recipe, name)}" for name in names)
+    raise ValueError(
+        f"{changed}: the {steps} steps done would have had another learning rate. To train "
+        f"on at min_lr = {before.min_lr:g}, raise cooldown_epochs; else start another run with "
+        f"model={output / 'last'}"
+    )
+
+
+def chosen_precision(name: str, device: torch.device) -> str:
+    """The precision that "auto" means on a device, or the one given.
+
+    Raises:
+        ValueError: the device cannot train in it.
+    """
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError("precision = fp16: needs a GPU; use bf16 or fp32")
+    if name != "auto":
+        return name
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
+
+
+def digest(*splits: Images) -> str:
+    """A hash of the names of files and classes, which moving the folder does not change."""
+    found = hashlib.sha256()
+    for images in splits:
+        found.update(repr(images.classes).encode())
+        if isinstance(images, LabelledImages):
+            found.update(repr(list(images.labels)).encode())
+            for image in images.sources if isinstance(images.sources[0], Path) else ():
+                found.update(repr(image.name).encode())
+    return found.hexdigest()

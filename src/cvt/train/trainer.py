@@ -1,0 +1,413 @@
+"""The training of a classifier, on one process or many, from wherever it was stopped."""
+
+import contextlib
+import logging
+import math
+import os
+import random
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from cvt.data import Images, LabelledImages, StreamedImages, write_split
+from cvt.data.workers import Interrupted
+from cvt.files import check_path, locked
+from cvt.inference.metrics import Evaluation
+from cvt.train import run_folder
+from cvt.train.checkpointing import (
+    check_state,
+    checkpoints,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from cvt.train.corrupt import CorruptImages, report_oversized
+from cvt.train.evaluation import METRICS, evaluate_held_out, evaluate_shared
+from cvt.train.models import frozen
+from cvt.train.progress import NullProgress, Progress, Row
+from cvt.train.recipe import Recipe, load_recipe, read_settings, resumed_recipe
+from cvt.train.setup import Setup, set_up
+from cvt.train.signals import StopSignal
+from cvt.train.step import StepMetrics, TrainingStep
+from cvt.train.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+MAX_WAITING_SHARE = 0.2  # of an epoch's time
+
+
+class Stopped(SystemExit):
+    """A signal ended the run and its state is saved; the exit code is 128 + the signal's number."""
+
+
+def train(recipe: Recipe, output: str | Path, progress: Progress | None = None) -> Row:
+    """Train a classifier and leave a run folder; `cvt.train.run_folder` lists what is in it.
+
+    Start it in several processes with `torchrun` or `accelerate launch` and they share the work.
+
+    Args:
+        recipe: how to train.
+        output: the run folder.
+        progress: receives the progress, in the first process only.
+
+    Returns:
+        The row of `results.csv` of the best epoch, whose model is `output/best`.
+
+    Raises:
+        FileExistsError: `output` has something in it.
+        OSError: there is no such data, or something cannot be written.
+        ValueError: the data or the recipe cannot be used, or too many images are unreadable.
+        FloatingPointError: the loss became NaN or infinite; says when and what to try.
+        Stopped: SIGTERM or SIGINT; the state is saved.
+    """
+    check_path(output, "output")
+    output = Path(output)
+    if checkpoints(output / "checkpoints"):
+        raise FileExistsError(f"{output} exists already; --resume goes on with the run in it")
+    if output.is_file() or any(path.name[0] != "." for path in output.glob("*")):
+        raise FileExistsError(f"{output} exists already, with no run to resume; take another")
+    return _run(recipe, output, {}, progress)
+
+
+def resume(
+    output: str | Path,
+    changes: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Row:
+    """Resume a run from its newest checkpoint that verifies, as if it had not been stopped.
+
+    On another number of processes, each takes so many batches a step that the steps stay the same;
+    but a stream's images are shared in another way then.
+
+    Args:
+        output: the run folder.
+        changes: settings. Those of `cvt.train.recipe.RESUME_OVERRIDES` may differ from the run's,
+            such as where the images are now; or the number of epochs, if the learning rate of the
+            steps done would have been the same.
+        progress: as in `train`.
+
+    Returns:
+        As `train`.
+
+    Raises:
+        FileNotFoundError: there is no run in `output`.
+        ValueError: no checkpoint is whole, the images are not the run's, a setting may not differ
+            or was edited in args.yaml; else as `train`.
+    """
+    check_path(output, "output")
+    output = Path(output)
+    path, state = newest_checkpoint(output / "checkpoints")
+    check_state(state, path)
+    recipe = load_recipe(None, state["recipe"])
+    if (output / "args.yaml").is_file():  # what was edited in it counts, or is refused
+        edited = read_settings(output / "args.yaml")
+        recipe = resumed_recipe(recipe, edited, f"{output / 'args.yaml'}: ")
+    recipe = resumed_recipe(recipe, changes or {})
+    opening = f"going on from {path}, {state['step']} steps done"
+    return _run(recipe, output, state, progress, opening)
+
+
+def _run(
+    recipe: Recipe,
+    output: Path,
+    state: dict[str, Any],
+    progress: Progress | None,
+    opening: str = "",
+) -> Row:
+    with isolated():
+        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+        shown = progress if progress and accelerator.is_main_process else NullProgress()
+        if opening:
+            shown.say(opening)
+        stop_signal = StopSignal()
+        setup = set_up(recipe, output, state, accelerator, shown, stop_signal.received)
+        return Trainer(setup, state, shown, stop_signal).run()
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """Leaves the caller's accelerate state and random generators as they were."""
+    shared = [cls._shared_state for cls in (PartialState, AcceleratorState, GradientState)]
+    kept = [dict(state) for state in shared]
+    for state in shared:
+        state.clear()
+    drawn = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        for state, before in zip(shared, kept, strict=True):
+            state.clear()
+            state.update(before)
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
+        torch.set_rng_state(drawn[2])
+        if on_gpu:
+            torch.cuda.set_rng_state_all(on_gpu)
+
+
+class Trainer:
+    """A run at some step.
+
+    Args:
+        setup: what the run is built of.
+        state: of the checkpoint that the run resumes from; empty for a new run.
+        progress: receives the progress.
+        stop_signal: notes the signals of this process.
+
+    Raises:
+        ValueError: the state does not fit the run.
+    """
+
+    def __init__(
+        self, setup: Setup, state: dict[str, Any], progress: Progress, stop_signal: StopSignal
+    ) -> None:
+        self.setup, self.progress, self.stop_signal = setup, progress, stop_signal
+        self.recipe, self.plan, self.output = setup.recipe, setup.plan, setup.output
+        self.train_step = TrainingStep(setup, stop_signal.received)
+        self.step: int = state.get("step", 0)
+        self.history: list[Row] = state.get("history", [])
+        self.losses: list[float] = state.get("losses", [])  # of the current epoch
+        self.corrupt = CorruptImages(
+            state.get("corrupt", {}), setup.recipe, setup.plan.images, setup.output, progress
+        )
+        self.has_advised = False  # about the time that was spent on waiting for images
+        if self.step > self.plan.steps or (self.at_epoch_end and self.step and not self.losses):
+            raise ValueError(
+                f"step = {self.step}: does not fit a run of {self.plan.steps} steps, of which "
+                f"history has {len(self.history)} epochs and losses {len(self.losses)} steps"
+            )
+
+    def run(self) -> Row:
+        """Train to the end; returns the row of the best epoch."""
+        setup = self.setup
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.stop_signal.handled(self.plan.world))
+            if setup.is_main:
+                self.output.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.output))
+                run_folder.write_settings(self.output, setup.first_recipe, self.plan, setup.device)
+                if setup.splits.drawn:
+                    assert isinstance(setup.splits.train, LabelledImages)
+                    assert isinstance(setup.splits.validation, LabelledImages)
+                    path = self.output / "split.csv"
+                    write_split(path, setup.splits.train, setup.splits.validation)
+            self.tracker = Tracker(self.output, self.step)
+            stack.callback(self.tracker.close)
+            stack.callback(delattr, setup, "batches")  # ends its workers
+            if not self.step:
+                self.save()
+                report_oversized(setup.splits, self.recipe, self.plan, self.progress)
+            if self.at_epoch_end:  # stopped between the last step of an epoch and its end
+                self.end_epoch()
+            was_done = self.step == self.plan.steps
+            while self.step < self.plan.steps:
+                self.train_epoch()
+                self.end_epoch()
+            evaluate_held_out(setup, self.evaluated, was_done, self.progress)
+        return best(self.history)
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether the steps of an epoch are done whose results are not there yet."""
+        whole = self.step % self.plan.steps_per_epoch == 0 or self.step == self.plan.steps
+        return whole and len(self.history) < self.plan.epochs_in(self.step)
+
+    def train_epoch(self) -> None:
+        """Take the steps up to the end of the epoch."""
+        plan, save_steps = self.plan, self.recipe.save_steps
+        self.setup.model.train()
+        for module in frozen(self.setup.model, self.recipe):
+            module.eval()
+        epoch = self.step // plan.steps_per_epoch
+        begin = epoch * plan.steps_per_epoch
+        end = min(begin + plan.steps_per_epoch, plan.steps)
+        name = f"epoch {epoch + 1}/{plan.epochs_in(plan.steps)}"
+        shown = self.progress.stage(name, end - begin, self.step - begin)
+        # On a GPU the metrics of a step are read while the next one runs, so that it never waits.
+        unread: deque[StepMetrics] = deque()
+        behind = 1 if self.setup.device.type == "cuda" else 0
+        self.train_step.waited = 0.0
+        first, clock = self.step, time.perf_counter()
+        while self.step < end:
+            try:
+                unread.append(self.train_step(self.step))
+            except Interrupted:
+                while unread:
+                    self.read(unread.popleft())
+                self.leave_waiting()
+            self.step += 1
+            is_due = save_steps is not None and self.step % save_steps == 0
+            stop = False
+            while len(unread) > (0 if self.step == end or is_due or stop else behind):
+                stop |= self.read(unread.popleft())
+            rate = (self.step - first) * plan.images_per_step / (time.perf_counter() - clock)
+            loss = self.losses[-1] if self.losses else None
+            lr = self.setup.optimizer.param_groups[-1]["lr"]
+            shown(loss=loss, lr=lr, images_per_second=rate)
+            if stop:
+                self.stop(together=True)
+            if is_due and self.step < end:
+                self.save()
+        self.log_speed(epoch + 1, rate, self.train_step.waited / (time.perf_counter() - clock))
+
+    def read(self, metrics: StepMetrics) -> bool:
+        """Log the metrics of a step; returns whether the run is to stop.
+
+        Raises:
+            FloatingPointError: its loss is NaN or infinite.
+            ValueError: there are too many unreadable images.
+        """
+        loss, stopping, blank_share, failures = metrics.tensor.tolist()
+        if not math.isfinite(loss):
+            raise self.diverged(f"the loss is {loss}", metrics.step)
+        if blank_share < 1:
+            loss /= 1 - blank_share
+            self.losses.append(loss)
+            train = {"train/loss": loss, "train/learning_rate": metrics.lr}
+            self.tracker.log(metrics.step + 1, train)
+        if failures:
+            self.corrupt.add(metrics.failures, write=self.setup.is_main)
+        return stopping > 0
+
+    def log_speed(self, epoch: int, images_per_second: float, waiting: float) -> None:
+        """Write how fast an epoch was; advise once if it spent much time waiting for images."""
+        speed = {"images_per_second": images_per_second, "waiting": waiting}
+        if self.setup.is_main:
+            run_folder.write_speed(self.output, {"epoch": epoch, **speed})
+        self.tracker.log(self.step, {f"epoch/{name}": value for name, value in speed.items()})
+        if waiting > MAX_WAITING_SHARE and not self.has_advised:
+            self.has_advised = True
+            self.progress.say(
+                f"{100 * waiting:.0f} % of the time in epoch {epoch} went by waiting for images; "
+                f"what helps: more workers (now {self.recipe.workers}, on {os.cpu_count()} cores)"
+            )
+
+    def diverged(self, what: str, step: int) -> FloatingPointError:
+        """The error for numbers that are not finite in a step, counted from 0."""
+        saved = checkpoints(self.output / "checkpoints")
+        return FloatingPointError(
+            f"{what} in step {step + 1}, epoch {step // self.plan.steps_per_epoch + 1}, at "
+            f"learning rate {self.setup.schedule.rate(step):.3g}; the last good state is "
+            f"{saved[0] if saved else 'none'}. Try a lower lr, a longer warmup_epochs, "
+            "clip_grad=1 or precision=fp32"
+        )
+
+    # -------------------------------------------------------------------------- between epochs
+
+    def end_epoch(self) -> None:
+        """Evaluate, write the results and the models, save."""
+        number = len(self.history) + 1
+        if not self.losses:
+            raise ValueError(
+                f"no training image of epoch {number} can be read; "
+                f"{self.output / run_folder.CORRUPT} lists them"
+            )
+        row: Row = {
+            "epoch": number,
+            "step": self.step,
+            "learning_rate": self.setup.optimizer.param_groups[-1]["lr"],
+            "train_loss": sum(self.losses) / len(self.losses),
+        }
+        weights = {"val": self.setup.model}
+        if self.setup.ema:
+            weights["ema"] = self.setup.averaged
+        row |= dict.fromkeys(f"{prefix}_{metric}" for prefix in weights for metric in METRICS)
+        evaluation = None
+        if self.step == self.plan.steps or number % self.recipe.eval_every == 0:
+            for prefix, model in weights.items():
+                evaluation = self.evaluated(model, self.setup.splits.validation, "validation")
+                row |= {f"{prefix}_{metric}": getattr(evaluation, metric) for metric in METRICS}
+        self.history.append(row)
+        self.losses = []
+        state = self.state()
+        if self.setup.is_main:
+            if evaluation is not None:
+                self.write_models(state, row, evaluation)
+            run_folder.write_results(self.output, self.history)
+        self.tracker.log(self.step, {f"epoch/{name}": value for name, value in row.items()})
+        self.save(state)
+        self.progress.epoch(row)
+
+    def write_models(self, state: dict[str, Any], row: Row, evaluation: Evaluation) -> None:
+        """Write `last/`, and `best/` with its pictures if the epoch is the best."""
+        model, adapter = self.setup.final_model(state)
+        is_first = len(self.history) <= self.recipe.eval_every
+        for failure in evaluation.failures if is_first else ():
+            logger.warning(f"not counted: {failure.error}")
+        if is_best := best(self.history) is row:
+            run_folder.write_pictures(self.output, evaluation)
+        for name in ("best", "last") if is_best else ("last",):
+            folder = self.output / name
+            processor = self.setup.processor
+            run_folder.write_model(folder, model, processor, self.recipe, row, adapter)
+
+    def evaluated(self, model: Any, images: Images, name: str) -> Evaluation:
+        """The evaluation of a model on every image once, shared by the processes."""
+        total = images.length if isinstance(images, StreamedImages) else len(images)
+        shown = self.progress.stage(name, total and -(-total // self.plan.world))
+        # Sharded processes evaluate together; of others, the one that saves need not wait.
+        may_stop = self.setup.is_main and not self.setup.is_sharded
+
+        def after_image() -> None:
+            shown()
+            if may_stop and self.stop_signal.received():
+                self.stop()
+
+        try:
+            received = self.stop_signal.received
+            return evaluate_shared(self.setup, model, images, after_image, received)
+        except Interrupted:
+            self.leave_waiting()
+        except FloatingPointError as error:
+            raise self.diverged(str(error), self.step - 1) from None
+
+    # -------------------------------------------------------------------------- stopping
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds; whole in the main process, under sharding too."""
+        return self.setup.state() | {
+            "step": self.step,
+            "history": self.history,
+            "losses": self.losses,
+            "corrupt": self.corrupt.found,
+        }
+
+    def save(self, state: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint."""
+        state = self.state() if state is None else state
+        if self.setup.is_main:
+            if not all(weight.isfinite().all() for weight in state["model"].values()):
+                raise self.diverged("weights became NaN or infinite", self.step - 1)
+            save_checkpoint(self.output / "checkpoints", self.step, state, self.recipe.keep)
+
+    def stop(self, together: bool = False) -> NoReturn:
+        """Save and leave, as a signal has asked for; all processes together if all stop here."""
+        self.save()
+        if together:  # torchrun kills the one that saves as soon as another has left
+            self.setup.accelerator.wait_for_everyone()
+        self.progress.say(f"stopped and saved after {self.step} steps; --resume goes on")
+        raise Stopped(128 + (self.stop_signal.number or signal.SIGTERM))
+
+    def leave_waiting(self) -> NoReturn:
+        """Leave while no image comes, as a signal has asked for; a step is not taken."""
+        if not self.setup.is_sharded:  # whose state only all processes together can save
+            self.stop()
+        raise Stopped(128 + self.stop_signal.number)
+
+
+def best(history: list[Row]) -> Row:
+    """The row of the highest top-1, among equals of the lowest loss; of averaged weights if any."""
+    which = "ema" if "ema_top1" in history[0] else "val"
+
+    def quality(row: Row) -> tuple[float, float]:
+        top1, loss = row[f"{which}_top1"], row[f"{which}_loss"]
+        return (-1.0, 0.0) if top1 is None or loss is None else (top1, -loss)
+
+    return max(history, key=quality)
