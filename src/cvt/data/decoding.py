@@ -38,18 +38,19 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import ExifTags, Image, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
 
 from cvt.libraries import is_installed
 
 HAS_HEIF = is_installed("pillow_heif")
 # Pillow's names of the formats that are decoded; it opens MPO, as phones write it, as a JPEG.
 IMAGE_FORMATS = (
-    *("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF"),
+    *("JPEG", "MPO", "PNG", "BMP", "GIF", "TIFF", "PPM"),
+    *(kind for kind in ("WEBP", "AVIF") if features.check(kind.lower())),
     *(("HEIF",) if HAS_HEIF else ()),
 )
 # The suffixes, in lower case, of the files that a folder is searched for.
@@ -63,17 +64,6 @@ LARGE_PIXELS = 2**25  # 100 MB as RGB
 MAX_ASPECT = 1000  # resizing the short side to 256 pixels would make gigabytes of the long one
 MAX_SCANS = 100  # of a JPEG, as in libtiff; encoders make about ten
 JPEG_SCALES = (8, 4, 2)  # by which a JPEG can be decoded smaller
-
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 
 LONGEST_PATH = 4096
 # A JPEG, PNG, GIF or WebP in base64 begins so; a hundred characters of it may be anything.
@@ -121,17 +111,19 @@ if hasattr(os, "register_at_fork"):  # another thread may have held it, and is n
 
 
 @contextlib.contextmanager
-def _without_warnings(max_pixels: int | None = None) -> Iterator[None]:
-    """Keeps Pillow's warnings from the user; one thread at a time, as `catch_warnings` demands.
+def _quiet_pillow(max_pixels: float | None = None) -> Iterator[None]:
+    """Suppress Pillow's warnings; one thread at a time, as `catch_warnings` demands.
 
-    With `max_pixels`, that is Pillow's limit meanwhile; it raises an error above twice its setting.
+    Args:
+        max_pixels: Pillow's limit meanwhile, `inf` for none; it raises an error above twice its
+            setting. By default its setting stays.
     """
     with _filters_lock, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         limit = Image.MAX_IMAGE_PIXELS
         if max_pixels is not None:
-            Image.MAX_IMAGE_PIXELS = ceil(max_pixels / 2)
+            Image.MAX_IMAGE_PIXELS = None if max_pixels == inf else ceil(max_pixels / 2)
         try:
             yield
         finally:
@@ -184,11 +176,12 @@ def decode(
         if isinstance(content, Image.Image):
             return _upright_rgb(content, name, limit)
         with _file(content, name) as file:
-            if _scans(file, name) > MAX_SCANS:
+            if _scans(file) > MAX_SCANS:
                 raise ImageError(
                     f"{name}: has more than {MAX_SCANS} scans, which would take very long"
                 )
-            image = _opened(file, name, limit)
+            file.seek(0)
+            image = _opened(file, name)
             return _upright_rgb(image, name, limit, least, least_of_large)
     except ImageError:
         raise
@@ -231,21 +224,31 @@ def _file(source: Any, name: str) -> IO[bytes]:
     return io.BytesIO(data)
 
 
-def _opened(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
-    """The image, its header read: as `Image.open` does, for our formats and with our limit."""
-    file.seek(0)
-    image_format = _format(file.read(16), name)
-    file.seek(0)
-    with _without_warnings(max_pixels):
-        factory, _ = Image.OPEN[image_format]
-        return factory(file, "")  # without a name, Pillow maps no file into memory
+def _opened(file: IO[bytes], name: str) -> Image.Image:
+    """The image, its header read, whatever its size."""
+    if not file.read(1):
+        raise ImageError(f"{name}: is empty")
+    if HAS_HEIF:
+        import pillow_heif
 
-
-def is_image(prefix: bytes) -> bool:
-    """Whether these are the first 16 bytes of an image of a known format."""
+        pillow_heif.register_heif_opener()
+    openers = [kind for kind in IMAGE_FORMATS if kind != "MPO"]  # which the one of JPEG opens
     try:
-        return bool(_format(prefix, ""))
-    except ImageError:
+        with _quiet_pillow(inf):
+            return Image.open(file, formats=openers)  # which seeks the start
+    except UnidentifiedImageError:
+        raise ImageError(
+            f"{name}: is not an image of a known format ({', '.join(IMAGE_FORMATS)}), or its "
+            "header is damaged"
+        ) from None
+
+
+def is_image(path: str | os.PathLike) -> bool:
+    """Whether a file is an image of a known format, by its header."""
+    try:
+        with _file(path, "") as file:
+            return bool(_opened(file, ""))
+    except Exception:  # Pillow raises nearly everything on damaged files
         return False
 
 
@@ -262,9 +265,7 @@ def oversize(path: Path, max_pixels: int | None = None) -> str | None:
     name, limit = str(path), MAX_PIXELS if max_pixels is None else max_pixels
     try:
         with _file(path, name) as file:
-            image = _opened(file, name, limit)
-    except Image.DecompressionBombError as error:
-        return f"{name}: {error}"
+            image = _opened(file, name)
     except Exception:  # `decode` will say what is wrong
         return None
     return _too_many_pixels(image.size, name, limit)
@@ -277,31 +278,12 @@ def _too_many_pixels(size: tuple[int, int], name: str, max_pixels: int) -> str |
     return f"{name}: is {width} x {height} pixels; at most {max_pixels} are decoded (max_pixels)"
 
 
-def _format(prefix: bytes, name: str) -> str:
-    """The format, as Pillow tells it from the first 16 bytes."""
-    if not prefix:
-        raise ImageError(f"{name}: is empty")
-    Image.init()
-    if HAS_HEIF and "HEIF" not in Image.OPEN:
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-    for image_format in IMAGE_FORMATS:
-        _, accept = Image.OPEN.get(image_format, (None, None))
-        accepted = accept and accept(prefix)
-        if isinstance(accepted, str):  # Pillow was built without this format
-            raise ImageError(f"{name}: {accepted}")
-        if accepted:
-            return image_format
-    raise ImageError(f"{name}: is not an image of a known format ({', '.join(IMAGE_FORMATS)})")
-
-
-def _scans(file: IO[bytes], name: str) -> int:
+def _scans(file: IO[bytes]) -> int:
     """The scans of a JPEG, 0 of others: 200 bytes of one can cost a pass over all its pixels."""
-    if _format(file.read(16), name) != "JPEG":
+    start = file.read(3)
+    if start != b"\xff\xd8\xff":
         return 0
-    file.seek(0)
-    data = file.read()
+    data = start + file.read()
     scans, position = data.count(b"\xff\xda"), 2
     if scans <= MAX_SCANS:  # at most as many; not each of them need be a marker
         return scans
@@ -341,20 +323,20 @@ def _upright_rgb(
                 image.draft(None, (width // scale, height // scale))
                 break
     transparency = _transparency(image)
-    with _without_warnings(max_pixels) if image.format == "TIFF" else contextlib.nullcontext():
+    with _quiet_pillow(max_pixels) if image.format == "TIFF" else contextlib.nullcontext():
         image.load()
     if transparency is not None:
         image = image.copy()
         image.info["transparency"] = transparency
-    transposition = None
-    with _without_warnings(), contextlib.suppress(Exception):  # unreadable EXIF
-        transposition = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    orientation = 1
+    with _quiet_pillow(), contextlib.suppress(Exception):  # unreadable EXIF
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     rgb = _rgb(image, name)
     if large and (factor := min(rgb.size) // large) > 1:
         rgb = rgb.reduce(factor)
-    if transposition is not None:
-        rgb = rgb.transpose(transposition)
     rgb.info = {}  # the orientation in it would be applied again by whoever reads it next
+    rgb.getexif()[ExifTags.Base.Orientation] = orientation
+    ImageOps.exif_transpose(rgb, in_place=True)
     return rgb
 
 

@@ -164,17 +164,9 @@ def unreadable(entry: os.DirEntry | Path) -> str:
         return ""
     if suffix in OTHER_SUFFIXES:
         return f"of the suffix {suffix}"
-    if (not suffix or _INNER_SUFFIX.search(entry.name)) and _holds_image(entry):
+    if (not suffix or _INNER_SUFFIX.search(entry.name)) and is_image(entry):
         return "images without the suffix of one"
     return ""
-
-
-def _holds_image(file: os.DirEntry | Path) -> bool:
-    try:
-        with open(file, "rb") as content:
-            return is_image(content.read(16))
-    except OSError:
-        return False
 
 
 def is_output(folder: str | Path) -> bool:
