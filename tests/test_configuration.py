@@ -11,7 +11,7 @@ from helpers.small_models import random_case
 from transformers import PreTrainedConfig
 
 from cvt import CvtBackbone, CvtConfig, CvtForImageClassification, CvtModel
-from cvt.configuration import VARIANTS
+from cvt.configuration import VARIANTS, check_memory
 
 DEFAULTS = {
     field.name: getattr(CvtConfig(), field.name)
@@ -614,4 +614,4 @@ def test_a_model_larger_than_the_memory_is_refused_before_it_is_built(fields):
 def test_many_names_are_no_absurdity():
     config = CvtConfig(id2label={i: f"class {i}" for i in range(21_841)})
     assert config.num_labels == 21_841
-    CvtConfig.from_variant("cvt-w24", num_labels=21_841).check_memory()
+    check_memory(CvtConfig.from_variant("cvt-w24", num_labels=21_841))

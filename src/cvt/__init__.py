@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names as in _HOME and _MODULES, for mypy, pyright and editors
     from cvt import checkpoints as checkpoints
     from cvt.auto import register_auto_classes as register_auto_classes
+    from cvt.backbone import CvtBackbone as CvtBackbone
     from cvt.configuration import CvtConfig as CvtConfig
     from cvt.data.preprocessing import image_processor as image_processor
     from cvt.inference.classifier import Classifier as Classifier
     from cvt.keras import TFCvtForImageClassification as TFCvtForImageClassification
     from cvt.keras import TFCvtModel as TFCvtModel
-    from cvt.modeling import CvtBackbone as CvtBackbone
     from cvt.modeling import CvtForImageClassification as CvtForImageClassification
     from cvt.modeling import CvtModel as CvtModel
     from cvt.runtime.base import PixelError as PixelError
@@ -27,7 +27,7 @@ _HOME = {
     "CvtConfig": "configuration",
     "CvtModel": "modeling",
     "CvtForImageClassification": "modeling",
-    "CvtBackbone": "modeling",
+    "CvtBackbone": "backbone",
     "TFCvtModel": "keras",
     "TFCvtForImageClassification": "keras",
     "register_auto_classes": "auto",

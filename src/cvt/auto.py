@@ -10,8 +10,9 @@ from transformers import (
     ConvNextImageProcessorPil,
 )
 
+from cvt.backbone import CvtBackbone
 from cvt.configuration import CvtConfig
-from cvt.modeling import CvtBackbone, CvtForImageClassification, CvtModel
+from cvt.modeling import CvtForImageClassification, CvtModel
 
 
 def register_auto_classes() -> None:

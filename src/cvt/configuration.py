@@ -174,6 +174,41 @@ class StageConfig:
         return max(1, (grid - 1) * self.patch_stride + self.patch_sizes - 2 * self.patch_padding)
 
 
+def check_lengths(lists: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless all these fields are lists of one value per stage."""
+    for name, values in lists.items():
+        if not isinstance(values, list | tuple) or not values:
+            raise ValueError(f"{name} = {values!r}: must be a list of one value per stage")
+    stages = len(lists["depth"])
+    if stages > MAX_BLOCKS:
+        raise ValueError(
+            f"depth makes {stages} stages: there may be at most {MAX_BLOCKS} blocks in all"
+        )
+    if wrong := [name for name, values in lists.items() if len(values) != stages]:
+        raise ValueError(
+            f"depth = {list(lists['depth'])!r} makes {stages} stages; of another length: "
+            + ", ".join(f"{name} ({len(lists[name])})" for name in wrong)
+        )
+
+
+def check_stage(stage: StageConfig, i: int) -> None:
+    """Raise a ValueError where settings of stage `i`, counted from 0, contradict each other."""
+    if stage.embed_dim % stage.num_heads:
+        raise ValueError(
+            f"stage {i + 1}: embed_dim[{i}] = {stage.embed_dim} is not divisible by "
+            f"num_heads[{i}] = {stage.num_heads}"
+        )
+    if int(stage.embed_dim * stage.mlp_ratio) < 1:
+        raise ValueError(
+            f"stage {i + 1}: mlp_ratio[{i}] = {stage.mlp_ratio} leaves the MLP no width"
+        )
+    if stage.qkv_projection_method == "avg" and 2 * stage.padding_kv > stage.kernel_qkv:
+        raise ValueError(
+            f"stage {i + 1}: padding_kv[{i}] = {stage.padding_kv} is more than half of "
+            f"kernel_qkv[{i}] = {stage.kernel_qkv}, which average pooling does not allow"
+        )
+
+
 def memory_bytes() -> int | None:
     """The memory of this machine, or of the container that the process is in; None if unknown."""
     try:
@@ -183,6 +218,34 @@ def memory_bytes() -> int | None:
     with suppress(OSError, ValueError):  # "max" is no limit
         return min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return found
+
+
+def checked_pixels(pixel_values: Any, channels: int, least: int) -> Any:
+    """`pixel_values`, or a ValueError that says what was expected.
+
+    Args:
+        pixel_values: a tensor of floats, (B, C, H, W).
+        channels: C.
+        least: pixels that height and width must have.
+    """
+    if pixel_values is None:
+        raise ValueError("pixel_values is missing")
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values are {pixel_values.dtype}; expected floats, normalised as "
+            "cvt.image_processor does"
+        )
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or pixel_values.shape[0] == 0:
+        raise ValueError(
+            f"pixel_values have shape {tuple(pixel_values.shape)}; "
+            f"expected (batch, {channels}, height, width)"
+        )
+    H, W = pixel_values.shape[2:]
+    if least > H or least > W:
+        raise ValueError(
+            f"pixel_values are {H} x {W} pixels; this model needs at least {least} x {least}"
+        )
+    return pixel_values
 
 
 def check_queries(queries: int, tokens: int, grid: tuple[int, int]) -> None:
@@ -294,29 +357,14 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         for name, kind in _WHOLE.items():
             setattr(self, name, kind.check(name, getattr(self, name)))
-        lengths = {}
-        for name in _PER_STAGE:
-            values = getattr(self, name)
-            if not isinstance(values, list | tuple) or not values:
-                raise ValueError(f"{name} = {values!r}: must be a list of one value per stage")
-            lengths[name] = len(values)
-        stages = lengths["depth"]
-        if stages > MAX_BLOCKS:
-            raise ValueError(
-                f"depth makes {stages} stages: there may be at most {MAX_BLOCKS} blocks in all"
-            )
-        if wrong := [name for name, length in lengths.items() if length != stages]:
-            raise ValueError(
-                f"depth = {list(self.depth)!r} makes {stages} stages; of another length: "
-                + ", ".join(f"{name} ({lengths[name]})" for name in wrong)
-            )
+        check_lengths({name: getattr(self, name) for name in _PER_STAGE})
         for name, kind in _PER_STAGE.items():
             values = enumerate(getattr(self, name))
             checked = [kind.check(f"stage {i + 1}: {name}[{i}]", value) for i, value in values]
             setattr(self, name, checked)
         if (blocks := sum(self.depth)) > MAX_BLOCKS:
             raise ValueError(
-                f"depth makes {blocks} blocks in {stages} stages: there may be at most "
+                f"depth makes {blocks} blocks in {len(self.depth)} stages: there may be at most "
                 f"{MAX_BLOCKS} in all"
             )
         if list(self.id2label or {}) != list(range(self.num_labels or 0)):
@@ -324,20 +372,7 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"id2label = {reprlib.repr(self.id2label)}: its keys must count from 0"
             )
         for i, stage in enumerate(self.stages):
-            if stage.embed_dim % stage.num_heads:
-                raise ValueError(
-                    f"stage {i + 1}: embed_dim[{i}] = {stage.embed_dim} is not divisible by "
-                    f"num_heads[{i}] = {stage.num_heads}"
-                )
-            if int(stage.embed_dim * stage.mlp_ratio) < 1:
-                raise ValueError(
-                    f"stage {i + 1}: mlp_ratio[{i}] = {stage.mlp_ratio} leaves the MLP no width"
-                )
-            if stage.qkv_projection_method == "avg" and 2 * stage.padding_kv > stage.kernel_qkv:
-                raise ValueError(
-                    f"stage {i + 1}: padding_kv[{i}] = {stage.padding_kv} is more than half of "
-                    f"kernel_qkv[{i}] = {stage.kernel_qkv}, which average pooling does not allow"
-                )
+            check_stage(stage, i)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep class indices as integers in their order: files have them as strings in any order.
@@ -389,37 +424,6 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
         width, classes = self.embed_dim[-1], self.num_labels or 0
         head = 2 * width + (width + 1) * classes
         return sum(stage.parameters for stage in self.stages) + head
-
-    def check_memory(self) -> None:
-        """Make sure that the weights fit into this machine's memory, in 16 bits.
-
-        Raises:
-            ValueError: they do not; names the fields that they follow from.
-        """
-        needed, memory = 2 * self.parameters, memory_bytes()
-        if memory is not None and needed > memory:
-            raise ValueError(
-                f"{self.size_in_words} take at least {needed / 2**30:,.0f} GiB, and this machine "
-                f"has {memory / 2**30:,.0f} GiB of memory"
-            )
-
-    def check_file(self, size: int, source: str | os.PathLike, new_head: bool = False) -> None:
-        """Make sure that files can hold as many weights as the configuration describes.
-
-        Args:
-            size: of the files, in bytes; a weight takes at least one.
-            source: how the error calls them.
-            new_head: whether the classifier is not in them.
-
-        Raises:
-            ValueError: they cannot; names the fields that the number of weights follows from.
-        """
-        head = (self.embed_dim[-1] + 1) * (self.num_labels or 0)
-        if self.parameters - (head if new_head else 0) > size:
-            raise ValueError(
-                f"{self.size_in_words} of its config.json do not fit {source}, whose weights take "
-                f"{size:,} bytes"
-            )
 
     @property
     def size_in_words(self) -> str:
@@ -523,3 +527,39 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_json_file(cls, json_file: str | os.PathLike) -> "CvtConfig":
         """As in transformers."""
         return cls.from_dict(cls._dict_from_json_file(json_file))
+
+
+def check_memory(config: CvtConfig) -> None:
+    """Make sure that the weights fit into this machine's memory, in 16 bits.
+
+    Raises:
+        ValueError: they do not; names the fields that they follow from.
+    """
+    needed, memory = 2 * config.parameters, memory_bytes()
+    if memory is not None and needed > memory:
+        raise ValueError(
+            f"{config.size_in_words} take at least {needed / 2**30:,.0f} GiB, and this machine "
+            f"has {memory / 2**30:,.0f} GiB of memory"
+        )
+
+
+def check_file_size(
+    config: CvtConfig, size: int, source: str | os.PathLike, new_head: bool = False
+) -> None:
+    """Make sure that files can hold as many weights as the configuration describes.
+
+    Args:
+        config: of the model.
+        size: of the files, in bytes; a weight takes at least one.
+        source: how the error calls them.
+        new_head: whether the classifier is not in them.
+
+    Raises:
+        ValueError: they cannot; names the fields that the number of weights follows from.
+    """
+    head = (config.embed_dim[-1] + 1) * (config.num_labels or 0)
+    if config.parameters - (head if new_head else 0) > size:
+        raise ValueError(
+            f"{config.size_in_words} of its config.json do not fit {source}, whose weights take "
+            f"{size:,} bytes"
+        )

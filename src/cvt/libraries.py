@@ -3,14 +3,14 @@
 It imports none of them itself, but for Triton and TensorFlow where that is asked for.
 """
 
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
-from importlib.util import find_spec
 from threading import RLock
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ ERRORS = RLock()  # held while the error stream is redirected, which is one for 
 
 def is_installed(*libraries: str) -> bool:
     """Whether all of these can be imported; imports nothing."""
-    return all(map(find_spec, libraries))
+    return all(map(importlib.util.find_spec, libraries))
 
 
 def require(purpose: str, *libraries: str, extra: str = "export") -> None:
@@ -43,10 +43,11 @@ def require(purpose: str, *libraries: str, extra: str = "export") -> None:
 def version_of(library: str) -> str | None:
     """The installed version of a library, by the name of its package or of its import."""
     try:
-        return version(library)
-    except PackageNotFoundError:  # TensorFlow has several packages
-        packages = packages_distributions().get(library)
-        return version(packages[0]) if packages else None
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:  # TensorFlow has several packages
+        packages = importlib.metadata.packages_distributions().get(library, [])
+        other = next((package for package in packages if package != library), None)
+        return importlib.metadata.version(other) if other else None
 
 
 def keep_triton_apart() -> None:

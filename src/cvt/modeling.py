@@ -2,7 +2,6 @@
 
 B batch, C channels, H W grid, N tokens (H·W, one more with a class token), h heads, d head width.
 Tokens are (B, N, C) everywhere; an image (B, C, H, W) is a channels-last view of them.
-
 Parameter names are those of `transformers.models.cvt`, so that weights pass both ways.
 "Authors" means `lib/models/cls_cvt.py` of github.com/microsoft/CvT.
 """
@@ -20,16 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput, ModelOutput
+from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cvt.configuration import CvtConfig, StageConfig, check_queries
+from cvt.configuration import CvtConfig, StageConfig, check_memory, check_queries, checked_pixels
 from cvt.losses import classification_loss
 from cvt.strict_loading import COUNTER, load_pretrained, save_readable
-
-# ------------------------------------------------------------------------------ elementary layers
 
 
 # Both are views of channels-last memory, also to PyTorch's eyes: after a flatten and a transpose, a
@@ -116,13 +112,8 @@ class ConvEmbedding(nn.Module):
 
     def __init__(self, stage: StageConfig, eps: float) -> None:
         super().__init__()
-        self.projection = nn.Conv2d(
-            stage.in_channels,
-            stage.embed_dim,
-            kernel_size=stage.patch_sizes,
-            stride=stage.patch_stride,
-            padding=stage.patch_padding,
-        )
+        geometry = stage.patch_sizes, stage.patch_stride, stage.patch_padding
+        self.projection = nn.Conv2d(stage.in_channels, stage.embed_dim, *geometry)
         self.normalization = LayerNorm(stage.embed_dim, eps=eps)
 
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -164,8 +155,7 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention written out: context (B, N, h, d) and weights (B, h, N, N')."""
     weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1)
-    context = F.dropout(weights, dropout, module.training) @ value
-    return context.transpose(1, 2), weights
+    return (F.dropout(weights, dropout, module.training) @ value).transpose(1, 2), weights
 
 
 class SelfAttention(nn.Module):
@@ -201,11 +191,9 @@ class SelfAttention(nn.Module):
         check_queries(query.shape[2], N, grid)
         implementation = "eager" if output_attentions else self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        dropout = self.dropout if self.training else 0.0
-        context, weights = attend(
-            self, query, key, value, None, scaling=self.scale, dropout=dropout
-        )  # (B, N, h, d)
-        return context.reshape(B, -1, C), weights
+        rate = self.dropout if self.training else 0.0
+        context, weights = attend(self, query, key, value, None, scaling=self.scale, dropout=rate)
+        return context.reshape(B, -1, C), weights  # from (B, N, h, d)
 
     def project(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, N, C), keys and values (B, N', C)."""
@@ -270,11 +258,7 @@ class Block(GradientCheckpointingLayer):
         self.layernorm_after = LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(
-        self,
-        x: Tensor,
-        grid: tuple[int, int],
-        output_attentions: bool,
-        passes: list[None] | None = None,
+        self, x: Tensor, grid: tuple[int, int], output_attentions: bool, passes: list | None = None
     ) -> tuple[Tensor, Tensor | None]:
         # Under gradient checkpointing, the backward pass runs this again with the same list: a
         # batch counts once in the running statistics.
@@ -288,8 +272,8 @@ class Block(GradientCheckpointingLayer):
 
     def mlp(self, x: Tensor) -> Tensor:
         """(B, N, C) to the same, through the hidden layer."""
-        x = self.intermediate(x)  # (B, N, mlp_ratio · C)
-        return self.output(x)
+        hidden = self.intermediate(x)  # (B, N, mlp_ratio · C)
+        return self.output(hidden)
 
 
 class Stage(nn.Module):
@@ -297,10 +281,9 @@ class Stage(nn.Module):
 
     def __init__(self, config: CvtConfig, stage: StageConfig) -> None:
         super().__init__()
-        if stage.cls_token:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, stage.embed_dim))
-        else:
-            self.register_parameter("cls_token", None)
+        self.cls_token = (
+            nn.Parameter(torch.zeros(1, 1, stage.embed_dim)) if stage.cls_token else None
+        )
         embedding = ConvEmbedding(stage, config.layer_norm_eps)
         self.embedding = nn.Sequential(OrderedDict(convolution_embeddings=embedding))
         self.dropout = nn.Dropout(stage.drop_rate)
@@ -316,7 +299,7 @@ class Stage(nn.Module):
         attentions: tuple[Tensor, ...] = ()
         for block in self.layers:
             # Of a compiled model, operators are computed again, and not `forward`.
-            passes: list[None] | None = None if torch.compiler.is_compiling() else []
+            passes: list | None = None if torch.compiler.is_compiling() else []
             x, weights = block(x, (H, W), output_attentions, passes)
             if output_attentions:
                 attentions += (weights,)
@@ -341,34 +324,6 @@ class CvtModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-def checked_pixels(pixel_values: Tensor | None, channels: int, least: int) -> Tensor:
-    """`pixel_values`, or a ValueError that says what was expected.
-
-    Args:
-        pixel_values: floats, (B, C, H, W).
-        channels: C.
-        least: pixels that height and width must have.
-    """
-    if pixel_values is None:
-        raise ValueError("pixel_values is missing")
-    if not pixel_values.is_floating_point():
-        raise ValueError(
-            f"pixel_values are {pixel_values.dtype}; expected floats, normalised as "
-            "cvt.image_processor does"
-        )
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or pixel_values.shape[0] == 0:
-        raise ValueError(
-            f"pixel_values have shape {tuple(pixel_values.shape)}; "
-            f"expected (batch, {channels}, height, width)"
-        )
-    H, W = pixel_values.shape[2:]
-    if least > H or least > W:
-        raise ValueError(
-            f"pixel_values are {H} x {W} pixels; this model needs at least {least} x {least}"
-        )
-    return pixel_values
-
-
 class Encoder(nn.Module):
     """The stages, one after the other."""
 
@@ -390,18 +345,16 @@ class Encoder(nn.Module):
             output_attentions = self.config.output_attentions
         image = checked_pixels(pixel_values, self.config.num_channels, self.minimum_image_size)
         image = channels_last(image.to(next(self.parameters()).dtype))
-        class_token = None
-        hidden_states: tuple[Tensor, ...] = ()
-        attentions: tuple[Tensor, ...] = ()
+        class_token, hidden_states, attentions = None, [], []
         for stage in self.stages:
             image, class_token, weights = stage(image, bool(output_attentions))
-            hidden_states += (image,)
-            attentions += weights
+            hidden_states.append(image)
+            attentions.extend(weights)
         return CvtModelOutput(
             last_hidden_state=image,
             cls_token_value=class_token,
-            hidden_states=hidden_states if output_hidden_states else None,
-            attentions=attentions if output_attentions else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
 
 
@@ -426,7 +379,7 @@ class CvtPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: CvtConfig) -> None:
         config.validate()
-        config.check_memory()
+        check_memory(config)
         super().__init__(config)
 
     @torch.no_grad()
@@ -489,8 +442,7 @@ class CvtModel(CvtPreTrainedModel):
             pixel_values: normalised images, (B, C, H, W).
             output_hidden_states: return the output of every stage.
             return_dict: return a `CvtModelOutput` rather than a tuple.
-            output_attentions: return the attention weights of every block; they are then computed
-                with the written-out softmax. Last, since transformers' classes do not take it.
+            output_attentions: return the attention weights of every block, from the eager softmax.
 
         Raises:
             ValueError: wrong type or number of channels, or too small an image.
@@ -541,54 +493,6 @@ class CvtForImageClassification(CvtPreTrainedModel):
             loss=None if labels is None else classification_loss(logits, labels, self.config),
             logits=logits,
             hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
-
-
-class CvtBackbone(BackboneMixin, CvtPreTrainedModel):
-    """CvT as a feature extractor for detection and segmentation heads.
-
-    `out_features` or `out_indices` in the config choose the stages, `stage1` to the last;
-    `channels` and `strides` describe the maps.
-    """
-
-    _keys_to_ignore_on_load_unexpected = CvtModel._keys_to_ignore_on_load_unexpected
-
-    def __init__(self, config: CvtConfig) -> None:
-        super().__init__(config)
-        self.num_features = list(config.embed_dim)
-        self.encoder = Encoder(config)
-        self.post_init()
-
-    @property
-    def out_feature_strides(self) -> dict[str, int]:
-        """Stride of every stage's map, in pixels of the image."""
-        patch_stride = self.config.patch_stride
-        strides = (math.prod(patch_stride[: i + 1]) for i in range(len(patch_stride)))
-        return dict(zip(self.stage_names, strides, strict=True))
-
-    @property
-    def strides(self) -> list[int]:
-        """Stride of every map returned, in pixels of the image."""
-        return [self.out_feature_strides[name] for name in self.out_features]
-
-    def forward(
-        self,
-        pixel_values: Tensor,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> BackboneOutput | tuple:
-        """Feature maps of the chosen stages, (B, C, H, W) each; arguments as in `CvtModel`."""
-        output = self.encoder(pixel_values, True, output_attentions)
-        maps = dict(zip(self.stage_names, output.hidden_states, strict=True))
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        output = BackboneOutput(
-            feature_maps=tuple(maps[name] for name in self.out_features),
-            hidden_states=output.hidden_states if output_hidden_states else None,
             attentions=output.attentions,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict

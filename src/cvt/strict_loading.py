@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from cvt import hub
-from cvt.configuration import CvtConfig
+from cvt.configuration import CvtConfig, check_file_size
 from cvt.files import CHECKSUMS, check_checksums, follow_umask, pointer_fault
 from cvt.text import printable
 
@@ -43,7 +43,7 @@ def load_pretrained(
             config = CvtConfig.from_pretrained(config, **kwargs | {"config": None})
         new_head = "num_labels" in kwargs or "id2label" in kwargs
         size = sum(file.stat().st_size for file in files if file.is_file())
-        config.check_file(size, name, new_head)
+        check_file_size(config, size, name, new_head)
     return load_strictly(load, name, *args, **kwargs)
 
 

@@ -208,7 +208,7 @@ def test_without_peft_the_extra_is_named_in_a_sentence(base, cvt, monkeypatch):
     adapted(of_transformers()).save_pretrained("adapter")
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        "cvt.checkpoints.adapters.find_spec", lambda name: None if name == "peft" else find(name)
+        importlib.util, "find_spec", lambda name: None if name == "peft" else find(name)
     )
     code, _, errors = cvt("convert", "adapter", "merged")
     sentence = "adapter is an adapter, which needs peft: pip install 'cvt-vision[train]'"

@@ -10,10 +10,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 import cvt
 import cvt.train
+from cvt.backbone import CvtBackbone
 from cvt.configuration import CvtConfig
 from cvt.inference.classifier import Classifier
 from cvt.keras.modeling import TFCvtForImageClassification, TFCvtModel
-from cvt.modeling import CvtBackbone, CvtForImageClassification, CvtModel
+from cvt.modeling import CvtForImageClassification, CvtModel
 from cvt.runtime.base import PixelError
 from cvt.runtime.fused import FusedCvt
 from cvt.train.progress import Row

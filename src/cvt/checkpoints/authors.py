@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cvt.checkpoints.names import known_to_transformers, rename_known, transformers_to_authors
 from cvt.checkpoints.reading import CheckpointError, read_weights
-from cvt.configuration import VARIANTS, CvtConfig
+from cvt.configuration import VARIANTS, CvtConfig, check_file_size
 from cvt.data.class_names import imagenet_classes
 from cvt.modeling import CvtForImageClassification
 from cvt.strict_loading import CLASSIFIER, COUNTER, HEAD, list_faults
@@ -122,7 +122,7 @@ def load_authors(
         # What a model without a head was saved as has no LayerNorm for it, either.
         new_head = CLASSIFIER if weights.keys() & CLASSIFIER else HEAD - weights.keys()
         config.num_labels = num_labels
-    config.check_file(sum(w.nbytes for w in weights.values()), path, bool(new_head))
+    check_file_size(config, sum(w.nbytes for w in weights.values()), path, bool(new_head))
     model = CvtForImageClassification(config)
     expected = model.state_dict()
     counters = {name for name in expected if name.endswith(COUNTER)} - weights.keys()

@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 import keras
 from keras import layers, ops
 
-from cvt.configuration import CvtConfig
+from cvt.configuration import CvtConfig, check_memory
 from cvt.keras import weights
 from cvt.keras.layers import Stage, as_config, normal, register, uniform
 from cvt.keras.losses import Accuracy, ClassificationLoss, classification_loss
@@ -154,7 +154,7 @@ class TFCvtPreTrainedModel(keras.Model):
             )
         self.config = as_config(config)
         self.config.validate()
-        self.config.check_memory()
+        check_memory(self.config)
         self.data_format = data_format
 
     @property

@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from cvt import hub
 from cvt.checkpoints.names import keras_to_transformers
-from cvt.configuration import CvtConfig
+from cvt.configuration import CvtConfig, check_file_size
 from cvt.files import pointer_fault, staged
 from cvt.keras.layers import as_config
 from cvt.strict_loading import CLASSIFIER, COUNTER, HEAD, new_weights, verify_folder
@@ -74,7 +74,7 @@ def load(
         with hub.resolved(source, of_hub) as resolved:
             files = find(resolved, of_hub)
         found = {name: weight for file in files for name, weight in read(file).items()}
-        config.check_file(sum(os.path.getsize(file) for file in files), source, new_head)
+        check_file_size(config, sum(os.path.getsize(file) for file in files), source, new_head)
     model = make(given or config)
     is_classifier = bool(HEAD & named_variables(model).keys())
     if os.path.isfile(source) and is_classifier and not (new_head or CLASSIFIER & found.keys()):

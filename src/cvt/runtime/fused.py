@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
-from cvt.configuration import check_queries
+from cvt.backbone import CvtBackbone
+from cvt.configuration import check_queries, checked_pixels
 from cvt.modeling import (
     Block,
-    CvtBackbone,
     CvtForImageClassification,
     CvtModel,
     CvtModelOutput,
@@ -29,7 +29,6 @@ from cvt.modeling import (
     QuickGELU,
     Stage,
     channels_last,
-    checked_pixels,
     split_tokens,
     to_heads,
     to_image,
