@@ -270,6 +270,22 @@ def _with_integer_indices(name: str, labels: Mapping[Any, Any]) -> dict[Any, Any
     return dict(sorted(pairs, key=lambda pair: pair[1]))
 
 
+def refuse_code(fields: Mapping[str, Any]) -> None:
+    """Raise a ValueError for fields of a file that ask for quantisation or code from the hub."""
+    if fields.get("quantization_config") is not None:
+        raise ValueError(
+            "quantization_config: quantised weights are not read; save the model in one of "
+            + ", ".join(DTYPES)
+        )
+    for name in ("attn_implementation", "_attn_implementation"):
+        value = fields.get(name)
+        if value is not None and (not isinstance(value, str) or "/" in value):
+            raise ValueError(
+                f"{name} = {value!r}: a configuration names no kernel of the hub; must be the "
+                "name of an attention function, as sdpa or eager"
+            )
+
+
 class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a CvT.
 
@@ -341,13 +357,10 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
             if value is not None and str(value).removeprefix("torch.") not in DTYPES:
                 raise ValueError(f"{name} = {value!r}: must be one of {', '.join(DTYPES)}")
         kwargs.pop("stage_names", None)  # derived, but other libraries write it
-        out_features, out_indices = (
-            kwargs.pop("out_features", None),
-            kwargs.pop("out_indices", None),
-        )
+        maps = [kwargs.pop(name, None) for name in ("out_features", "out_indices")]
         super().__post_init__(**kwargs)
         self.validate()
-        self.set_output_features_output_indices(out_features, out_indices)
+        self.set_output_features_output_indices(*maps)
 
     def validate(self) -> None:
         """Check every field and bring it to its own type; models call it again.
@@ -395,11 +408,10 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
     def stages(self) -> list[StageConfig]:
         """The settings, stage by stage."""
         widths = [self.num_channels, *self.embed_dim]
+        stages = zip(*(getattr(self, name) for name in _PER_STAGE), strict=True)
         return [
-            StageConfig(
-                in_channels=widths[i], **{name: getattr(self, name)[i] for name in _PER_STAGE}
-            )
-            for i in range(len(self.depth))
+            StageConfig(width, **dict(zip(_PER_STAGE, stage, strict=True)))
+            for width, stage in zip(widths, stages, strict=False)
         ]
 
     @property
@@ -494,18 +506,7 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
             ValueError: a field is illegal, or asks for quantisation or for code from the hub, which
                 only an argument of `from_pretrained` may.
         """
-        if config_dict.get("quantization_config") is not None:
-            raise ValueError(
-                "quantization_config: quantised weights are not read; save the model in one of "
-                + ", ".join(DTYPES)
-            )
-        for name in ("attn_implementation", "_attn_implementation"):
-            value = config_dict.get(name)
-            if value is not None and (not isinstance(value, str) or "/" in value):
-                raise ValueError(
-                    f"{name} = {value!r}: a configuration names no kernel of the hub; must be the "
-                    "name of an attention function, as sdpa or eager"
-                )
+        refuse_code(config_dict)
         if "hidden_act" not in config_dict:
             config_dict = {**config_dict, "layer_norm_eps": 1e-5}
             if hub.published(kwargs.get("name_or_path", "")):  # as AutoConfig passes it

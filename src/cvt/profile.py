@@ -8,6 +8,7 @@ import copy
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -161,6 +162,37 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def _grids(config: CvtConfig, height: int, width: int) -> list[tuple[int, int]]:
+    """Rows and columns of the tokens of each stage, for images of this size."""
+    grids = []
+    for stage in config.stages:
+        margin = 2 * stage.patch_padding - stage.patch_sizes
+        height, width = ((size + margin) // stage.patch_stride + 1 for size in (height, width))
+        grids.append((height, width))
+    return grids
+
+
+def _peaks(model: CvtForImageClassification, pixels: Tensor) -> tuple[int, int | None, list[int]]:
+    """Peaks of inference and training in bytes, and the MACs counted before and after each stage.
+
+    The last MACs are those of the whole model.
+    """
+    counter, after_stages = MacCounter(), [0]
+    hooks = [
+        stage.register_forward_hook(lambda *_: after_stages.append(counter.macs))
+        for stage in model.cvt.encoder.stages
+    ]
+    with counter:
+        inference_bytes = inference_peak(model, pixels)
+    for hook in hooks:
+        hook.remove()
+    try:
+        training_bytes = training_peak(model, pixels)
+    except ValueError:  # of BatchNorm: in eval mode the same forward went well above
+        training_bytes = None
+    return inference_bytes, training_bytes, [*after_stages, counter.macs]
+
+
 def profile(
     config: CvtConfig,
     image_size: int | tuple[int, int] = 224,
@@ -194,40 +226,27 @@ def profile(
             model = CvtForImageClassification._from_config(copy.deepcopy(config), dtype=dtype)
         pixels = torch.empty(batch_size, config.num_channels, height, width, dtype=dtype)
         weight_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
-        counter, after_stages = MacCounter(), [0]
-        hooks = [
-            stage.register_forward_hook(lambda *_: after_stages.append(counter.macs))
-            for stage in model.cvt.encoder.stages
-        ]
-        with counter:
-            inference_bytes = inference_peak(model, pixels)
-        for hook in hooks:
-            hook.remove()
-        try:
-            training_bytes = training_peak(model, pixels)
-        except ValueError:  # of BatchNorm: in eval mode the same forward went well above
-            training_bytes = None
+        inference_bytes, training_bytes, macs_after = _peaks(model, pixels)
 
-    stages = []
-    H, W = height, width
-    for i, stage in enumerate(config.stages):
-        margin = 2 * stage.patch_padding - stage.patch_sizes
-        H, W = ((size + margin) // stage.patch_stride + 1 for size in (H, W))
-        stages.append(
-            StageProfile(
-                name=config.stage_names[i],
-                grid=(H, W),
-                tokens=H * W + stage.cls_token,
-                width=stage.embed_dim,
-                depth=stage.depth,
-                heads=stage.num_heads,
-                parameters=count_parameters(model.cvt.encoder.stages[i]),
-                macs=(after_stages[i + 1] - after_stages[i]) // batch_size,
-            )
+    macs = [(after - before) // batch_size for before, after in pairwise(macs_after[:-1])]
+    stages = [
+        StageProfile(
+            name=name,
+            grid=grid,
+            tokens=grid[0] * grid[1] + stage.cls_token,
+            width=stage.embed_dim,
+            depth=stage.depth,
+            heads=stage.num_heads,
+            parameters=stage.parameters,
+            macs=count,
         )
+        for name, grid, stage, count in zip(
+            *(config.stage_names, _grids(config, height, width), config.stages, macs), strict=True
+        )
+    ]
     return Profile(
         parameters=count_parameters(model),
-        macs=counter.macs // batch_size,
+        macs=macs_after[-1] // batch_size,
         stages=stages,
         weight_bytes=weight_bytes,
         inference_bytes=inference_bytes,

@@ -12,9 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from cvt.cli import app
-from cvt.cli.predict import identity
 from cvt.inference.predict import Prediction
-from cvt.inference.prediction_file import Results
+from cvt.inference.prediction_file import PredictionFile, run_settings
 from cvt.runtime import open_runtime
 
 CVT = Path(sys.executable).with_name("cvt")
@@ -30,7 +29,7 @@ def prediction(path):
 
 def write(target, paths, settings=SETTINGS, **options):
     """Write what is missing; answer which images that were."""
-    with Results(target, **options) as results:
+    with PredictionFile(target, **options) as results:
         missing = list(results.missing(paths, settings))
         for path in missing:
             results.write(prediction(path))
@@ -40,7 +39,7 @@ def write(target, paths, settings=SETTINGS, **options):
 
 def interrupt(target, paths, settings=SETTINGS):
     """Leave what a run leaves that breaks off after these images."""
-    with Results(target) as results:
+    with PredictionFile(target) as results:
         for path in results.missing(paths, settings):
             results.write(prediction(path))
     return target.with_name(f"{target.name}.part") / target.name
@@ -104,7 +103,7 @@ def test_what_an_interrupted_run_left_is_not_lost_unasked(tmp_path):
     target = tmp_path / "out.jsonl"
     growing = interrupt(target, PATHS[:2])
     with pytest.raises(FileExistsError, match=r"out.jsonl.part has .* --resume .* --force"):
-        Results(target)
+        PredictionFile(target)
     assert growing.read_text().count("\n") == 2
     assert write(target, PATHS[4:], overwrite=True) == PATHS[4:]
     assert len(target.read_text().splitlines()) == len(PATHS[4:])
@@ -114,7 +113,7 @@ def test_only_the_same_settings_go_on(tmp_path):
     target = tmp_path / "out.csv"
     interrupt(target, PATHS[:2])
     with (
-        Results(target, resume=True) as results,
+        PredictionFile(target, resume=True) as results,
         pytest.raises(ValueError, match="written with model mine, not other; topk 2, not 3"),
     ):
         results.missing(PATHS, {"topk": 3, "model": "other"})
@@ -128,7 +127,7 @@ def test_a_folder_of_the_users_is_not_gone_on_with(tmp_path, content):
     if content is not None:
         (part / "settings.json").write_text(content)
     with (
-        Results(tmp_path / "out.csv", resume=True) as results,
+        PredictionFile(tmp_path / "out.csv", resume=True) as results,
         pytest.raises(ValueError, match="not what an interrupted run leaves"),
     ):
         results.missing(PATHS, SETTINGS)
@@ -156,7 +155,7 @@ def test_two_processes_do_not_write_one_file(tmp_path):
 
 def test_a_file_that_appeared_meanwhile_is_not_overwritten(tmp_path):
     target = tmp_path / "out.csv"
-    with Results(target) as results:
+    with PredictionFile(target) as results:
         for path in results.missing(PATHS, SETTINGS):
             results.write(prediction(path))
         target.write_text("mine")
@@ -170,10 +169,10 @@ def test_a_file_that_appeared_meanwhile_is_not_overwritten(tmp_path):
 def test_a_place_that_cannot_be_is_refused_at_once(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="has no folder to be in"):
-        Results(tmp_path / "file" / "out.csv")
+        PredictionFile(tmp_path / "file" / "out.csv")
     (tmp_path / "out.csv").mkdir()
     with pytest.raises(FileExistsError):
-        Results(tmp_path / "out.csv", overwrite=True)
+        PredictionFile(tmp_path / "out.csv", overwrite=True)
 
 
 # ------------------------------------------------------------------------------ cvt predict
@@ -193,12 +192,12 @@ def cvt(model_folder):
 def test_an_interrupted_run_that_writes_into_the_models_folder_goes_on(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     runtime = open_runtime(folder, "torch")
-    before = identity(str(folder), runtime)
+    before = run_settings(str(folder), runtime, 1)
     (folder / "out.csv.part").mkdir()
     os.utime(folder / "out.csv.part", (2**32, 2**32))
-    assert identity(str(folder), runtime) == before
+    assert run_settings(str(folder), runtime, 1) == before
     os.utime(folder / "config.json", (2**32, 2**32))
-    assert identity(str(folder), runtime) != before
+    assert run_settings(str(folder), runtime, 1) != before
 
 
 def test_a_failure_before_the_first_result_leaves_nothing(cvt, photos, tmp_path, monkeypatch):

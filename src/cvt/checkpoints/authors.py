@@ -127,7 +127,24 @@ def load_authors(
     expected = model.state_dict()
     counters = {name for name in expected if name.endswith(COUNTER)} - weights.keys()
     weights |= {name: expected[name] for name in (*new_head, *counters)}
+    _check(file, path, weights, expected, allow_nonfinite)
+    if new_head:
+        logger.warning(
+            f"New classifier of {num_labels} classes: {path} has "
+            f"{'none' if head is None else len(head)}. It is random until trained."
+        )
+    model.load_state_dict(weights)
+    return model
 
+
+def _check(
+    file: ModelFile,
+    path: str | Path,
+    weights: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    allow_nonfinite: bool,
+) -> None:
+    """Raise a CheckpointError that lists every weight of a file that is not as expected."""
     mismatched = {
         name: (weights[name].shape, tensor.shape)
         for name, tensor in expected.items()
@@ -146,13 +163,6 @@ def load_authors(
         faults += "".join(f"\n  {name} has NaN or infinity" for name in names)
     if faults:
         raise CheckpointError(f"the weights in {path} do not fit:{faults}")
-    if new_head:
-        logger.warning(
-            f"New classifier of {num_labels} classes: {path} has "
-            f"{'none' if head is None else len(head)}. It is random until trained."
-        )
-    model.load_state_dict(weights)
-    return model
 
 
 def headless(path: str | Path) -> CheckpointError:

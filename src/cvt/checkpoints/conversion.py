@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,8 +60,8 @@ def convert(
         labels: a file of class names, see `cvt.data.class_names.read_labels`; else the source's.
         num_labels: make a new, random classifier for so many classes if the source's has others.
         config: a config.json for weights of no published variant, or without `dw_bn` projections.
-        hidden_act: the activation, where the source's own is wrong: a folder downloaded from the
-            authors' models on the hub says nothing of its QuickGELU.
+        hidden_act: the activation, where the source's own is wrong, as in a folder downloaded from
+            the hub, which does not record its QuickGELU.
         allow_nonfinite: accept NaN and infinite weights.
         verify: compare the source with its `checksums.json`, where it has one.
         force: overwrite files in `dest`.
@@ -73,43 +74,52 @@ def convert(
     if to not in ("transformers", "authors"):
         raise ValueError(f"to = {to!r}: must be transformers or authors")
     with staged(dest, overwrite=force) as written:  # refuses an existing `dest` before the work
+        changes: dict[str, Any] = {"num_labels": num_labels, "hidden_act": hidden_act}
         model = load_classifier(
-            source,
-            config=config,
-            num_labels=num_labels,
-            hidden_act=hidden_act,
-            allow_nonfinite=allow_nonfinite,
-            verify=verify,
+            source, config=config, allow_nonfinite=allow_nonfinite, verify=verify, **changes
         ).eval()
-        bad = [] if allow_nonfinite else nonfinite(model.state_dict())
-        if bad:
+        if bad := [] if allow_nonfinite else nonfinite(model.state_dict()):
             raise CheckpointError(f"{source} has NaN or infinity in {', '.join(bad)}")
         if labels is not None:
             model.config.class_names = read_labels(labels, len(model.config.class_names))
         if to == "transformers":
             processor = load_processor(source, model.config, image_size)
             image_size = image_size_of(processor)
-            model.save_pretrained(written)
-            processor.save_pretrained(written)
-            write_checksums(written)
-            again = CvtForImageClassification.from_pretrained(written).eval()
+            again = _write_folder(model, processor, written)
         else:
-            told = (model.config.hidden_act, model.config.layer_norm_eps)
-            if told != ("quick_gelu", 1e-5):
-                logger.warning(
-                    f"an authors' file does not record that this model has {told[0]} and an "
-                    f"epsilon of {told[1]}; their code computes quick_gelu and 1e-05"
-                )
-            with open(written, "wb") as file:  # given a path on a full disk, PyTorch aborts
-                torch.save(transformers_to_authors(model.state_dict()), file)
-            again = CvtForImageClassification(model.config).to(model.dtype).eval()
-            again.load_state_dict(authors_to_transformers(read_weights(written)))
+            again = _write_authors(model, written)
         difference = largest_difference(model, again)
         if not difference <= TOLERANCE and not allow_nonfinite:
             raise CheckpointError(
                 f"{dest} was not written: read back, its logits differ by {difference:.3g}"
             )
     return Conversion(model=model, image_size=image_size, largest_difference=difference)
+
+
+def _write_folder(
+    model: CvtForImageClassification, processor: Any, folder: Path
+) -> CvtForImageClassification:
+    """Write a model folder; returns the model that is read back."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_checksums(folder)
+    return CvtForImageClassification.from_pretrained(folder).eval()
+
+
+def _write_authors(model: CvtForImageClassification, path: Path) -> CvtForImageClassification:
+    """Write a file under the authors' names; returns the model that is read back."""
+    activation, epsilon = model.config.hidden_act, model.config.layer_norm_eps
+    if (activation, epsilon) != ("quick_gelu", 1e-5):
+        logger.warning(
+            f"an authors' file does not record that this model has {activation} and an "
+            f"epsilon of {epsilon}; their code computes quick_gelu and 1e-05"
+        )
+    with open(path, "wb") as file:  # given a path on a full disk, PyTorch aborts
+        torch.save(transformers_to_authors(model.state_dict()), file)
+    again: Any = CvtForImageClassification(model.config)
+    again.to(model.dtype).eval()
+    again.load_state_dict(authors_to_transformers(read_weights(path)))
+    return again
 
 
 @torch.no_grad()

@@ -2,12 +2,15 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cvt.cli.predict import Device, NoVerify, count
+from cvt.cli.options import Device, NoVerify, count, numbers, words
 from cvt.limits import BOUNDS
+
+if TYPE_CHECKING:
+    from cvt.inference.benchmark import Measurement
 
 
 def benchmark(
@@ -47,11 +50,9 @@ def benchmark(
     Rows of the same batch and image size take turns. A model that is only named has random weights:
     they are as fast, and nothing is downloaded.
     """
-    batches = _numbers(batch_sizes, "--batch-sizes", BOUNDS["batch_size"][1])
-    sizes = _numbers(image_sizes, "--image-sizes") if image_sizes else None
-    from rich.table import Table
-
-    from cvt.cli.console import bar, err, out, quiet_libraries
+    batches = numbers(batch_sizes, "--batch-sizes", BOUNDS["batch_size"][1]) or []
+    sizes = numbers(image_sizes, "--image-sizes")
+    from cvt.cli.console import bar, out, quiet_libraries
     from cvt.files import staged
     from cvt.inference.benchmark import benchmark as time_model
     from cvt.inference.benchmark import versions, write_benchmark
@@ -64,15 +65,8 @@ def benchmark(
             require("the picture in --output", "matplotlib")
         with bar("benchmark", None) as step:
             rows = time_model(
-                model,
-                _words(runtimes) if runtimes else None,
-                _words(precisions) if precisions else None,
-                batches,
-                sizes,
-                threads,
-                device,
-                seconds,
-                step,
+                *(model, words(runtimes), words(precisions), batches, sizes),
+                *(threads, device, seconds, step),
                 verify=not no_verify,
             )
         devices = ", ".join(dict.fromkeys(row.device for row in rows if row.device))
@@ -80,6 +74,16 @@ def benchmark(
         if folder:
             about = {"model": model, "threads": threads, **versions()}
             write_benchmark(rows, folder, about, title)
+    print_measurements(rows, title)
+    if output:
+        out.print(f"written to {output}")
+
+
+def print_measurements(rows: "list[Measurement]", title: str) -> None:
+    """Print a table, a section for each batch and image size; then what could not be measured."""
+    from rich.table import Table
+
+    from cvt.cli.console import err, out
 
     table = Table("batch", "pixels", "runtime", title=title, title_justify="left")
     for name in ("ms", "p95 ms", "images/s", "ratio"):
@@ -97,19 +101,3 @@ def benchmark(
     out.print(table)
     for reason in dict.fromkeys(f"{r.runtime} {r.precision}: {r.reason}" for r in rows if r.reason):
         err.print(f"left out {reason}", style="yellow")
-    if output:
-        out.print(f"written to {output}")
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",")]
-
-
-def _numbers(text: str, option: str, most: int | None = None) -> list[int]:
-    if not all(word.isdecimal() and int(word) for word in _words(text)):
-        message = f"{text}: must be whole numbers of at least 1, with commas between"
-        raise typer.BadParameter(message, param_hint=option)
-    numbers = [int(word) for word in _words(text)]
-    if most is not None and max(numbers) > most:
-        raise typer.BadParameter(f"{text}: must be at most {most}", param_hint=option)
-    return numbers

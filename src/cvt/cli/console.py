@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +20,9 @@ from rich.progress import (
 from rich.text import Text
 
 from cvt.text import printable
+
+if TYPE_CHECKING:
+    from cvt.runtime.base import Runtime
 
 
 class SafeConsole(Console):
@@ -54,6 +57,38 @@ def quiet_libraries() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(SafeFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+
+
+def open_classifier(
+    model: str,
+    runtime: str,
+    precision: str | None,
+    device: str,
+    threads: int | None,
+    images: int | None,
+    verify: bool,
+) -> "tuple[Runtime, Any]":
+    """Open a model by the options of a command, and print what runs it.
+
+    Args:
+        model: a name, a folder or a file.
+        runtime: as in `cvt.runtime.open_runtime`.
+        precision: likewise.
+        device: likewise.
+        threads: likewise.
+        images: likewise.
+        verify: likewise.
+
+    Returns:
+        The runtime and the image processor.
+    """
+    from cvt.checkpoints import load_processor
+    from cvt.runtime import open_runtime
+
+    how = (runtime, precision, device, threads)
+    classifier = open_runtime(model, *how, images=images, verify=verify)
+    err.print(f"runtime: {classifier.describe}")
+    return classifier, load_processor(model, classifier.config)
 
 
 def bars() -> Progress:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cvt.cli.predict import NoVerify
+from cvt.cli.options import NoVerify
 
 
 class Dialect(StrEnum):

@@ -6,13 +6,13 @@ import sys
 import time
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def free(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3, ... that is not there yet: nothing is overwritten."""
+    """`path`, or the first of path-2, path-3, ... that does not exist: nothing is overwritten."""
     names = (path.with_name(f"{path.name}-{i}") for i in count(2))
     return path if not path.exists() else next(name for name in names if not name.exists())
 
@@ -20,7 +20,7 @@ def free(path: Path) -> Path:
 def demo(
     output: Annotated[
         Path,
-        typer.Option(help="Run folder to make; where there is one, its name gets a number."),
+        typer.Option(help="Run folder to create; where there is one, its name gets a number."),
     ] = Path("runs/demo"),
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the training images, if not 40.")
@@ -36,7 +36,7 @@ def demo(
     from cvt.cli.console import TrainingBars, bar, out, quiet_libraries
     from cvt.data import image_folder, write_digits
     from cvt.inference.evaluate import evaluate
-    from cvt.inference.predict import Prediction, predict
+    from cvt.inference.predict import predict
     from cvt.inference.report import plot_predictions
     from cvt.train import load_recipe, train
 
@@ -53,30 +53,29 @@ def demo(
     with TrainingBars() as progress:
         train(recipe, run, progress)
     seconds = time.perf_counter() - start
-
     out.print("2. Evaluating the best epoch on the 360 images held out", style="bold")
-    model = run / "best"
-    classifier = load_classifier(model)
-    processor = load_processor(model, classifier.config)
+    classifier = load_classifier(run / "best")
+    processor = load_processor(run / "best", classifier.config)
     write_digits(run / "digits")
     held_out = image_folder(run / "digits" / "test")
     with bar("evaluate", len(held_out)) as step:
         evaluation = evaluate(classifier, processor, held_out, progress=step)
 
     out.print("3. Predicting the same images from their files", style="bold")
-    predictions = []
-    with bar("predict", len(held_out)) as step:
-        for prediction in predict(classifier, processor, held_out.sources):
-            assert isinstance(prediction, Prediction)  # the images are ours, and can be decoded
-            predictions.append(prediction)
-            step()
+    predictions: Any = list(predict(classifier, processor, held_out.sources))  # all are readable
     plot_predictions(predictions, held_out.labels, run / "predictions.png")
-
     out.print(
         f"\n{100 * evaluation.top1:.2f} % of the {evaluation.images} held-out images are right, in "
         f"the best of {recipe.epochs} epochs; training took {seconds:.0f} s.",
         style="bold green",
     )
+    print_what_next(run)
+
+
+def print_what_next(run: Path) -> None:
+    """Print what is in the run folder, and commands to try."""
+    from cvt.cli.console import out
+
     out.print(f"{run} has")
     for name, what in {
         "best/": "the model, with labels, preprocessing and a model card",
@@ -88,7 +87,7 @@ def demo(
     }.items():
         out.print(f"  {name:<22}{what}")
     cvt = "cvt" if shutil.which("cvt") else f"{shlex.quote(sys.executable)} -m cvt"
-    best, sevens = shlex.quote(str(model)), shlex.quote(str(run / "digits/test/7"))
+    best, sevens = shlex.quote(str(run / "best")), shlex.quote(str(run / "digits/test/7"))
     out.print(
         "\nTry next:\n"
         f"  {cvt} predict {best} {sevens} --topk 2\n"

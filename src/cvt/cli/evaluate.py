@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cvt.cli.predict import (
+from cvt.cli.options import (
     BatchSize,
     Device,
     MaxPixels,
@@ -19,6 +19,7 @@ from cvt.cli.predict import (
 
 if TYPE_CHECKING:
     from cvt.data import Images
+    from cvt.inference.metrics import Evaluation
 
 
 def evaluate(
@@ -69,22 +70,16 @@ def evaluate(
     force: Annotated[bool, typer.Option(help="Overwrite what output and report name.")] = False,
 ) -> None:
     """Measure accuracy, per class too, and calibration; classes are matched by name."""
-    from rich.table import Table
-
-    from cvt.checkpoints import load_processor
-    from cvt.cli.console import bar, err, out, quiet_libraries
+    from cvt.cli.console import bar, open_classifier, out, quiet_libraries
     from cvt.data import StreamedImages, open_labelled
     from cvt.files import staged
     from cvt.inference.class_matching import read_class_map, read_real_labels
     from cvt.inference.evaluate import evaluate as evaluate_images
     from cvt.inference.evaluate import write_evaluation
-    from cvt.runtime import open_runtime
 
     quiet_libraries()
-    images = open_labelled(
-        data, classes=classes, image_column=image_column, label_column=label_column
-    )
-    images = not_trained_on(images, model)
+    columns = {"image_column": image_column, "label_column": label_column}
+    images = not_trained_on(open_labelled(data, classes=classes, **columns), model)
     total = images.length if isinstance(images, StreamedImages) else len(images)
     mapped = read_class_map(class_map) if class_map else None
     real = read_real_labels(real_labels) if real_labels else None
@@ -95,20 +90,11 @@ def evaluate(
     ):
         if page:
             from cvt.inference.report import write_report
-        verify = not no_verify
-        classifier = open_runtime(
-            model, runtime, precision, device, threads, images=total, verify=verify
-        )
-        err.print(f"runtime: {classifier.describe}")
-        processor = load_processor(model, classifier.config)
+        how = (runtime, precision, device, threads)
+        classifier, processor = open_classifier(model, *how, total, not no_verify)
         with bar("evaluate", total) as step:
             result = evaluate_images(
-                classifier,
-                processor,
-                images,
-                batch_size,
-                workers,
-                step,
+                *(classifier, processor, images, batch_size, workers, step),
                 class_map=mapped,
                 subset=subset,
                 real_labels=real,
@@ -118,6 +104,18 @@ def evaluate(
             write_evaluation(result, folder)
         if page:
             write_report(result, page, f"{model} on {data}")
+    print_evaluation(result, subset)
+    for written in filter(None, (output, report)):
+        out.print(f"written to {written}")
+    if result.failures:
+        raise typer.Exit(3)
+
+
+def print_evaluation(result: "Evaluation", subset: bool) -> None:
+    """Print the images that were skipped, the worst classes, and the metrics."""
+    from rich.table import Table
+
+    from cvt.cli.console import err, out
 
     for failure in result.failures:
         err.print(f"skipped {failure.error}", style="yellow")
@@ -141,13 +139,8 @@ def evaluate(
     )
     if result.real_top1 is not None:
         out.print(f"top-1 by real labels {100 * result.real_top1:.2f} %")
-    for written in filter(None, (output, report)):
-        out.print(f"written to {written}")
-    if result.failures:
-        err.print(
-            f"{len(result.failures)} of {result.images + len(result.failures)} images skipped"
-        )
-        raise typer.Exit(3)
+    if skipped := len(result.failures):
+        err.print(f"{skipped} of {result.images + skipped} images skipped")
 
 
 def not_trained_on(images: "Images", model: str) -> "Images":

@@ -1,11 +1,14 @@
 """`cvt export`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cvt.cli.predict import NoVerify
+from cvt.cli.options import NoVerify
+
+if TYPE_CHECKING:
+    from cvt.runtime.manifest import Manifest
 
 
 def export(
@@ -37,8 +40,6 @@ def export(
     force: Annotated[bool, typer.Option(help="Overwrite files in OUTPUT.")] = False,
 ) -> None:
     """Export a classifier to other software, and check the result against the torch model."""
-    from rich.table import Table
-
     from cvt.cli.console import err, out, quiet_libraries
     from cvt.export import export as export_model
 
@@ -56,6 +57,16 @@ def export(
         overwrite=force,
         progress=err.print,
     )
+    print_checks(done)
+    out.print(f"{output}: {done.format}, {done.precision}")
+
+
+def print_checks(done: "Manifest") -> None:
+    """Print how the export compared with the model."""
+    from rich.table import Table
+
+    from cvt.cli.console import out
+
     table = Table("images", "pixels", "same class", "largest difference", "accepted")
     for column in table.columns:
         column.justify = "right"
@@ -74,4 +85,3 @@ def export(
             f"of {done.parity['images']} images that were not used for calibration, "
             f"{done.agreement:.2%} get the class that they get in fp32"
         )
-    out.print(f"{output}: {done.format}, {done.precision}")

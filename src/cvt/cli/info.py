@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cvt.cli.predict import count
+from cvt.cli.options import count
+
+if TYPE_CHECKING:
+    from cvt.profile import Profile
 
 
 def info(
@@ -18,8 +21,6 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's parameters, operations, stages and memory, without running it."""
-    from rich.table import Table
-
     from cvt.checkpoints import image_size_of, load_config, load_processor
     from cvt.cli.console import out, quiet_libraries
     from cvt.configuration import VARIANTS
@@ -38,6 +39,15 @@ def info(
         f"{model}: {config.num_labels} classes, {config.hidden_act}, {size} x {size} pixels",
         style="bold",
     )
+    print_profile(result)
+
+
+def print_profile(result: "Profile") -> None:
+    """Print totals, and a table of the stages."""
+    from rich.table import Table
+
+    from cvt.cli.console import out
+
     out.print(f"parameters  {result.parameters:,}")
     out.print(
         f"operations  {result.macs / 1e9:.2f} G multiply-adds per image "
@@ -50,7 +60,8 @@ def info(
     )
     out.print(
         f"memory      {mebibytes(result.weight_bytes)} weights; "
-        f"{mebibytes(result.inference_bytes)} to infer, {training}; float32, batch {batch_size}"
+        f"{mebibytes(result.inference_bytes)} to infer, {training}; float32, "
+        f"batch {result.batch_size}"
     )
     table = Table("stage", *("grid", "tokens", "width", "blocks", "heads", "parameters", "GMAC"))
     for column in table.columns[1:]:

@@ -1,72 +1,26 @@
 """`cvt predict`."""
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cvt.limits import BOUNDS
+from cvt.cli.options import (
+    BatchSize,
+    Device,
+    MaxPixels,
+    NoVerify,
+    Precision,
+    RuntimeName,
+    Threads,
+    Workers,
+)
 
 if TYPE_CHECKING:
-    from cvt.inference.predict import Prediction
-    from cvt.runtime.base import Runtime
-
-# How a model is run, in every command that runs one.
-RuntimeName = Annotated[
-    Literal[
-        "auto", "torch", "fused", "compiled", "onnxruntime", "openvino", "tensorflow", "litert"
-    ],
-    typer.Option("--runtime", help="What runs the model; auto is the fastest installed."),
-]
-Precision = Annotated[
-    Literal["fp32", "bf16", "fp16", "int8"] | None,
-    typer.Option(help="Of the numbers; fp32, or an export's own, unless given."),
-]
-
-
-def known_device(name: str) -> str:
-    """The device, which there is."""
-    if name in ("auto", "cpu"):  # there always; PyTorch is imported for the others alone
-        return name
-    from cvt.runtime.factory import check_device
-
-    try:
-        check_device(name)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    return name
-
-
-def count(name: str, help: str) -> Any:
-    """An option for a whole number within `cvt.limits.BOUNDS`."""
-    least, most = BOUNDS[name]
-    return typer.Option(min=least, max=most, help=help)
-
-
-Device = Annotated[
-    str,
-    typer.Option(
-        help="cpu, cuda, cuda:1, ...; auto is CUDA where there is.", callback=known_device
-    ),
-]
-Threads = Annotated[int | None, count("threads", "Threads that run the model on a CPU.")]
-BatchSize = Annotated[int, count("batch_size", "Images at a time.")]
-Workers = Annotated[int, count("workers", "Processes that decode images.")]
-MaxPixels = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Pixels that an image may have; larger ones are skipped (default 178956970)."
-    ),
-]
-
-NoVerify = Annotated[
-    bool,
-    typer.Option(
-        "--no-verify", help="Do not compare the files with the SHA-256 that were written with them."
-    ),
-]
+    from cvt.inference.predict import Prediction, Result
 
 
 def predict(
@@ -101,85 +55,70 @@ def predict(
     if output is not None and output.suffix not in (".csv", ".jsonl"):
         raise typer.BadParameter(f"{output} must end in .csv or .jsonl", param_hint="--output")
     if resume and output is None:
-        raise typer.BadParameter("goes on with an --output", param_hint="--resume")
-    from cvt.checkpoints import load_processor
-    from cvt.cli.console import bar, err, quiet_libraries
-    from cvt.inference.predict import Prediction, find_images, scores_per_image
+        raise typer.BadParameter("resumes an --output", param_hint="--resume")
+    from cvt.cli.console import err, open_classifier, quiet_libraries
+    from cvt.inference.predict import find_images, scores_per_image
     from cvt.inference.predict import predict as predict_files
-    from cvt.inference.prediction_file import Results
-    from cvt.runtime import open_runtime
+    from cvt.inference.prediction_file import PredictionFile, run_settings
     from cvt.runtime.factory import MANY
 
     quiet_libraries()
     paths = find_images(images)
-    skipped = classified = 0
-    with Results(output, resume, force) if output else nullcontext() as results:
+    with PredictionFile(output, resume, force) if output else nullcontext() as file:
         first = list(islice(paths, MANY))  # to count them; the rest is read later
         paths = chain(first, paths)
-        classifier = open_runtime(
-            *(model, runtime, precision, device, threads),
-            images=len(first),
-            verify=not no_verify,
-        )
-        err.print(f"runtime: {classifier.describe}")
-        processor = load_processor(model, classifier.config)
+        how = (runtime, precision, device, threads)
+        classifier, processor = open_classifier(model, *how, len(first), not no_verify)
         topk = scores_per_image(topk, classifier.config)
-        if results:
-            settings = {
-                "topk": topk,
-                "exact_decoding": exact_decoding,
-                "max_pixels": max_pixels,
-            }
-            paths = results.missing(paths, identity(model, classifier) | settings)
-            if results.count:
-                err.print(f"{results.count} images are classified already")
+        decoding = {"exact_decoding": exact_decoding, "max_pixels": max_pixels}
+        if file:
+            paths = file.missing(paths, run_settings(model, classifier, topk, **decoding))
+            if file.count:
+                err.print(f"{file.count} images are classified already")
+        settings = (topk, batch_size, workers, exact_decoding, max_pixels)
+        results = predict_files(classifier, processor, paths, *settings)
         try:
-            with bar("predict", None) as step:
-                for result in predict_files(
-                    *(classifier, processor, paths, topk, batch_size, workers, exact_decoding),
-                    max_pixels=max_pixels,
-                ):
-                    step()
-                    if not isinstance(result, Prediction):
-                        skipped += 1
-                        err.print(f"skipped {result.error}", style="yellow")
-                        continue
-                    classified += 1
-                    if results:
-                        results.write(result)
-                    else:
-                        print(line(result, as_json), flush=True)
+            skipped, classified = consume(results, file.write if file else printer(as_json))
         except BaseException:
-            if results and results.count:
-                err.print(f"{results.count} images are in {results.part}: --resume goes on")
+            if file and file.count:
+                err.print(f"{file.count} images are in {file.part}: --resume goes on")
             raise
-        if results:
-            results.finish()
-            err.print(f"{output}: {results.count} images classified")
+        if file:
+            file.finish()
+            err.print(f"{output}: {file.count} images classified")
     if skipped:
         err.print(f"{skipped} of {classified + skipped} images skipped")
         raise typer.Exit(3)
 
 
-def identity(model: str, runtime: "Runtime") -> dict[str, Any]:
-    """What tells a model and what runs it from others, for results to go on with."""
-    path = Path(model)
-    files = filter(Path.is_file, path.iterdir() if path.is_dir() else [path])
-    return {
-        "model": str(path.resolve()) if path.exists() else model,
-        "changed": max((file.stat().st_mtime for file in files), default=None),
-        "runtime": runtime.name,
-        "precision": runtime.precision,
-    }
+def consume(
+    results: "Iterator[Prediction | Result]", write: "Callable[[Prediction], None]"
+) -> tuple[int, int]:
+    """Write the predictions and report the errors; returns how many there were of each."""
+    from cvt.cli.console import bar, err
+    from cvt.inference.predict import Prediction
+
+    skipped = classified = 0
+    with bar("predict", None) as step:
+        for result in results:
+            step()
+            if isinstance(result, Prediction):
+                classified += 1
+                write(result)
+            else:
+                skipped += 1
+                err.print(f"skipped {result.error}", style="yellow")
+    return skipped, classified
 
 
-def line(prediction: "Prediction", as_json: bool) -> str:
-    """A prediction as a line of text or of JSON."""
+def printer(as_json: bool) -> "Callable[[Prediction], None]":
+    """A function that prints a prediction as a line of text or of JSON."""
     from cvt.inference.prediction_file import json_line
     from cvt.text import printable
 
-    if as_json:
-        return json_line(prediction)
-    form = "{label} {score:g}" if prediction.are_values else "{label} {score:.1%}"
-    classes = "  ".join(form.format(**record) for record in prediction.records)
-    return printable(f"{prediction.path}: {classes}")
+    def print_text(prediction: "Prediction") -> None:
+        form = "{label} {score:g}" if prediction.are_values else "{label} {score:.1%}"
+        classes = "  ".join(form.format(**record) for record in prediction.records)
+        print(printable(f"{prediction.path}: {classes}"), flush=True)
+
+    return (lambda each: print(json_line(each), flush=True)) if as_json else print_text

@@ -1,6 +1,5 @@
 """`cvt train`: its options are the settings of `cvt.train.recipe`."""
 
-import inspect
 import json
 import os
 from pathlib import Path
@@ -8,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from cvt.cli.options import with_settings
 from cvt.text import printable
-from cvt.train.recipe import FIELDS, json_schema, load_recipe, read_settings, value_type
+from cvt.train.recipe import Recipe, json_schema, load_recipe, read_settings
 
 
+@with_settings
 def train(
     words: Annotated[
         list[str] | None,
@@ -52,21 +53,7 @@ def train(
     if schema:
         typer.echo(json.dumps(json_schema(), indent=2))
         return
-    changes = {name: value for name, value in options.items() if value is not None}
-    for word in words or ():
-        name, equals, value = word.partition("=")
-        name = name.replace("-", "_")
-        if not equals or not name.isidentifier():
-            name, value = "data", word
-        if name in changes:
-            raise typer.BadParameter(f"{name} is given twice: {changes[name]} and {value}")
-        changes[name] = value
-    try:
-        settings = read_settings(config, changes)
-        recipe = load_recipe(None, settings)
-    except ValueError as error:
-        raise typer.BadParameter(printable(str(error), keep="\n")) from None
-
+    recipe, changes = read_recipe(words or [], config, options)
     from cvt.cli.console import TrainingBars, out, quiet_libraries
     from cvt.train import trainer
     from cvt.train.checkpointing import checkpoints
@@ -78,10 +65,10 @@ def train(
     quiet_libraries()
     with TrainingBars() as progress:
         if resumes:
-            best = trainer.resume(output, settings, progress)
+            best = trainer.resume(output, changes, progress)
         else:
             best = trainer.train(recipe, output, progress)
-    if os.environ.get("RANK", "0") != "0":  # of several processes, one speaks
+    if os.environ.get("RANK", "0") != "0":  # of several processes, the first prints
         return
     top1 = 100 * float(best.get("ema_top1", best["val_top1"]) or 0.0)
     out.print(
@@ -90,38 +77,38 @@ def train(
     out.print(f"next: cvt predict {output / 'best'} IMAGES...")
 
 
+def read_recipe(
+    words: list[str], config: Path | None, options: dict[str, Any]
+) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe, and the settings that were given for it.
+
+    Args:
+        words: DATA and `key=value`.
+        config: a yaml file or the name of a packaged recipe.
+        options: settings by name; None where not given.
+
+    Raises:
+        typer.BadParameter: a setting is given twice, unknown or illegal.
+    """
+    changes = {name: value for name, value in options.items() if value is not None}
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = name.replace("-", "_")
+        if not equals or not name.isidentifier():
+            name, value = "data", word
+        if name in changes:
+            raise typer.BadParameter(f"{name} is given twice: {changes[name]} and {value}")
+        changes[name] = value
+    try:
+        settings = read_settings(config, changes)
+        return load_recipe(None, settings), settings
+    except ValueError as error:
+        raise typer.BadParameter(printable(str(error), keep="\n")) from None
+
+
 def default_output(data: str, name: str) -> Path:
     """`runs/NAME`; beside the data if that would be inside it, where it would be taken for data."""
     output, folder = Path("runs", name), Path(data or "-").resolve()
     if folder.is_dir() and folder in output.resolve().parents:
         return folder.parent / output
     return output
-
-
-def _options() -> list[inspect.Parameter]:
-    """The settings as options that are None unless given."""
-    options, group = [], ""
-    for name, spec in FIELDS.items():
-        group = spec.metadata["group"] or group
-        kind, _ = value_type(spec)
-        number = f"{spec.default:g}" if kind is float and spec.default else spec.default
-        default = "" if spec.default in (None, False) or kind is bool else f" (default {number})"
-        option = typer.Option(
-            help=spec.metadata["help"] + default,
-            metavar="|".join(spec.metadata["choices"]) or None,
-            rich_help_panel=group,
-        )
-        hint = Annotated[kind | None, option]  # type: ignore[valid-type]
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        options.append(inspect.Parameter(name, keyword, default=None, annotation=hint))
-    return [option for option in options if option.name != "data"]
-
-
-# typer reads a function's options from its signature.
-_signature = inspect.signature(train)
-_own = [parameter for parameter in _signature.parameters.values() if parameter.name != "options"]
-train.__signature__ = _signature.replace(parameters=[*_own, *_options()])  # type: ignore[attr-defined]
-train.__annotations__ = {
-    parameter.name: parameter.annotation
-    for parameter in train.__signature__.parameters.values()  # type: ignore[attr-defined]
-}

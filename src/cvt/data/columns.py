@@ -115,17 +115,7 @@ def find_columns(
     if len(images) != 1:
         found = "several columns" if images else f"no column {image_column or ''}".rstrip()
         raise failed(f"has {found} of images", "image_column")
-
-    labels = [name for name, feature in columns.items() if isinstance(feature, ClassLabel)]
-    if not labels:
-        plain = {
-            name: feature
-            for name, feature in columns.items()
-            if _is_label(feature)
-            and name != images[0]
-            and not name.startswith((f"{images[0]}.", "__"))
-        }
-        labels = [name for name in LABEL_NAMES if name in plain][:1] or list(plain)
+    labels = _label_columns(columns, images[0])
     if label_column:
         labels = [name for name in (label_column,) if name in columns]
     several = [name for name, f in columns.items() if isinstance(f, List | LargeList | list)]
@@ -150,6 +140,20 @@ def find_columns(
             "their names, one per line, as classes"
         )
     return Columns(table, images[0], labels[0], names, class_by_label)
+
+
+def _label_columns(columns: Mapping[str, Any], image: str) -> list[str]:
+    """The columns that could be the label: by type, else by name, else all plain ones."""
+    from datasets import ClassLabel
+
+    if labels := [name for name, feature in columns.items() if isinstance(feature, ClassLabel)]:
+        return labels
+    plain = [
+        name
+        for name, feature in columns.items()
+        if _is_label(feature) and name != image and not name.startswith((f"{image}.", "__"))
+    ]
+    return [name for name in LABEL_NAMES if name in plain][:1] or plain
 
 
 def _is_label(feature: Any) -> bool:

@@ -42,11 +42,48 @@ def csv_splits(
             "path column"
         )
 
+    splits = _by_split(path, rows, (image, label, split_column), len(header))
+    if not splits:
+        raise ValueError(f"{path} lists no images")
+    listed = [name for names, _ in splits.values() for name in names]
+    missing = [name for name in listed if not os.path.isfile(path.parent / name)]
+    if not has_header and rows[0][1][0] in missing:
+        first = ", ".join(rows[0][1])
+        raise ValueError(
+            f"{path}, line 1: {first} is neither a file and its label nor a header that names a "
+            f"column {', '.join(PATH_NAMES)}; name the columns with image_column and label_column"
+        )
+    if missing:
+        raise FileNotFoundError(
+            f"{path} lists {len(missing)} files that do not exist (paths are relative to its "
+            f"folder): {', '.join(missing[:SHOWN])}{', ...' if missing[SHOWN:] else ''}"
+        )
+    return {
+        split: partial(LabelledImages, Files(path.parent, names), labels)
+        for split, (names, labels) in splits.items()
+    }
+
+
+def _by_split(
+    path: Path,
+    rows: list[tuple[int, list[str]]],
+    columns: tuple[int, int, int | None],
+    width: int,
+) -> dict[str, tuple[list[str], list[str]]]:
+    """The paths and the labels in the rows, by the name of their split, once each.
+
+    Args:
+        path: of the csv file.
+        rows: number and cells of each line.
+        columns: of path, label and split.
+        width: cells that a line must have.
+    """
+    image, label, split_column = columns
     splits: dict[str, tuple[list[str], list[str]]] = {}
     seen: dict[str, tuple[str, str]] = {}  # by path, however it is written
     for line, cells in rows:
-        if len(cells) != len(header):
-            raise ValueError(f"{path}, line {line}: {len(cells)} columns, expected {len(header)}")
+        if len(cells) != width:
+            raise ValueError(f"{path}, line {line}: {len(cells)} columns, expected {width}")
         name, written = cells[image], cells[label]
         if not name or not written:
             raise ValueError(f"{path}, line {line}: has no {'label' if name else 'path'}")
@@ -69,25 +106,7 @@ def csv_splits(
         names, labels = splits.setdefault(split, ([], []))
         names.append(name)
         labels.append(written)
-    if not splits:
-        raise ValueError(f"{path} lists no images")
-    listed = [name for names, _ in splits.values() for name in names]
-    missing = [name for name in listed if not os.path.isfile(path.parent / name)]
-    if not has_header and rows[0][1][0] in missing:
-        first = ", ".join(rows[0][1])
-        raise ValueError(
-            f"{path}, line 1: {first} is neither a file and its label nor a header that names a "
-            f"column {', '.join(PATH_NAMES)}; name the columns with image_column and label_column"
-        )
-    if missing:
-        raise FileNotFoundError(
-            f"{path} lists {len(missing)} files that do not exist (paths are relative to its "
-            f"folder): {', '.join(missing[:SHOWN])}{', ...' if missing[SHOWN:] else ''}"
-        )
-    return {
-        split: partial(LabelledImages, Files(path.parent, names), labels)
-        for split, (names, labels) in splits.items()
-    }
+    return splits
 
 
 def _read(path: Path) -> list[tuple[int, list[str]]]:

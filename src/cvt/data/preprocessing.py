@@ -28,7 +28,12 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 IMAGE_SIZE = 224  # where neither the caller nor the source says
 CONVNEXT = "ConvNextImageProcessor"  # of transformers, which CvT's own is
 LARGEST = 20.0  # normalised pixels lie between -3 and 3; those of 0 to 255 pass this in any photo
-CROP_PCT = 0.875  # of the resized image's short side; not used from 384 pixels up
+CVT_PREPROCESSING = {
+    "crop_pct": 0.875,  # of the resized image's short side; not used from 384 pixels up
+    "resample": Image.Resampling.BICUBIC,
+    "image_mean": list(IMAGE_MEAN),
+    "image_std": list(IMAGE_STD),
+}
 
 
 def image_processor(
@@ -54,8 +59,8 @@ def image_processor(
         kwargs: other settings of the processor, as `do_normalize=False`.
 
     Returns:
-        A `ConvNextImageProcessor`, or `ConvNextImageProcessorPil`: images in,
-        `pixel_values` (batch, 3, image_size, image_size) out. A folder may name another class.
+        A `ConvNextImageProcessor[Pil]`, or the class that the folder names; it gives
+        `pixel_values`, (batch, 3, image_size, image_size).
 
     Raises:
         OSError: `source` is neither published nor a folder, or the folder's files cannot be read.
@@ -76,13 +81,7 @@ def image_processor(
         processor = _saved_processor(os.fspath(cast(str, source)), backend, changes)
         described = f"{source}: its {type(processor).__name__}"
     else:
-        settings = {
-            "size": {"shortest_edge": default_size},
-            "crop_pct": CROP_PCT,
-            "resample": Image.Resampling.BICUBIC,
-            "image_mean": list(IMAGE_MEAN),
-            "image_std": list(IMAGE_STD),
-        }
+        settings = CVT_PREPROCESSING | {"size": {"shortest_edge": default_size}}
         chosen = _processor_class(CONVNEXT, backend)
         processor, described = chosen.from_dict(settings, **changes), chosen.__name__
     if unknown := sorted(changes.keys() - type(processor).valid_kwargs.__annotations__.keys()):

@@ -148,40 +148,59 @@ def export(
         )
         manifest.write(folder)
         progress("comparing with the torch model")
-        batches = shapes(size, model.config.minimum_image_size if "size" in dynamic else None)
-        pixels = (
-            real_batches(held_out, processor, batches)
-            if precision == "int8"
-            else random_batches(model.config.num_channels, batches)
-        )
-        runtime = open_runtime(folder, device="cpu")
-        if to == "torch-export":  # its graph as it is; others load what may refuse a size
-            runtime = LoadedProgram(folder / FILES[to], runtime)
-        checks = [compare(model, runtime, batch) for batch in pixels]
-        for check in checks:
-            if not check.passed:
-                raise ValueError(f"{output} was not written: {check}")
-        at_size = [check for check in checks if (check.height, check.width) == size]
-        images = sum(check.images for check in at_size)
-        agreement = sum(check.same_class for check in at_size) / images
-        if agreement < min_agreement:
+        parity = _parity(model, processor, folder, manifest, held_out, output)
+        if (found := parity.pop("agreement")) < min_agreement:
             raise ValueError(
-                f"{output} was not written: of {images} images that were not used for calibration "
-                f"{agreement:.2%} get the class that they get in fp32, where {min_agreement:.2%} "
-                "is asked for; bf16 is more accurate than int8"
+                f"{output} was not written: of {parity['images']} images that were not used for "
+                f"calibration {found:.2%} get the class that they get in fp32, where "
+                f"{min_agreement:.2%} is asked for; bf16 is more accurate than int8"
             )
         manifest = replace(
             manifest,
-            parity={
-                "images": images,
-                "largest_difference": max(check.difference for check in checks),
-                "checks": [asdict(check) for check in checks],
-            },
-            agreement=agreement if precision == "int8" else None,
+            parity=parity,
+            agreement=found if precision == "int8" else None,
             files=sums_of(folder, [path.name for path in folder.iterdir() if path.name != NAME]),
         )
         manifest.write(folder)
     return manifest
+
+
+def _parity(
+    model: CvtForImageClassification,
+    processor: Any,
+    folder: Path,
+    manifest: Manifest,
+    held_out: Sequence[Path],
+    output: str | Path,
+) -> dict[str, Any]:
+    """How an export compares with the model, over batch sizes and resolutions.
+
+    Raises:
+        ValueError: they differ by more than is accepted.
+    """
+    size = manifest.image_size
+    smallest = model.config.minimum_image_size if "size" in manifest.dynamic else None
+    batches = shapes(size, smallest)
+    pixels = (
+        real_batches(held_out, processor, batches)
+        if manifest.precision == "int8"
+        else random_batches(model.config.num_channels, batches)
+    )
+    runtime = open_runtime(folder, device="cpu")
+    if manifest.format == "torch-export":  # its graph as it is; others load what may refuse a size
+        runtime = LoadedProgram(folder / manifest.file, runtime)
+    checks = [compare(model, runtime, batch) for batch in pixels]
+    for check in checks:
+        if not check.passed:
+            raise ValueError(f"{output} was not written: {check}")
+    at_size = [check for check in checks if (check.height, check.width) == size]
+    images = sum(check.images for check in at_size)
+    return {
+        "images": images,
+        "largest_difference": max(check.difference for check in checks),
+        "checks": [asdict(check) for check in checks],
+        "agreement": sum(check.same_class for check in at_size) / images,
+    }
 
 
 def _check_arguments(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cvt.configuration import CvtConfig
 from cvt.data import Images, LabelledImages
@@ -20,7 +20,7 @@ from cvt.data.decoding import Source, StoredImage
 from cvt.files import staged
 from cvt.inference.class_matching import class_indices, match_classes, real_labels_of
 from cvt.inference.metrics import COUNTED, MOST_CONFIDENT, Evaluation, Failure, Mistake
-from cvt.inference.predict import BLANK, classify, ranked, scores
+from cvt.inference.predict import BLANK, Result, classify, ranked, scores
 from cvt.limits import check_counts
 from cvt.runtime.base import Runtime
 from cvt.runtime.torch_runtime import TorchRuntime
@@ -96,38 +96,74 @@ def evaluate(
         by_id = class_indices(imagenet_classes(), config)
         of_imagenet = [by_id[wordnet_id] for wordnet_id in imagenet_classes()]
         real_labels = [[of_imagenet[i] for i in of_image] for of_image in real_labels]
-    rows: list[tuple] = []
-    mistakes: list[Mistake] = []  # a heap
-    failures: list[Failure] = []
+    collected = _Collected(config, indices, ignored, real_labels)
     share, sent = tee(_share(images, indices, batch_size, rank, world))
     sources = (source for _, (source, _) in sent)
     results = classify(
         runtime, processor, sources, batch_size, workers, exact, max_pixels, interrupted
     )
     for result, (position, (source, label)) in zip(results, share, strict=True):
-        if position is None:
-            continue
-        progress()
+        if position is not None:
+            progress()
+            collected.add(result, position, source, label)
+    part = collected.evaluation()
+    return part if world > 1 else Evaluation.joined([part])
+
+
+class _Collected:
+    """What is kept of the images so far.
+
+    Args:
+        config: the classifier's.
+        indices: of the classes of the data, by name.
+        ignored: which classes do not compete, (K,).
+        real_labels: indices of the classes that are right, by the number of the image.
+    """
+
+    def __init__(
+        self,
+        config: CvtConfig,
+        indices: Mapping[str, int],
+        ignored: Tensor,
+        real_labels: list[list[int]] | None,
+    ) -> None:
+        self.config, self.labels, self.indices = config, config.class_names, indices
+        self.ignored, self.real_labels = ignored, real_labels
+        self.rows: list[tuple] = []
+        self.mistakes: list[Mistake] = []  # a heap
+        self.failures: list[Failure] = []
+
+    def add(self, result: Result, position: int, source: Source, label: str) -> None:
+        """Compare the result of an image with its label.
+
+        Raises:
+            FloatingPointError: its logits are not finite.
+            ValueError: it has no place in the real labels.
+        """
         if result.logits is None:
-            failures.append(Failure(position, str(source), str(result.error)))
-            continue
+            self.failures.append(Failure(position, str(source), str(result.error)))
+            return
         if not result.logits.isfinite().all():
             raise FloatingPointError(f"{source}: the model's answer to it is not finite")
-        logits = result.logits.masked_fill(ignored, -inf)
-        true, best = indices[label], ranked(logits)[:5].tolist()
-        score = scores(logits, config)[best[0]].item()
+        logits = result.logits.masked_fill(self.ignored, -inf)
+        true, best = self.indices[label], ranked(logits)[:5].tolist()
+        score = scores(logits, self.config)[best[0]].item()
         loss = -logits.double().log_softmax(dim=-1)[true].item()
         real = nan
-        if real_labels is not None and (of_image := real_labels_of(str(source), real_labels)):
-            real = best[0] in of_image
-        rows.append((position, str(source), true, best[0], score, true in best, loss, real))
+        if self.real_labels and (right := real_labels_of(str(source), self.real_labels)):
+            real = best[0] in right
+        self.rows.append((position, str(source), true, best[0], score, true in best, loss, real))
         if true != best[0]:
+            labels = self.labels
             mistake = Mistake(score, position, source, labels[true], labels[best[0]])
-            heapq.heappush(mistakes, mistake)
-            if len(mistakes) > MOST_CONFIDENT:
-                heapq.heappop(mistakes)
-    part = Evaluation(labels, np.array(rows, dtype=COUNTED), mistakes, failures)
-    return part if world > 1 else Evaluation.joined([part])
+            heapq.heappush(self.mistakes, mistake)
+            if len(self.mistakes) > MOST_CONFIDENT:
+                heapq.heappop(self.mistakes)
+
+    def evaluation(self) -> Evaluation:
+        """The evaluation of these images."""
+        counted = np.array(self.rows, dtype=COUNTED)
+        return Evaluation(self.labels, counted, self.mistakes, self.failures)
 
 
 def _share(

@@ -12,13 +12,14 @@ from typing import IO, Any
 
 from cvt.files import full_disk_named, locked, sync
 from cvt.inference.predict import Prediction
+from cvt.runtime.base import Runtime
 from cvt.text import UNSAFE, csv_cell
 
 HEADER = ["path", "rank", "label", "score"]  # of the csv file, which has a row per class
 SETTINGS = "settings.json"
 
 
-class Results:
+class PredictionFile:
     """Predictions, in a .csv or .jsonl file that appears when all are written.
 
     Until then they are in `TARGET.part`, a folder that appears with the first of them and stays
@@ -52,7 +53,7 @@ class Results:
         self.file: IO[str] | None = None
         self.claimed = ExitStack()
 
-    def __enter__(self) -> "Results":
+    def __enter__(self) -> "PredictionFile":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -174,6 +175,27 @@ class Results:
                 yield from _json_records(file)
             else:
                 yield from _csv_records(file, self.settings["topk"])
+
+
+def run_settings(model: str, runtime: Runtime, topk: int, **decoding: Any) -> dict[str, Any]:
+    """What the predictions of a run depend on, for `PredictionFile.missing` to compare.
+
+    Args:
+        model: its name.
+        runtime: what runs it.
+        topk: the classes of each image.
+        decoding: further settings.
+    """
+    path = Path(model)
+    files = filter(Path.is_file, path.iterdir() if path.is_dir() else [path])
+    return {
+        "model": str(path.resolve()) if path.exists() else model,
+        "changed": max((file.stat().st_mtime for file in files), default=None),
+        "runtime": runtime.name,
+        "precision": runtime.precision,
+        "topk": topk,
+        **decoding,
+    }
 
 
 def _json_records(file: IO[bytes]) -> Iterator[tuple[str, int]]:
