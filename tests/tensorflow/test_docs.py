@@ -79,7 +79,7 @@ def parts(page):
         "code": [without_comments(b) for b in re.findall(r"```.*?```", read(page), re.DOTALL)],
         "tables": [line.count("|") for line in prose.splitlines() if line.startswith("|")],
         "links": sorted(link for link in links if Path(link).name not in translated),
-        "names": sorted(set(re.findall(r"`([^`\s]+)`", prose))),
+        "names": sorted({n for n in re.findall(r"`([^`]+)`", prose) if len(n.split()) == 1}),
     }
 
 
