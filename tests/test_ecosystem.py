@@ -167,7 +167,7 @@ print(json.dumps([before, after, type(backbone).__module__, backbone.channels,
     names = ["CvtConfig", "CvtModel", *["CvtForImageClassification"] * 2]
     assert before == [f"transformers.{name}" for name in names]
     assert after == [f"cvt.{name}" for name in names]
-    assert rest == ["cvt.modeling", [8], "ConvNextImageProcessor", 32]
+    assert rest == ["cvt.backbone", [8], "ConvNextImageProcessor", 32]
 
 
 # ------------------------------------------------------------------------------ training, serving

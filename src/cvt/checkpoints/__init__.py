@@ -18,10 +18,13 @@ if TYPE_CHECKING:  # the same names as in _HOME, for mypy, pyright and editors
     from cvt.checkpoints.names import transformers_to_authors as transformers_to_authors
     from cvt.checkpoints.reading import CheckpointError as CheckpointError
     from cvt.checkpoints.reading import read_weights as read_weights
+    from cvt.checkpoints.source import ModelSource as ModelSource
+    from cvt.checkpoints.source import model_source as model_source
 
 _HOME = {
     "CheckpointError": "reading",
     "Conversion": "conversion",
+    "ModelSource": "source",
     "authors_to_transformers": "names",
     "convert": "conversion",
     "image_size_of": "loading",
@@ -29,6 +32,7 @@ _HOME = {
     "load_classifier": "loading",
     "load_config": "loading",
     "load_processor": "loading",
+    "model_source": "source",
     "read_weights": "reading",
     "transformers_to_authors": "names",
 }

@@ -15,27 +15,11 @@ from cvt.checkpoints import authors
 from cvt.checkpoints.reading import CheckpointError, load_tensors
 from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification
-from cvt.strict_loading import ADAPTER, list_faults, weight_files
+from cvt.strict_loading import ADAPTER, list_faults
 
 logger = logging.getLogger(__name__)
 
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
-
-
-def is_adapter(source: str | Path) -> bool:
-    """Whether a folder holds an adapter.
-
-    Raises:
-        CheckpointError: it holds a model of its own, too.
-    """
-    if not Path(source, ADAPTER).is_file():
-        return False
-    if weight_files(source):
-        raise CheckpointError(
-            f"{source} holds both a model and an adapter: move {ADAPTER} and the adapter's "
-            "weights to a folder of their own"
-        )
-    return True
 
 
 def base_of(folder: str | Path) -> str | Path:

@@ -5,13 +5,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from cvt import hub
 from cvt.checkpoints import adapters
 from cvt.checkpoints.authors import load_authors, read_file
-from cvt.configuration import VARIANTS, CvtConfig
+from cvt.checkpoints.source import ModelSource, model_source, unknown_model
+from cvt.configuration import CvtConfig
 from cvt.data.preprocessing import image_processor
-from cvt.files import check_checksums, check_path
-from cvt.hub import PUBLISHED
+from cvt.files import check_checksums
 from cvt.libraries import require
 from cvt.modeling import CvtForImageClassification
 from cvt.strict_loading import CLASSIFIER
@@ -20,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_classifier(
-    source: str | Path,
+    source: str | Path | ModelSource,
     *,
     config: str | Path | None = None,
     num_labels: int | None = None,
@@ -32,7 +31,7 @@ def load_classifier(
 
     Args:
         source: an authors' .pth file, a model folder, a folder with an adapter of PEFT, or the name
-            of a published checkpoint.
+            of a published checkpoint; or what `model_source` returned for it.
         config: a config.json for an authors' file that is no published variant.
         num_labels: make a new, random classifier for so many classes if the source's has others.
         hidden_act: the activation, if not the source's own.
@@ -43,26 +42,26 @@ def load_classifier(
         FileNotFoundError: `source` is none of these.
         ValueError: its weights do not fit; lists every fault.
     """
-    check_path(source, "source")
-    if Path(source).is_file():
+    source = model_source(source)
+    if source.kind == "file":
         return load_authors(
-            source,
+            source.path,
             config=config,
             num_labels=num_labels,
             hidden_act=hidden_act,
             allow_nonfinite=allow_nonfinite,
         )
     if config is not None:
-        raise ValueError(f"a config is for authors' files; {source} brings its own")
-    if not hub.published(source) and not Path(source).is_dir():
-        raise unknown_model(source)
-    if adapters.is_adapter(source):
+        raise ValueError(f"a config is for authors' files; {source.name} brings its own")
+    if source.kind == "variant":  # it has no weights
+        raise unknown_model(source.name)
+    if source.kind == "adapter":
         return load_adapted(
-            Path(source), num_labels=num_labels, hidden_act=hidden_act, verify=verify
+            source.path, num_labels=num_labels, hidden_act=hidden_act, verify=verify
         )
     given = {"num_labels": num_labels, "hidden_act": hidden_act}
     given = {name: value for name, value in given.items() if value is not None}
-    return CvtForImageClassification.from_pretrained(source, verify=verify, **given)
+    return CvtForImageClassification.from_pretrained(source.name, verify=verify, **given)
 
 
 def load_adapted(
@@ -118,28 +117,24 @@ def load_adapted(
     return adapters.of_config(config, kept, model.dtype)
 
 
-def load_config(source: str | Path) -> CvtConfig:
+def load_config(source: str | Path | ModelSource) -> CvtConfig:
     """The configuration of whatever `load_classifier` takes, or of a variant, without its weights.
 
     Raises:
         FileNotFoundError: `source` is none of these.
     """
-    check_path(source, "source")
-    if Path(source).is_file():
-        return read_file(source).config
-    if Path(source).is_dir():
-        if adapters.is_adapter(source):
-            return adapters.config_of(source) or load_adapted(Path(source)).config
-        return CvtConfig.from_pretrained(source)
-    if checkpoint := hub.published(source):
-        return CvtConfig.from_variant(checkpoint.variant)
-    if source in VARIANTS:
-        return CvtConfig.from_variant(str(source))
-    raise unknown_model(source)
+    source = model_source(source)
+    if source.kind == "file":
+        return read_file(source.path).config
+    if source.kind == "adapter":
+        return adapters.config_of(source.path) or load_adapted(source.path).config
+    if source.kind == "folder":
+        return CvtConfig.from_pretrained(source.path)
+    return CvtConfig.from_variant(source.published.variant if source.published else source.name)
 
 
 def load_processor(
-    source: str | Path,
+    source: str | Path | ModelSource,
     config: CvtConfig,
     image_size: int | None = None,
     crop_pct: float | None = None,
@@ -153,15 +148,14 @@ def load_processor(
             published file, else 224, with a warning.
         crop_pct: see `cvt.image_processor`; else the source's.
     """
-    if adapters.is_adapter(source) and not Path(source, "preprocessor_config.json").is_file():
-        return load_processor(adapters.base_of(source), config, image_size, crop_pct)
-    if not Path(source).is_file():
-        return image_processor(source, image_size=image_size, crop_pct=crop_pct)
-    files = {checkpoint.authors_file: checkpoint for checkpoint in PUBLISHED.values()}
-    if image_size is None and (checkpoint := files.get(Path(source).name)):
-        image_size = checkpoint.image_size
+    source = model_source(source)
+    if source.kind == "adapter" and not (source.path / "preprocessor_config.json").is_file():
+        return load_processor(adapters.base_of(source.path), config, image_size, crop_pct)
+    if source.kind != "file":
+        return image_processor(source.name, image_size=image_size, crop_pct=crop_pct)
+    image_size = image_size or source.image_size
     if image_size is None:
-        logger.warning(f"{source} does not tell its resolution; preprocessing is set for 224")
+        logger.warning(f"{source.name} does not tell its resolution; preprocessing is set for 224")
     return image_processor(config, image_size=image_size, crop_pct=crop_pct)
 
 
@@ -175,11 +169,3 @@ def image_size_of(processor: Any) -> int:
     if size.shortest_edge or (size.height and size.height == size.width):
         return size.shortest_edge or size.height
     raise ValueError(f"the image processor is set for {dict(size)}, which are no square images")
-
-
-def unknown_model(source: str | Path) -> FileNotFoundError:
-    """The error for a name that means no model."""
-    return FileNotFoundError(
-        f"no model {source}: it is no file, no folder and none of "
-        + ", ".join(dict.fromkeys([*PUBLISHED, *VARIANTS]))
-    )

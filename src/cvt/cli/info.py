@@ -21,16 +21,15 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show a model's parameters, operations, stages and memory, without running it."""
-    from cvt.checkpoints import image_size_of, load_config, load_processor
+    from cvt.checkpoints import image_size_of, load_config, load_processor, model_source
     from cvt.cli.console import out, quiet_libraries
-    from cvt.configuration import VARIANTS
-    from cvt.hub import published
     from cvt.profile import profile
 
     quiet_libraries()
-    config = load_config(model)
-    bare = (model in VARIANTS and not published(model)) or config.num_channels != 3
-    size = image_size or (224 if bare else image_size_of(load_processor(model, config)))
+    source = model_source(model)
+    config = load_config(source)
+    has_processor = source.kind != "variant" and config.num_channels == 3
+    size = image_size or (image_size_of(load_processor(source, config)) if has_processor else 224)
     result = profile(config, size, batch_size)
     if as_json:
         out.print_json(json.dumps(dataclasses.asdict(result), default=str))

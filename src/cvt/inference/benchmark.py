@@ -22,10 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvt.checkpoints import image_size_of, load_classifier, load_config, load_processor
+from cvt.checkpoints import (
+    ModelSource,
+    image_size_of,
+    load_classifier,
+    load_config,
+    load_processor,
+    model_source,
+)
 from cvt.configuration import CvtConfig
 from cvt.data.preprocessing import IMAGE_SIZE
-from cvt.hub import published
 from cvt.limits import check_counts
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime import PRECISIONS, RUNTIMES, open_runtime
@@ -179,8 +185,9 @@ def benchmark(
         check_counts(threads=threads)
     check_device(device)
 
-    config = load_config(source)
-    model = source if exported else _classifier(source, config, verify)
+    named = model_source(source)
+    config = load_config(named)
+    model = source if exported else _classifier(named, config, verify)
     combinations: dict[tuple[str, str], Runtime | str] = {}  # or why there is none
     for runtime, precision in itertools.product(runtimes, wanted):
         try:
@@ -190,7 +197,7 @@ def benchmark(
             combinations[runtime, precision or ""] = str(error)
 
     results = []
-    for image_size in image_sizes or [_image_size(source, config)]:
+    for image_size in image_sizes or [_image_size(named, config)]:
         for batch_size in batch_sizes:
             generator = torch.Generator().manual_seed(0)
             shape = (batch_size, config.num_channels, image_size, image_size)
@@ -204,17 +211,16 @@ def benchmark(
     return results
 
 
-def _classifier(source: str | Path, config: CvtConfig, verify: bool) -> CvtForImageClassification:
+def _classifier(source: ModelSource, config: CvtConfig, verify: bool) -> CvtForImageClassification:
     """The model itself; of a name, one like it with random weights, which are as fast."""
-    if Path(source).exists():
+    if source.is_local:
         return load_classifier(source, verify=verify).eval()
     return CvtForImageClassification(config).eval()
 
 
-def _image_size(source: str | Path, config: CvtConfig) -> int:
-    if Path(source).exists() or published(source):
-        return image_size_of(load_processor(source, config))
-    return IMAGE_SIZE
+def _image_size(source: ModelSource, config: CvtConfig) -> int:
+    """Height and width, in pixels, that the preprocessing is set for."""
+    return IMAGE_SIZE if source.kind == "variant" else image_size_of(load_processor(source, config))
 
 
 def _compare(

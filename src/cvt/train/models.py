@@ -7,16 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from cvt import hub
-from cvt.checkpoints import adapters, load_classifier, load_config, load_processor
-from cvt.configuration import VARIANTS, CvtConfig
+from cvt.checkpoints import load_classifier, load_config, load_processor, model_source
+from cvt.configuration import CvtConfig
 from cvt.data.preprocessing import image_processor
 from cvt.inference.class_matching import class_rows
 from cvt.modeling import CvtForImageClassification
-from cvt.strict_loading import ADAPTER
 from cvt.train.recipe import Recipe
-
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", ADAPTER)
 
 
 def classifier_for(
@@ -36,14 +32,16 @@ def classifier_for(
     Raises:
         FileNotFoundError: the name means none of these.
     """
-    if has_weights(name) and not from_scratch:
-        # An adapter brings the head that it was trained with.
-        own = None if adapters.is_adapter(name) else load_config(name).num_labels or len(classes)
-        model = load_classifier(name, num_labels=own).float()
+    source = model_source(name)
+    if source.has_weights and not from_scratch:
+        own = None  # an adapter brings the head that it was trained with
+        if source.kind != "adapter":
+            own = load_config(source).num_labels or len(classes)
+        model = load_classifier(source, num_labels=own).float()
         model.config.dtype = torch.float32
         sentence = adapt_head(model, classes)
     else:
-        config = load_config(name)
+        config = load_config(source)
         config.name_or_path = ""  # where the weights are from
         config.class_names = classes
         model, sentence = CvtForImageClassification(config), ""
@@ -84,19 +82,11 @@ def adapt_head(model: Any, classes: list[str]) -> str:
     return sentence
 
 
-def has_weights(name: str | Path) -> bool:
-    """Whether a name means trained weights, and not a configuration alone."""
-    return (
-        hub.published(name) is not None
-        or Path(name).is_file()
-        or any(file for pattern in WEIGHT_FILES for file in Path(name).glob(pattern))
-    )
-
-
 def processor_for(recipe: Recipe, config: CvtConfig) -> Any:
     """The start's image processor, at the recipe's size; CvT's own for random weights."""
-    if has_weights(recipe.model) and not recipe.from_scratch:
-        return load_processor(recipe.model, config, recipe.image_size, recipe.crop_pct)
+    source = model_source(recipe.model)
+    if source.has_weights and not recipe.from_scratch:
+        return load_processor(source, config, recipe.image_size, recipe.crop_pct)
     return image_processor(config, image_size=recipe.image_size, crop_pct=recipe.crop_pct)
 
 
@@ -149,10 +139,13 @@ def base_name(recipe: Recipe) -> str | None:
     """
     if recipe.from_scratch:
         return None
-    if checkpoint := hub.published(recipe.model):
-        return checkpoint.hub_id
-    is_config = Path(recipe.model).exists() and not has_weights(recipe.model)
-    return None if is_config or recipe.model in VARIANTS else str(recipe.model)
+    try:
+        source = model_source(recipe.model)
+    except FileNotFoundError:  # it was moved since the run began
+        return str(recipe.model)
+    if source.kind == "published" and source.published:
+        return source.published.hub_id
+    return str(recipe.model) if source.has_weights else None
 
 
 def frozen(model: Any, recipe: Recipe) -> list[nn.Module]:
