@@ -54,7 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class _Kind(NamedTuple):
-    """What a field takes: said in words, as a test, and the type it is kept as."""
+    """What a field takes: a description, a test, and the type that it is converted to."""
 
     wanted: str
     accepts: Callable[[Any], bool]
@@ -221,7 +221,7 @@ def memory_bytes() -> int | None:
 
 
 def checked_pixels(pixel_values: Any, channels: int, least: int) -> Any:
-    """`pixel_values`, or a ValueError that says what was expected.
+    """`pixel_values`, or a ValueError that names what was expected.
 
     Args:
         pixel_values: a tensor of floats, (B, C, H, W).

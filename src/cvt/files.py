@@ -23,7 +23,7 @@ def check_path(path: str | os.PathLike, name: str) -> None:
     """Refuse an empty path, which would be the working folder.
 
     Raises:
-        ValueError: it is empty; `name` says which it is.
+        ValueError: it is empty; the error has `name`.
     """
     if not os.fspath(path):
         raise ValueError(f"{name} = '': an empty path names nothing; the working folder is '.'")
@@ -83,24 +83,24 @@ def full_disk_named(target: str | Path, folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         cause: BaseException | None = error
-        words = ""
-        while cause and not (words := full_disk_in(cause)):
+        reason = ""
+        while cause and not (reason := full_disk_in(cause)):
             cause = cause.__cause__ or cause.__context__
         is_ours = isinstance(error, OSError | ValueError)
-        if words or (not is_ours and full_disk(folder)):
-            raise OSError(f"{target} was not written: {full_disk(folder) or words}") from error
+        if reason or (not is_ours and full_disk(folder)):
+            raise OSError(f"{target} was not written: {full_disk(folder) or reason}") from error
         raise
 
 
 def full_disk_in(error: BaseException) -> str:
-    """The system's words for a full disk in an error, of whatever kind; empty if there are none."""
+    """The system's message of a full disk in an error of any kind; empty if there is none."""
     if isinstance(error, OSError) and error.errno in FULL:
         return os.strerror(error.errno)
-    return next((words for words in map(os.strerror, FULL) if words in str(error)), "")
+    return next((text for text in map(os.strerror, FULL) if text in str(error)), "")
 
 
 def full_disk(folder: Path) -> str:
-    """That the disk of a folder is full, in words; empty if it is not, or nothing tells."""
+    """A message that the disk of a folder is full; empty if it is not, or if that is unknown."""
     try:
         found = os.statvfs(folder)
     except (AttributeError, OSError):  # Windows; no folder
@@ -217,7 +217,7 @@ def pointer_fault(path: Path) -> str:
     """Why a file holds no weights, if it is a pointer that git-lfs leaves in their place.
 
     Returns:
-        A sentence that says so and what to do; empty if it is no pointer, or no file at all.
+        A sentence with the fault and what to do; empty if it is no pointer, or no file at all.
     """
     if not path.is_file():
         return ""

@@ -65,7 +65,7 @@ def resolved(name: str | os.PathLike, kwargs: dict[str, Any]) -> Iterator[str | 
     `local_files_only`, without which every file is tried for 23 seconds, or without end.
 
     Raises:
-        UnavailableError: a published checkpoint is neither here nor within reach; says what to do.
+        UnavailableError: a published checkpoint is neither here nor within reach; names what to do.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError  # of the connection; not all are an OSError
@@ -74,30 +74,31 @@ def resolved(name: str | os.PathLike, kwargs: dict[str, Any]) -> Iterator[str | 
     if checkpoint is None:
         yield name
         return
-    silence = None if kwargs.get("local_files_only") else unreachable()
-    if silence:
+    failure = None if kwargs.get("local_files_only") else unreachable()
+    if failure:
         kwargs["local_files_only"] = True
     try:
         yield checkpoint.hub_id
     except (OSError, HTTPError) as error:
-        cause: BaseException | None = silence or error
-        if isinstance(cause, UnavailableError):  # the configuration's: it has said all
+        cause: BaseException | None = failure or error
+        if isinstance(cause, UnavailableError):  # the configuration's error, which has everything
             raise
-        # What the hub or the connection said; transformers may hide it behind a guess of its own.
+        # The error of the hub or of the connection; transformers may hide it behind a guess.
         while cause and not isinstance(cause, HTTPError):
             cause = cause.__cause__ or cause.__context__
-        reason = " ".join(str(cause or silence or error).split())
+        reason = " ".join(str(cause or failure or error).split())
         cache = kwargs.get("cache_dir") or constants.HF_HUB_CACHE
         raise UnavailableError(
             f"{checkpoint.hub_id} is not on this machine and could not be downloaded from "
             f"{constants.ENDPOINT}. Where there is network, run `hf download {checkpoint.hub_id}` "
             f"and copy the folder models--{checkpoint.hub_id.replace('/', '--')} from its cache "
-            f"into {cache} here; behind a mirror, set HF_ENDPOINT. The hub library said: {reason}"
+            f"into {cache} here; behind a mirror, set HF_ENDPOINT. The hub library "
+            f"reported: {reason}"
         ) from error
 
 
 def unreachable() -> Exception | None:
-    """Why the hub does not answer at all; None if it does, whatever it says."""
+    """Why the hub does not answer at all; None if it answers, even with an error."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import get_session

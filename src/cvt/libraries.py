@@ -1,6 +1,6 @@
 """Other libraries: whether they are installed, which version, and what they print.
 
-It imports none of them itself, but for Triton and TensorFlow where that is asked for.
+It imports none of them itself, except Triton and TensorFlow on request.
 """
 
 import importlib.metadata
@@ -66,7 +66,7 @@ def keep_triton_apart() -> None:
 
 
 def import_tensorflow() -> Any:
-    """TensorFlow, beside PyTorch, and without its remarks about this machine.
+    """Import TensorFlow beside PyTorch, without its log lines about this machine.
 
     Raises:
         ImportError: it is not installed.

@@ -134,7 +134,7 @@ class MacCounter(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
             raise NotImplementedError(
-                f"{name}: no rule says how many multiply-accumulates it has; add one to cvt.macs"
+                f"{name}: there is no rule for its multiply-accumulates; add one to cvt.macs"
             )
         result = func(*args, **(kwargs or {}))
         if name in RULES:

@@ -1,4 +1,4 @@
-"""What the labels of a classifier mean, told by the configuration or by the labels."""
+"""What the labels of a classifier mean, by the configuration or by the labels themselves."""
 
 from collections.abc import Iterable
 

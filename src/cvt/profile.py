@@ -202,7 +202,7 @@ def profile(
     """Count what `CvtForImageClassification(config)` costs; takes neither its memory nor its time.
 
     Args:
-        config: its attention implementation is that of the peaks: SDPA unless it says otherwise.
+        config: its attention implementation is that of the peaks: SDPA by default.
         image_size: pixels of a square image's side, or (height, width).
         batch_size: images in the batch of the two peaks.
         dtype: a floating point type, of weights and images.

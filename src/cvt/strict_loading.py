@@ -138,7 +138,7 @@ def weight_files(
         return [path] if path else []
     try:
         shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):  # transformers' loading says more
+    except (ValueError, KeyError, AttributeError, TypeError):  # transformers' own error is clearer
         return [path]
     return [path, *(path.with_name(shard) for shard in shards)]
 
@@ -193,7 +193,7 @@ def new_weights(
         missing: names of weights that it lacks.
         unexpected: names of those that the model lacks.
         mismatched: the shapes found and expected, by name.
-        new_head: whether a new classifier is asked for.
+        new_head: whether the caller wants a new classifier.
 
     Raises:
         ValueError: other weights do not fit; lists all of them.

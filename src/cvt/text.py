@@ -2,7 +2,7 @@
 
 import re
 
-# Control characters, what reorders text, line separators, and halves of UTF-16 pairs.
+# Control characters, what reorders text, line separators, and single surrogates of UTF-16.
 _UNSAFE = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 UNSAFE = re.compile(f"[{_UNSAFE}]")
 _ESCAPED = re.compile(r"\\x[0-9a-f]{2}|\\u[0-9a-f]{4}")

@@ -232,7 +232,7 @@ def test_an_interrupted_run_goes_on_where_it_was(cvt, model_folder, photos, tmp_
     assert "Traceback" not in err
     if stop == signal.SIGINT:
         assert process.returncode == 130
-        assert "--resume goes on" in err
+        assert "--resume continues" in err
 
     again = cvt(*images, "--output", output)
     assert "--resume" in str(again.exception)

@@ -662,7 +662,7 @@ def test_a_graph_for_other_pixels_than_is_said_of_it_is_refused(
 
 def test_a_configuration_of_other_classes_is_refused(runtime, monkeypatch):
     monkeypatch.setattr(runtime, "config", CvtConfig(num_labels=6))
-    with pytest.raises(ValueError, match="tells 5 classes apart, and its configuration names 6"):
+    with pytest.raises(ValueError, match="has 5 classes, and its configuration has 6"):
         runtime(random_pixels(1, 3, 32, 32))
 
 

@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(folder, caplog, damage, w
     assert path.name == "step-00000010"
     equal(state, state_at(10))
     (warning,) = caplog.messages
-    assert "step-00000020 is passed over" in warning
+    assert "step-00000020 is skipped" in warning
     assert why in warning
 
 

@@ -74,11 +74,11 @@ def test_a_signal_saves_within_a_step_and_the_run_goes_on_as_if_there_had_been_n
     assert process.exit_code() == 128 + number
     done = newest(output)["step"]
     assert step <= done <= step + 2
-    assert f"stopped and saved after {done} steps; --resume goes on" in process.printed
+    assert f"stopped and saved after {done} steps; --resume continues" in process.printed
 
     resumed = Process(["--resume", "--output", str(output)], folder / f"{output.name}.log")
     assert resumed.exit_code() == 0
-    assert f"going on from {output}/checkpoints/step-{done:08d}" in resumed.printed
+    assert f"resuming from {output}/checkpoints/step-{done:08d}" in resumed.printed
     equal(newest(output) | {"recipe": None}, whole | {"recipe": None})  # workers differ
 
 

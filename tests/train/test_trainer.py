@@ -86,7 +86,7 @@ class Watcher(NullProgress):
         self.said, self.rows, self.steps = [], [], 0
         self.stop_after, self.signal, self.during = stop_after, signal, during
 
-    def say(self, text):
+    def log(self, text):
         self.said.append(text)
 
     def epoch(self, row):
@@ -264,7 +264,7 @@ def test_ctrl_c_saves_too_and_exits_130(recipe, tmp_path):
         train(recipe(), tmp_path / "run", progress=watcher)
     assert stop.value.code == 130
     assert 0 < final_state(tmp_path / "run")["step"] <= 2
-    assert "--resume goes on" in watcher.said[-1]
+    assert "--resume continues" in watcher.said[-1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

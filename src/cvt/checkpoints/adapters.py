@@ -28,7 +28,7 @@ def base_of(folder: str | Path) -> str | Path:
     A relative path is looked for from here, as PEFT does, and from the adapter's folder.
 
     Raises:
-        CheckpointError: the adapter does not say.
+        CheckpointError: the adapter does not name it.
         FileNotFoundError: there is no such model.
     """
     name = settings(folder).get("base_model_name_or_path")
@@ -47,7 +47,7 @@ def base_of(folder: str | Path) -> str | Path:
 
 
 def settings(folder: str | Path) -> dict[str, Any]:
-    """What the adapter_config.json of a folder says.
+    """The fields of the adapter_config.json of a folder.
 
     Raises:
         CheckpointError: it is damaged.
@@ -136,7 +136,7 @@ def config_of(folder: str | Path) -> CvtConfig | None:
 def activation_of(folder: str | Path) -> str | None:
     """The activation that an adapter was trained with, if that is not its base's.
 
-    transformers computes GELU, whatever the base's configuration says.
+    transformers computes GELU, whatever the base's configuration has.
     """
     if config := config_of(folder):
         return config.hidden_act

@@ -1,4 +1,4 @@
-"""Models from files of weights, as the authors': what the tensors tell, and what does not fit."""
+"""Models from files of weights, as the authors': their configuration, and what does not fit."""
 
 import copy
 import logging
@@ -52,14 +52,14 @@ def read_file(
 
     Args:
         path: the file; see `read_weights`.
-        config: what the tensors do not tell, or the config.json that does; by default that of the
-            published variant they fit.
+        config: what does not follow from the tensors, or the config.json that has it; by default
+            that of the published variant they fit.
         hidden_act: the activation, if not the config's. Without one there, the authors' weights
             are of QuickGELU; those under transformers' names may be of either.
 
     Raises:
         CheckpointError: the file cannot be read, is no published variant and comes without config,
-            or does not tell its activation.
+            or does not record its activation.
     """
     found = read_weights(path)
     by_authors = not any(name.startswith(("cvt.", "encoder.")) for name in found)
@@ -179,7 +179,7 @@ def nonfinite(weights: Mapping[str, Tensor]) -> list[str]:
 
 
 def recognise(weights: Mapping[str, Tensor]) -> CvtConfig:
-    """The configuration of weights under transformers' names, as far as tensors tell it.
+    """The configuration of weights under transformers' names, as far as tensors define it.
 
     Raises:
         ValueError: they are no published variant, or their projections leave no trace in them.
@@ -210,7 +210,7 @@ def recognise(weights: Mapping[str, Tensor]) -> CvtConfig:
     convolved = [has(s, "convolution_projection.convolution.weight") for s in everywhere]
     if not all(convolved):
         raise ValueError(
-            "the projections of a stage leave no weights, so it is avg or linear; say which in a "
+            "the projections of a stage leave no weights, so it is avg or linear; name which in a "
             "config.json and name it with --config"
         )
     head = weights.get("classifier.weight", weights.get("classifier.bias"))

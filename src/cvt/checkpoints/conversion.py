@@ -55,8 +55,8 @@ def convert(
         source: an authors' .pth file, a model folder, or the name of a published checkpoint.
         dest: the model folder to write, or the .pth file if `to` is "authors".
         to: "transformers" (a model folder, ours and transformers') or "authors".
-        image_size: resolution of the preprocessing in pixels; else the source's, else told by the
-            name of a published file, else 224.
+        image_size: resolution of the preprocessing in pixels; else the source's, else that of
+            the published file of this name, else 224.
         labels: a file of class names, see `cvt.data.class_names.read_labels`; else the source's.
         num_labels: make a new, random classifier for so many classes if the source's has others.
         config: a config.json for weights of no published variant, or without `dw_bn` projections.

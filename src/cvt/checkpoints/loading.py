@@ -144,8 +144,8 @@ def load_processor(
     Args:
         source: as in `load_classifier`.
         config: the model's configuration.
-        image_size: height and width in pixels; else the source's, else told by the name of a
-            published file, else 224, with a warning.
+        image_size: height and width in pixels; else the source's, else that of the
+            published file of this name, else 224, with a warning.
         crop_pct: see `cvt.image_processor`; else the source's.
     """
     source = model_source(source)
@@ -155,7 +155,9 @@ def load_processor(
         return image_processor(source.name, image_size=image_size, crop_pct=crop_pct)
     image_size = image_size or source.image_size
     if image_size is None:
-        logger.warning(f"{source.name} does not tell its resolution; preprocessing is set for 224")
+        logger.warning(
+            f"{source.name} does not record its resolution; preprocessing is set for 224"
+        )
     return image_processor(config, image_size=image_size, crop_pct=crop_pct)
 
 

@@ -155,7 +155,7 @@ def without_prefix(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     prefix = found[0] if found else "module."
     named = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
     beside = [name for name in weights if not name.startswith(prefix)]
-    if not found:  # no CvT: what it is, is said by whoever looks at the names
+    if not found:  # no CvT: the caller, who compares the names, raises the error
         return named | {name: weights[name] for name in beside}
     if not beside:
         return named
@@ -184,7 +184,7 @@ def load_pickle(path: Path) -> Any:
     """The content of a PyTorch checkpoint, by the reader that runs nothing."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error says it better
+            warnings.simplefilter("ignore")  # the error is clearer
             with torch.serialization.safe_globals(PLAIN_GLOBALS):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
@@ -224,7 +224,7 @@ def functions_asked_for(path: Path) -> list[str]:
 
 
 def describe(value: Any) -> str:
-    """A few words for what a checkpoint holds."""
+    """A short description of what a checkpoint holds."""
     if isinstance(value, dict) and value:
         return f"a dict of {', '.join(repr(key) for key in list(value)[:5])}"
     return f"{type(value).__name__}"

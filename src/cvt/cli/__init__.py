@@ -72,7 +72,7 @@ def main() -> None:
             raise
         if isinstance(error, ModuleNotFoundError):
             error = OSError(f"{error.name} is not installed: pip install 'cvt-vision[train]'")
-        is_absent = isinstance(error, ImportError) and error.name is None  # said by ourselves
+        is_absent = isinstance(error, ImportError) and error.name is None  # raised by this package
         expected = is_absent or isinstance(error, ValueError | OSError | ArithmeticError)
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else "\nRun again with --debug for a traceback."

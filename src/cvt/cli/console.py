@@ -43,7 +43,7 @@ class SafeFormatter(logging.Formatter):
 
 out = SafeConsole(highlight=False, markup=False, soft_wrap=True)
 # How the figures of a step are shown.
-WORDS = {"loss": "loss {:.3f}", "lr": "lr {:.2e}", "images_per_second": "{:.0f} images/s"}
+FORMATS = {"loss": "loss {:.3f}", "lr": "lr {:.2e}", "images_per_second": "{:.0f} images/s"}
 err = SafeConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -124,13 +124,13 @@ class TrainingBars:
     def __enter__(self) -> "TrainingBars":
         self.display = bars()
         self.display.start()
-        self.told = time.monotonic()
+        self.printed_at = time.monotonic()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.display.stop()
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line about the run."""
         err.print(text)
 
@@ -145,12 +145,12 @@ class TrainingBars:
             nonlocal done
             done += 1
             text = "  ".join(
-                [name, *(WORDS[k].format(v) for k, v in figures.items() if v is not None)]
+                [name, *(FORMATS[k].format(v) for k, v in figures.items() if v is not None)]
             )
             self.display.update(task, advance=1, description=text)
             now = time.monotonic()
-            if self.display.disable and now - self.told > self.EVERY:
-                self.told = now
+            if self.display.disable and now - self.printed_at > self.EVERY:
+                self.printed_at = now
                 left = (now - began) / (done - begun_at) * ((total or done) - done)
                 err.print(f"{text}  {done}/{total or '?'}  {timedelta(seconds=round(left))} left")
 
@@ -158,9 +158,9 @@ class TrainingBars:
 
     def epoch(self, row: dict[str, float | None]) -> None:
         """Print the results of an epoch."""
-        words = [f"epoch {row['epoch']:>3}  loss {row['train_loss']:.4f}"]
+        parts = [f"epoch {row['epoch']:>3}  loss {row['train_loss']:.4f}"]
         for prefix, name in (("val", "val"), ("ema", "averaged")):
             if (top1 := row.get(f"{prefix}_top1")) is not None:
                 loss = row[f"{prefix}_loss"]
-                words.append(f"{name} loss {loss:.4f}  top-1 {100 * top1:.2f} %")
-        err.print("  ".join(words))
+                parts.append(f"{name} loss {loss:.4f}  top-1 {100 * top1:.2f} %")
+        err.print("  ".join(parts))

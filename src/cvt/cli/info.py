@@ -78,5 +78,5 @@ def print_profile(result: "Profile") -> None:
 
 
 def mebibytes(size: int) -> str:
-    """A number of bytes in words."""
+    """A number of bytes as a text."""
     return f"{size / 2**20:,.0f} MiB"

@@ -81,7 +81,7 @@ def predict(
             skipped, classified = consume(results, file.write if file else printer(as_json))
         except BaseException:
             if file and file.count:
-                err.print(f"{file.count} images are in {file.part}: --resume goes on")
+                err.print(f"{file.count} images are in {file.part}: --resume continues")
             raise
         if file:
             file.finish()

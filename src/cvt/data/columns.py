@@ -67,7 +67,7 @@ class Columns:
                 with fsspec.open(path) as file:
                     return StoredImage(path, file.read())
             value = value.get("bytes")
-        return StoredImage(name, value or b"")  # decoding says that it is empty
+        return StoredImage(name, value or b"")  # decoding raises the error for an empty image
 
     def sample(self, row: dict[str, Any]) -> tuple[Source, str]:
         """The image and the name of the class of a row whose number is not known."""
@@ -88,7 +88,7 @@ def find_columns(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Columns:
-    """The columns of the image and the label, told by their types unless they are named.
+    """The columns of the image and the label, found by their types unless they are named.
 
     Args:
         features: the columns and their types.

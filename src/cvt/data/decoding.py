@@ -6,7 +6,7 @@
 |---|---|
 | JPEG, MPO, PNG, WebP, BMP, GIF, TIFF, PPM, AVIF | decoded; recognised by content, not by suffix; AVIF and WebP where Pillow was built with them |
 | HEIC and HEIF | likewise, where `pillow-heif` is installed (the extra `heif`) |
-| JPEG, where the caller says how few pixels are enough | at a half, a quarter or an eighth of its size, where that divides both sides: else every pixel would be displaced |
+| JPEG, where the caller gives the pixels that are enough | at 1/2, 1/4 or 1/8 of its size, where that divides both sides: else every pixel would be displaced |
 | any other format (EPS, PDF, PSD, ICO, SVG, ...) | refused unread, so that nothing is ever executed for it |
 | EXIF orientation | applied (XMP's where there is no EXIF); unreadable EXIF is ignored, as viewers do |
 | greyscale, 1 bit | the same value in R, G and B |
@@ -144,14 +144,14 @@ def decode(
     max_pixels: int | None = None,
     least_of_large: int | None = None,
 ) -> Image.Image:
-    """An image as 8-bit RGB, upright; the module's table says what becomes of each kind.
+    """An image as 8-bit RGB, upright; the table above lists what becomes of each kind.
 
     Args:
         source: a path, the bytes of a file, a binary file object (read from its start), a PIL
             image, or a `StoredImage`.
-        least: the pixels that a JPEG's short side must keep; it may be decoded at a half, a quarter
-            or an eighth of its size, which takes a third of the time. `pixels_needed` says how many
-            an image processor needs. By default images are decoded whole.
+        least: the pixels that a JPEG's short side must keep; it may be decoded at 1/2, 1/4 or 1/8
+            of its size, which takes a third of the time. `pixels_needed` returns how many an image
+            processor needs. By default images are decoded whole.
         max_pixels: the pixels that an image may have; `MAX_PIXELS` by default.
         least_of_large: the pixels that the short side of an image of more than `LARGE_PIXELS` must
             keep: it is made smaller, by a whole factor, so that it takes little memory.
@@ -266,7 +266,7 @@ def oversize(path: Path, max_pixels: int | None = None) -> str | None:
     try:
         with _file(path, name) as file:
             image = _opened(file, name)
-    except Exception:  # `decode` will say what is wrong
+    except Exception:  # `decode` will raise the error
         return None
     return _too_many_pixels(image.size, name, limit)
 

@@ -48,7 +48,7 @@ def open_training(
     """The images to train on, those that validate, of the same classes, and those held out.
 
     Args:
-        data: what to train on; the table of `cvt.data` says what that may be.
+        data: what to train on; see the table of `cvt.data`.
         val_data: what to validate with, if it is not a split of `data`.
         seed: draws the validation images where the data has no split for them.
         classes: a text file of class names, one per line, in the order of the classifier's outputs.
@@ -120,7 +120,7 @@ def _check(where: str, train: Images, validation: Images, test: Images | None) -
 
 
 def _check_names(data: str | Path, classes: list[str]) -> None:
-    """Raise a ValueError if class names cannot be told apart by eye, or written as text."""
+    """Raise a ValueError if class names look the same, or written as text."""
     alike: dict[str, list[str]] = {}
     for name in classes:
         alike.setdefault(" ".join(name.split()), []).append(name)
@@ -144,7 +144,7 @@ def open_labelled(
     """The images to evaluate with: the validation split, else the test split, else all of them.
 
     Args:
-        data: the table of `cvt.data` says what that may be.
+        data: see the table of `cvt.data`.
         classes: as in `open_training`.
         image_column: likewise.
         label_column: likewise.

@@ -171,7 +171,7 @@ def hub_splits(name: str, find: FindColumns, streaming: bool) -> SplitReaders:
         reason = " ".join(str(silence or error).split())
         raise hub.UnavailableError(
             f"the data set {asked['id']} could not be read from {constants.ENDPOINT}, {kept}. "
-            f"Behind a mirror, set HF_ENDPOINT. The hub library said: {reason}"
+            f"Behind a mirror, set HF_ENDPOINT. The hub library reported: {reason}"
         ) from error
     return _splits(found, f"hub:{name}", find)
 
@@ -221,7 +221,7 @@ def _images(
     from datasets import Dataset, Image
 
     if rows.features is None:
-        raise ValueError(f"{table} does not say what its columns are; only parquet and shards do")
+        raise ValueError(f"{table} does not describe its columns; only parquet and shards do")
     columns = find(rows.features, table)
     if isinstance(rows.features[columns.image], Image):
         rows = rows.cast_column(columns.image, Image(decode=False))
@@ -249,7 +249,7 @@ def _images(
 
 @dataclass(frozen=True)
 class _Rows(Sequence[Source]):
-    """The images of a table, each read when it is asked for."""
+    """The images of a table, each read on access."""
 
     rows: "Dataset"
     columns: Columns

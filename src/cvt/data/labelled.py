@@ -44,7 +44,7 @@ class LabelledImages:
     """Images that can be looked up, each with the name of its class.
 
     Attributes:
-        sources: the images; one that is not a file is read when it is asked for.
+        sources: the images; one that is not a file is read on access.
         labels: the name of the class of every image.
         classes: the names of the classes in the order of a classifier's outputs.
     """

@@ -25,7 +25,7 @@ REDUCED = 1.5  # times the pixels that preprocessing resizes to, a JPEG decoded 
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-IMAGE_SIZE = 224  # where neither the caller nor the source says
+IMAGE_SIZE = 224  # where neither the caller nor the source gives one
 CONVNEXT = "ConvNextImageProcessor"  # of transformers, which CvT's own is
 LARGEST = 20.0  # normalised pixels lie between -3 and 3; those of 0 to 255 pass this in any photo
 CVT_PREPROCESSING = {
@@ -52,9 +52,9 @@ def image_processor(
         source: a published checkpoint (short name or hub id; needs no network), a model folder or
             a `CvtConfig`.
         image_size: height and width of the result, in pixels. By default what the checkpoint was
-            published with or the folder says, else 224.
+            published with, or that of the folder, else 224.
         crop_pct: share of the resized short side that is kept, above 0 and at most 1. By default
-            what the folder says, else 0.875.
+            that of the folder, else 0.875.
         backend: `torchvision` or `pil`; by default torchvision where it is installed, else PIL.
         kwargs: other settings of the processor, as `do_normalize=False`.
 
@@ -142,7 +142,7 @@ def pixels_needed(processor: Any) -> int | None:
     if not known or not processor.do_resize or processor.resample != Image.Resampling.BICUBIC:
         return None
     side = processor.size.shortest_edge
-    if side is None:  # the processor will say so
+    if side is None:  # the processor will raise the error
         return None
     return ceil(REDUCED * (side if side >= 384 else int(side / processor.crop_pct)))
 
@@ -235,7 +235,7 @@ def _checked_changes(image_size: int | None, crop_pct: float | None) -> dict[str
 
 
 def _model(source: "str | os.PathLike | CvtConfig") -> "tuple[CvtConfig | None, int | None]":
-    """Its configuration, where it has one, and its image size, where no file of its own says."""
+    """Its configuration, where it has one, and its image size, where no file of its own has one."""
     from transformers import PreTrainedConfig
 
     from cvt.configuration import CvtConfig

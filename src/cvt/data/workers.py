@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 logger = logging.getLogger(__name__)
-POLL_SECONDS = 2.0  # between the questions whether to go on waiting for a worker
+POLL_SECONDS = 2.0  # between checks whether to keep waiting for a worker
 
 
 class Interrupted(Exception):  # noqa: N818

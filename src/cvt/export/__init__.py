@@ -8,7 +8,7 @@
 | saved-model | the folder `model` | fp32 |
 | litert | `model.tflite` | fp32; fp16: weights in 16 bits |
 
-Beside it lie `config.json` (with the labels), `preprocessor_config.json`, and `export.json`, which says how it was
+Beside it lie `config.json` (with the labels), `preprocessor_config.json`, and `export.json`, which records how it was
 checked, and for the last two `labels.txt`; `cvt.runtime.open_runtime` takes the folder. `model.pt2` holds tensors, JSON,
 and the example that the graph was made with, which needs no more than `weights_only` to read. `open_runtime` refuses a
 `model.pt2` or a SavedModel that holds anything but weights and arithmetic.
@@ -92,7 +92,7 @@ def export(
     Args:
         source: a published name, a model folder or an authors' .pth file.
         output: the folder to write.
-        to: a key of `FILES`; the module's table says more.
+        to: a key of `FILES`; see the table above.
         precision: `fp32`, `bf16`, `fp16` or `int8`.
         dynamic: what may differ from call to call: `batch`, `size`, both or neither.
         image_size: height and width, in pixels, that the graph is made and preprocessing is set
@@ -102,7 +102,7 @@ def export(
         calibration_images: from that folder at most, and as many others to check with.
         verify: compare the source with its `checksums.json`, where it has one.
         overwrite: replace files in `output`.
-        progress: told of every step, in words.
+        progress: called with a description of every step.
 
     Returns:
         What was written into export.json.
@@ -112,7 +112,7 @@ def export(
         ImageError: a calibration image cannot be decoded. Nothing is written.
         FileExistsError: `output` exists and may not be overwritten.
         FileNotFoundError: `source` is no model, or the calibration folder has no images.
-        ImportError: a library is missing; says what to install.
+        ImportError: a library is missing; names what to install.
     """
     _check_arguments(to, precision, dynamic, calibration, min_agreement)
     libraries = LIBRARIES[to] + (("nncf",) if precision == "int8" else ())
@@ -153,7 +153,7 @@ def export(
             raise ValueError(
                 f"{output} was not written: of {parity['images']} images that were not used for "
                 f"calibration {found:.2%} get the class that they get in fp32, where "
-                f"{min_agreement:.2%} is asked for; bf16 is more accurate than int8"
+                f"{min_agreement:.2%} is required; bf16 is more accurate than int8"
             )
         manifest = replace(
             manifest,
@@ -243,7 +243,7 @@ def _write_graph(
         else:
             write_litert(model, file, precision, size, dynamic)
         return
-    # OpenVINO itself computes a graph of fp32 in the precision that it is asked for.
+    # OpenVINO itself computes a graph of fp32 in the precision that the caller chooses.
     dtype = torch.float32 if to == "openvino" else DTYPES.get(precision, torch.float32)
     program = torch_graph(fuse(model, dtype), size, dynamic)
     names = json.dumps(model.config.class_names)

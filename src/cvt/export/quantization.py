@@ -54,7 +54,7 @@ def quantized(graph: Graph, images: Sequence[Path], processor: Any) -> Graph:
     Raises:
         ImageError: an image cannot be decoded.
     """
-    import nncf  # before its logger is asked for: it brings a class of its own
+    import nncf  # before its logger exists: it brings a logger class of its own
     from nncf.quantization.advanced_parameters import QuantizationParameters
 
     def inputs(path: Path) -> dict[str, Any]:

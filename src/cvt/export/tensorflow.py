@@ -22,7 +22,7 @@ def demand_backend(to: str) -> None:
     """
     import_tensorflow()
     import cvt.keras  # noqa: F401
-    import keras  # isort: skip  # behind cvt.keras, which tells what is wrong with it
+    import keras  # isort: skip  # after cvt.keras, whose error names what is wrong with it
 
     if keras.config.backend() != "tensorflow":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How fast a model is: every runtime, precision, batch size and image size asked for, in turns.
+"""How fast a model is: every runtime, precision, batch size and image size, in turns.
 
 Those that are compared take turns in one process, so that a busy machine slows all of them, and are
 compared turn by turn.
@@ -100,10 +100,10 @@ def in_turns(
 
     Args:
         runs: the functions; one that works on a GPU waits for it, unless the clock does.
-        seconds: to go on for, for each of them.
-        least: turns of each, whatever `seconds` says.
+        seconds: to spend on each of them.
+        least: turns of each, whatever `seconds` is.
         turn: seconds that a turn lasts, if a call takes less; with 0, a turn is one call.
-        clock: calls a function and tells how many seconds it took.
+        clock: calls a function and returns its seconds.
     """
     calls = {}
     for name, run in runs.items():
@@ -164,7 +164,7 @@ def benchmark(
 
     Raises:
         FileNotFoundError: `source` is none of these.
-        ValueError: an argument or the model is illegal, or no combination runs; says why.
+        ValueError: an argument or the model is illegal, or no combination runs; names the reason.
     """
     exported = Path(source, "export.json").is_file()
     runtimes = runtimes or (["auto"] if exported else [r for r in RUNTIMES if r != "compiled"])

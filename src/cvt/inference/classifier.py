@@ -70,7 +70,7 @@ class Classifier:
         verify: see `cvt.runtime.open_runtime`.
 
     Attributes:
-        runtime: what runs the model; `runtime.describe` says it in words.
+        runtime: what runs the model; `runtime.describe` describes it.
         processor: the image processor.
 
     Raises:
@@ -133,7 +133,7 @@ class Classifier:
             of a batch, the batch with more columns, see the class.
 
         Raises:
-            ImageError: an image cannot be decoded or has wrong pixels; says which and why.
+            ImageError: an image cannot be decoded or has wrong pixels; names which and why.
             TypeError: something is no image at all.
             ValueError: a URL is given and not allowed, or a batch has no column of images.
         """
@@ -270,7 +270,7 @@ def from_array(array: np.ndarray) -> Image.Image:
     """The image of an array, (H, W, 3), of uint8 or of floats from 0 to 1.
 
     Raises:
-        ImageError: it is another array; says what was expected.
+        ImageError: it is another array; names what was expected.
     """
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise ImageError(f"<array>: has shape {array.shape}; expected (height, width, 3)")

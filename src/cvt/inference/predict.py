@@ -72,7 +72,7 @@ def find_images(sources: Iterable[str | Path]) -> Iterator[Path]:
     Folders are read while one walks on: a million images are never in a list.
 
     Raises:
-        FileNotFoundError: a source names no image; raised before the first image is asked for.
+        FileNotFoundError: a source names no image; raised before the first image is read.
     """
     return chain.from_iterable([_found(source) for source in sources])
 
@@ -121,7 +121,7 @@ def classify(
     the logits of its neighbours nor the number of calls of the model depend on it. Nor does
     anything depend on the number of workers.
 
-    Large JPEGs are decoded at a half, a quarter or an eighth of their size, where that leaves 1.5
+    Large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size, where that leaves 1.5
     times the pixels that preprocessing resizes to. The preprocessed pixels of photographs then
     differ by less than 2/255 on average and 32/255 anywhere: no more than if they had been saved at
     quality 75 instead of 90. For pictures of small print those are 6/255 and 48/255.
@@ -179,7 +179,7 @@ def _prepared(
     """Of each batch the pixels, (B, 3, H, W), and what is wrong with each image, if anything."""
     if workers and not multiprocessing.current_process().daemon:
         # The data set's indices are the batches themselves: they travel to the workers one by one.
-        # They are pickled here: of what cannot be, the loader would never hear again.
+        # They are pickled here: the loader would wait forever for one that cannot be.
         # Of its own generator the loader draws a seed; the global one stays where it was.
         each = prepare()
         loader = DataLoader(

@@ -1,4 +1,4 @@
-"""The file of a run's predictions: it grows, and is gone on with after an interruption."""
+"""The file of a run's predictions, which a run continues after an interruption."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ class PredictionFile:
 
     Args:
         target: the file.
-        resume: go on with what an interrupted run left, if one did.
+        resume: continue the file of an interrupted run, if there is one.
         overwrite: the file may be replaced, and what an interrupted run left may be dropped.
 
     Raises:
@@ -45,8 +45,8 @@ class PredictionFile:
             raise NotADirectoryError(f"{target} cannot be written: it has no folder to be in")
         if self.part.exists() and not (resume or overwrite):
             raise FileExistsError(
-                f"{self.part} has the results of an interrupted run: --resume goes on with them, "
-                "--force begins anew"
+                f"{self.part} has the results of an interrupted run: --resume continues it, "
+                "--force starts over"
             )
         self.count = 0  # images in the file
         self.end = 0  # of what is kept of the file, in bytes
@@ -142,13 +142,13 @@ class PredictionFile:
             differing = {name for name in self.settings if found[name] != self.settings[name]}
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(
-                f"{self.part} is not what an interrupted run leaves; --force begins anew"
+                f"{self.part} is not what an interrupted run leaves; --force starts over"
             ) from error
         if differing:
-            told = (f"{name} {found[name]}, not {self.settings[name]}" for name in differing)
+            changed = (f"{name} {found[name]}, not {self.settings[name]}" for name in differing)
             raise ValueError(
-                f"{self.part} was written with {'; '.join(sorted(told))}: go on with the same, or "
-                "begin anew with --force"
+                f"{self.part} was written with {'; '.join(sorted(changed))}: continue with the "
+                "same, or start over with --force"
             )
 
     def _begin(self) -> IO[str]:

@@ -452,13 +452,13 @@ def labels_of(inputs: Any, labels: Any) -> Any:
 
 
 def channels_last(pixel_values: Any, config: CvtConfig, data_format: str) -> Any:
-    """The pixels as (B, H, W, C), or a ValueError that says what was expected."""
+    """The pixels as (B, H, W, C), or a ValueError that names what was expected."""
     pixel_values = checked_pixels(pixel_values, config, data_format)
     return to_channels_last(pixel_values) if data_format == "channels_first" else pixel_values
 
 
 def checked_pixels(pixel_values: Any, config: CvtConfig, data_format: str) -> Any:
-    """The pixels, or a ValueError that says what was expected."""
+    """The pixels, or a ValueError that names what was expected."""
     if isinstance(pixel_values, dict):  # the name by which data sets of transformers have them
         pixel_values = pixel_values.get("pixel_values")
     if not hasattr(pixel_values, "shape") or not hasattr(pixel_values, "dtype"):

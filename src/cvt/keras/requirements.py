@@ -12,7 +12,7 @@ def check() -> None:
     """Make sure that Keras is here, new enough and on a backend that it can train on.
 
     Raises:
-        ImportError: it is not; says what to do.
+        ImportError: it is not; names what to do.
     """
     found = version_of("keras")
     if found is None:

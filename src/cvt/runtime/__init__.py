@@ -60,7 +60,7 @@ def open_runtime(
         FileNotFoundError: `source` names no model.
         ValueError: an argument is illegal, or the runtime cannot do what is asked; weights are
             offloaded, or pointers of git-lfs.
-        ImportError: the runtime is not installed; says what to install.
+        ImportError: the runtime is not installed; names what to install.
     """
     from cvt.files import check_path
     from cvt.runtime.factory import open_export, open_model

@@ -13,7 +13,7 @@ from cvt.data.preprocessing import LARGEST
 
 
 class PixelError(ValueError):
-    """Pixels that a runtime does not take; the message says what was expected."""
+    """Pixels that a runtime does not take; the message names what was expected."""
 
 
 class Runtime(ABC):
@@ -51,7 +51,7 @@ class Runtime(ABC):
 
     @property
     def describe(self) -> str:
-        """Name, precision, device and threads, in words."""
+        """Name, precision, device and threads as a text."""
         unit = "thread" if self.threads == 1 else "threads"
         threads = f", {self.threads} {unit}" if self.threads else ""
         return f"{self.name} {self.precision} on {self.device}{threads}"
@@ -64,7 +64,7 @@ class Runtime(ABC):
             of_processor: they come from the model's image processor, whatever their range is.
 
         Raises:
-            PixelError: they are something else; says what was expected.
+            PixelError: they are something else; names what was expected.
             ValueError: the model has another number of classes than its configuration.
         """
         pixels = self.checked(pixels, of_processor)
@@ -74,8 +74,7 @@ class Runtime(ABC):
         classes = self.config.num_labels
         if classes and logits.shape[1] != classes:  # of none, the logits are the features
             raise ValueError(
-                f"the model tells {logits.shape[1]} classes apart, and its configuration names "
-                f"{classes}"
+                f"the model has {logits.shape[1]} classes, and its configuration has {classes}"
             )
         return logits
 
@@ -84,7 +83,7 @@ class Runtime(ABC):
         """The logits, (B, K) in float32 on the CPU, of checked pixels in float32."""
 
     def check_graph(self, path: Path, shape: Sequence[int | None]) -> None:
-        """Make sure that an exported graph takes the pixels that are said of it beside it.
+        """Make sure that an exported graph takes the pixels that export.json and config.json list.
 
         Args:
             path: of the graph.
@@ -93,13 +92,15 @@ class Runtime(ABC):
         Raises:
             ValueError: it takes others.
         """
-        said = [1 if self.single else None, self.config.num_channels]
-        said += self.image_size or (None, None)
-        if list(shape) != said:
-            told = " and ".join(str(tuple(each)).replace("None", "any") for each in (shape, said))
+        listed = [1 if self.single else None, self.config.num_channels]
+        listed += self.image_size or (None, None)
+        if list(shape) != listed:
+            shapes = " and ".join(
+                str(tuple(each)).replace("None", "any") for each in (shape, listed)
+            )
             raise ValueError(
-                f"{path}: what it takes and what export.json and config.json say of it differ: "
-                f"{told} for (batch, channels, height, width)"
+                f"{path}: its pixels and those of export.json and config.json differ: "
+                f"{shapes} for (batch, channels, height, width)"
             )
 
     def images_at_once(self, pixels: Tensor) -> int:

@@ -40,7 +40,7 @@ class ExportedRuntime(Runtime):
 
     Raises:
         ValueError: the file is no such program, asks for more than arithmetic, or takes other
-            pixels than is said of it.
+            pixels than its export.json lists.
     """
 
     name = "torch"

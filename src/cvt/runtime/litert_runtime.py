@@ -25,7 +25,7 @@ class LiteRtRuntime(Runtime):
     Raises:
         ImportError: ai-edge-litert is not installed.
         ValueError: the file is damaged, asks for more than LiteRT's own operators, or takes other
-            pixels than is said of it.
+            pixels than its export.json lists.
     """
 
     name = "litert"

@@ -31,7 +31,7 @@ def _is_sum(name: str, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is said of an exported classifier; its configuration and preprocessing lie beside it.
+    """The description of an exported classifier; its configuration and preprocessing lie beside it.
 
     Attributes:
         format: a key of `FORMATS`.

@@ -98,7 +98,7 @@ class OpenVinoRuntime(Runtime):
 
         Raises:
             ImportError: openvino is not installed.
-            ValueError: the file is no whole graph, or one for other pixels than is said of it.
+            ValueError: the file is no whole graph, or is for other pixels than export.json lists.
         """
         require("the runtime openvino", "openvino")
 

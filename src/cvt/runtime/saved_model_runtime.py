@@ -26,7 +26,7 @@ OPERATORS = {
     "Square", "SquaredDifference", "Squeeze", "StatefulPartitionedCall", "StopGradient",
     "StridedSlice", "Sub", "Sum", "Tile", "Transpose",
 }  # fmt: skip
-# What is said of a function; anything else could make TensorFlow run another in its place.
+# Attributes of a function; any other could make TensorFlow run another in its place.
 ATTRIBUTES = {"_input_shapes", "_construction_context"}
 
 
@@ -44,7 +44,7 @@ class SavedModelRuntime(Runtime):
     Raises:
         ImportError: TensorFlow is not installed.
         ValueError: the SavedModel is damaged, asks for more than arithmetic, or takes other pixels
-            than is said of it; or TensorFlow has begun to compute with other threads.
+            than its export.json lists; or TensorFlow has begun to compute with other threads.
     """
 
     name = "tensorflow"

@@ -81,7 +81,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: none verifies; says why of each.
+        ValueError: none verifies; names the reason for each.
     """
     found = checkpoints(folder)
     if not found:
@@ -89,7 +89,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
     faults = []
     for path in found:
         if fault := fault_of(path):
-            logger.warning(f"{path} is passed over: {fault}")
+            logger.warning(f"{path} is skipped: {fault}")
             faults.append(f"{path.name}: {fault}")
         else:
             return path, load_pickle(path / STATE)

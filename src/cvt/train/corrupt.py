@@ -19,7 +19,7 @@ def report_oversized(splits: Splits, recipe: Recipe, plan: Plan, progress: Progr
         if isinstance(images, LabelledImages):
             share = list(oversized(images, recipe.max_pixels, plan.rank, plan.world))
             for fault in gather_object(share):
-                progress.say(f"not used in {name}: {fault}")
+                progress.log(f"not used in {name}: {fault}")
 
 
 class CorruptImages:
@@ -55,7 +55,7 @@ class CorruptImages:
             name = path.removeprefix(folder).lstrip("/")  # the same if the data is moved
             if name not in self.found:
                 self.found[name] = error
-                self.progress.say(f"left out: {error}")
+                self.progress.log(f"left out: {error}")
         if write:
             write_corrupt(self.output, self.found)
         if len(self.found) > max(ALWAYS_ALLOWED, self.recipe.max_corrupt * self.images):

@@ -86,7 +86,7 @@ def evaluate_held_out(
     evaluation = evaluated(model, setup.splits.test, "test")
     if setup.is_main:
         write_evaluation(evaluation, folder, overwrite=True)
-        progress.say(
+        progress.log(
             f"{evaluation.images} held-out test images: top-1 {100 * evaluation.top1:.2f} %, "
             f"loss {evaluation.loss:.4f}; more in {folder}"
         )

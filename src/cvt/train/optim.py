@@ -49,7 +49,7 @@ def optimizer_for(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Op
 
 
 class Schedule:
-    """The learning rate: a linear warm-up, half a cosine, a cool-down; timm's formulas.
+    """The learning rate: a linear warm-up, a cosine, a cool-down; timm's formulas.
 
     Raises:
         ValueError: the warm-up is not shorter than the run, or ends below `min_lr`.

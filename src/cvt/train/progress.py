@@ -1,4 +1,4 @@
-"""What hears of a training run."""
+"""The interface for displays of a training run's progress."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -7,14 +7,14 @@ Row = dict[str, float | None]  # the results of an epoch, by the columns of resu
 
 
 class Progress(Protocol):
-    """What hears of a run; the command line shows it as bars."""
+    """Receives the progress of a run; the command line shows it as bars."""
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line about the run."""
         ...
 
     def stage(self, name: str, total: int | None, done: int = 0) -> Callable[..., None]:
-        """A part of the run begins; call the answer after each step, with figures to show."""
+        """A stage of the run begins; the function that is returned is called after each step."""
         ...
 
     def epoch(self, row: Row) -> None:
@@ -23,14 +23,14 @@ class Progress(Protocol):
 
 
 class NullProgress:
-    """The progress of which nobody hears."""
+    """Shows nothing."""
 
-    def say(self, text: str) -> None:
-        """Nothing."""
+    def log(self, text: str) -> None:
+        """Do nothing."""
 
     def stage(self, name: str, total: int | None, done: int = 0) -> Callable[..., None]:
-        """Nothing."""
+        """Do nothing."""
         return lambda **figures: None
 
     def epoch(self, row: Row) -> None:
-        """Nothing."""
+        """Do nothing."""

@@ -1,7 +1,7 @@
 """The settings of a training run: each with its default and its limits, in one table.
 
-A recipe comes from a yaml file, from `key=value` words, or from Python; `cvt train` makes its
-options from this table. The packaged recipes, the paper's among them, are `cvt/recipes/*.yaml`.
+A recipe comes from a yaml file, from `key=value` words, or from Python; `cvt train` takes its
+options from this table. The packaged recipes, the paper's among them, are `recipes/*.yaml`.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ def setting(
 ) -> Any:
     """A field of `Recipe`; `group` opens a new group, to which the next fields belong too.
 
-    An error says what the value means, if that is given.
+    An error explains the value with `meaning`, if that is given.
     """
     limits = {"ge": ge, "gt": gt, "le": le, "choices": choices, "meaning": meaning}
     return field(default=default, metadata={"help": help, "group": group, **limits})
@@ -151,7 +151,7 @@ class Recipe:
     )
     clip_grad: float | None = setting(None, "Largest norm of the gradient.", gt=0)
     warmup_epochs: float | None = setting(
-        None, "Epochs of linear warm-up (default 1, or half of the epochs).", ge=0
+        None, "Epochs of linear warm-up (default 1, or 1/2 of the epochs).", ge=0
     )
     warmup_lr: float = setting(1e-6, "Learning rate at the start of the warm-up.", ge=0)
     min_lr: float = setting(0.0, "Learning rate at the end of the cosine schedule.", ge=0)
@@ -222,8 +222,8 @@ class Recipe:
         return self.lr_base * images / self.lr_base_size if self.lr is None else self.lr
 
 
-# What a resumed run may be given anew: the result does not depend on it, or, for the length, only
-# where the steps done would have been the same.
+# Settings that may change when a run is resumed: the result does not depend on them, or, for the
+# length, only where the steps done would have been the same.
 LENGTH = ("epochs", "steps", "cooldown_epochs")
 RESUME_OVERRIDES = (
     "data", "val_data", "classes", "workers", "max_corrupt", "save_steps", "keep", *LENGTH,
@@ -429,7 +429,7 @@ def _refuse_unknown(names: Mapping[str, Any], prefix: str = "") -> None:
 
 
 def resumed_recipe(run: Recipe, given: Mapping[str, Any], source: str = "") -> Recipe:
-    """A run's recipe with the settings that are given anew, of `RESUME_OVERRIDES`.
+    """A run's recipe with the settings that change, of `RESUME_OVERRIDES`.
 
     Args:
         run: the recipe of the run.

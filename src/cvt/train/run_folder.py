@@ -123,10 +123,10 @@ def write_model(
             settings = adapter.peft_config["default"]
             base = settings.base_model_name_or_path
             if base and (Path(base).is_absolute() or Path(base).exists()):
-                # An absolute path means nothing on another machine, and says what is on this one.
+                # An absolute path means nothing on another machine, and reveals this one.
                 settings.base_model_name_or_path = os.path.relpath(base, folder / "adapter")
             adapter.save_pretrained(beside / "adapter", save_embedding_layers=False)
-            for saved in (model.config, processor):  # so that it has its labels wherever it goes
+            for saved in (model.config, processor):  # so that a copy of it has its labels
                 saved.save_pretrained(beside / "adapter")
             settings.base_model_name_or_path = base
             write_checksums(beside / "adapter")

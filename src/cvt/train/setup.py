@@ -59,7 +59,7 @@ class Setup:
         processor: the image processor of the model that is written.
         model: the classifier as it is trained, without what wraps it.
         wrapped: the same for several processes.
-        forward: the same compiled, if the recipe says so; what a step calls.
+        forward: the same compiled, if the recipe asks for it; a step calls it.
         ema: the average of the weights, if the recipe asks for one.
         schedule: learning rates.
         optimizer: of the trainable parameters.
@@ -248,7 +248,7 @@ def _images_per_epoch(recipe: Recipe, images: Images) -> int:
         return len(images)
     if found := recipe.epoch_images or images.length:
         return found
-    raise ValueError(f"epoch_images: {recipe.data} does not say how many images it has")
+    raise ValueError(f"epoch_images: {recipe.data} does not give its number of images")
 
 
 def _model(
@@ -259,7 +259,7 @@ def _model(
         return rebuilt(state["config"]), processor_of(state["processor"], str(output))
     model, sentence = classifier_for(recipe.model, classes, recipe.from_scratch)
     if sentence:
-        progress.say(sentence)
+        progress.log(sentence)
     model = regularised(model, recipe)
     return model, processor_for(recipe, model.config)
 
@@ -296,12 +296,12 @@ def _summarise(setup: Setup, progress: Progress) -> None:
     peak = f"{recipe.peak_lr(plan.images_per_step):.3g}"
     if recipe.lr is None:
         peak += f" = {recipe.lr_base:g} x {plan.images_per_step} / {recipe.lr_base_size}"
-    progress.say(
+    progress.log(
         f"{plan.images:,} images of {setup.config.num_labels} classes; {trained:,} parameters "
         f"to train on {setup.device.type} in {recipe.precision}"
         + (", sharded" if setup.is_sharded else "")
     )
-    progress.say(
+    progress.log(
         f"{plan.steps:,} steps of {plan.images_per_step} images = {plan.batch_size} x "
         f"{plan.accumulate} x {plan.world} (batch_size, accumulate, processes); "
         f"highest learning rate {peak}"
@@ -326,7 +326,7 @@ def check_length(before: Recipe, recipe: Recipe, plan: Plan, steps: int, output:
     """Refuse another length of the run if the learning rates of its first `steps` would differ.
 
     Raises:
-        ValueError: they would; says what to do.
+        ValueError: they would; names what to do.
     """
     names = [name for name in LENGTH if getattr(before, name) != getattr(recipe, name)]
     if not names:

@@ -63,13 +63,13 @@ def train(recipe: Recipe, output: str | Path, progress: Progress | None = None) 
         FileExistsError: `output` has something in it.
         OSError: there is no such data, or something cannot be written.
         ValueError: the data or the recipe cannot be used, or too many images are unreadable.
-        FloatingPointError: the loss became NaN or infinite; says when and what to try.
+        FloatingPointError: the loss became NaN or infinite; names the step and what to try.
         Stopped: SIGTERM or SIGINT; the state is saved.
     """
     check_path(output, "output")
     output = Path(output)
     if checkpoints(output / "checkpoints"):
-        raise FileExistsError(f"{output} exists already; --resume goes on with the run in it")
+        raise FileExistsError(f"{output} exists already; --resume resumes the run in it")
     if output.is_file() or any(path.name[0] != "." for path in output.glob("*")):
         raise FileExistsError(f"{output} exists already, with no run to resume; take another")
     return _run(recipe, output, {}, progress)
@@ -109,7 +109,7 @@ def resume(
         edited = read_settings(output / "args.yaml")
         recipe = resumed_recipe(recipe, edited, f"{output / 'args.yaml'}: ")
     recipe = resumed_recipe(recipe, changes or {})
-    opening = f"going on from {path}, {state['step']} steps done"
+    opening = f"resuming from {path}, {state['step']} steps done"
     return _run(recipe, output, state, progress, opening)
 
 
@@ -124,7 +124,7 @@ def _run(
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
         shown = progress if progress and accelerator.is_main_process else NullProgress()
         if opening:
-            shown.say(opening)
+            shown.log(opening)
         stop_signal = StopSignal()
         setup = set_up(recipe, output, state, accelerator, shown, stop_signal.received)
         return Trainer(setup, state, shown, stop_signal).run()
@@ -284,9 +284,9 @@ class Trainer:
         self.tracker.log(self.step, {f"epoch/{name}": value for name, value in speed.items()})
         if waiting > MAX_WAITING_SHARE and not self.has_advised:
             self.has_advised = True
-            self.progress.say(
-                f"{100 * waiting:.0f} % of the time in epoch {epoch} went by waiting for images; "
-                f"what helps: more workers (now {self.recipe.workers}, on {os.cpu_count()} cores)"
+            self.progress.log(
+                f"{100 * waiting:.0f} % of the time in epoch {epoch} was spent waiting for images; "
+                f"more workers help (now {self.recipe.workers}, on {os.cpu_count()} cores)"
             )
 
     def diverged(self, what: str, step: int) -> FloatingPointError:
@@ -392,7 +392,7 @@ class Trainer:
         self.save()
         if together:  # torchrun kills the one that saves as soon as another has left
             self.setup.accelerator.wait_for_everyone()
-        self.progress.say(f"stopped and saved after {self.step} steps; --resume goes on")
+        self.progress.log(f"stopped and saved after {self.step} steps; --resume continues")
         raise Stopped(128 + (self.stop_signal.number or signal.SIGTERM))
 
     def leave_waiting(self) -> NoReturn:
