@@ -1,7 +1,7 @@
-"""The classes of `cvt.keras` by name, so that a .keras file opens after `import cvt` alone.
+"""Registers the classes of `cvt.keras` by name, so that `import cvt` suffices to load .keras files.
 
-Keras finds a class of others by the name that its module registered, and `import cvt` imports
-neither Keras nor that module. So stand-ins are registered as soon as Keras is there.
+Keras looks up a custom class by its registered name, but `import cvt` imports neither Keras nor the
+module that registers it. Stand-ins are therefore registered when Keras is imported.
 """
 
 import sys
@@ -16,13 +16,13 @@ SAVED = ("TFCvtModel", "TFCvtForImageClassification", "ClassificationLoss", "Acc
 
 
 def register(keras: ModuleType) -> None:
-    """Register a stand-in for each class that is not registered itself."""
+    """Register a stand-in for each class that is not registered yet."""
     for name in SAVED:
         keras.saving.get_custom_objects().setdefault(f"cvt>{name}", stand_in(name))
 
 
 def stand_in(name: str) -> type:
-    """What a saved object is made by: it imports the class of that name."""
+    """Create a class whose `from_config` imports the real class and creates a saved object."""
 
     def from_config(cls: type, config: dict[str, Any]) -> Any:
         return getattr(import_module("cvt.keras"), name).from_config(config)
@@ -30,26 +30,26 @@ def stand_in(name: str) -> type:
     return type(name, (), {"from_config": classmethod(from_config)})
 
 
-class BehindKeras(MetaPathFinder):
+class KerasImportHook(MetaPathFinder):
     """Calls `register` when Keras is first imported."""
 
     def __init__(self) -> None:
         self.found = False
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        """That of Keras, once; it is found as ever."""
+        """Return the usual spec of Keras, once, with a loader that registers the stand-ins."""
         if name != "keras" or self.found:
             return None
         self.found = True
         spec = find_spec("keras")
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+            exec_module = spec.loader.exec_module
 
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
+            def exec_module_and_register(module: ModuleType) -> None:
+                exec_module(module)
                 register(module)
 
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module_and_register  # type: ignore[method-assign]
         return spec
 
 
@@ -58,4 +58,4 @@ def register_with_keras() -> None:
     if "keras" in sys.modules:
         register(sys.modules["keras"])
     else:
-        sys.meta_path.insert(0, BehindKeras())
+        sys.meta_path.insert(0, KerasImportHook())

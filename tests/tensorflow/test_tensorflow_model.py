@@ -3,6 +3,7 @@ import pytest
 from helpers.small_models import images, mixed, tiny
 
 from cvt import CvtConfig, TFCvtForImageClassification
+from cvt.keras.layers import DepthwiseConv
 
 PER_STAGE = [n for n, v in tiny().to_dict().items() if isinstance(v, list) and len(v) == 3]
 MODELS = {"dw_bn": tiny(depth=[1, 1, 1]), "all methods": mixed()}
@@ -45,6 +46,26 @@ def test_keras_and_tensorflow_save_what_serves(data_format, how, tmp_path):
         served = serve(tf.constant(pixels))
         assert [*served] == ["logits"]
         np.testing.assert_allclose(served["logits"], model(pixels).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_only_a_graph_for_xla_replaces_the_depthwise_convolution(nested):
+    """TensorFlow has no public function that distinguishes the two graphs while tracing."""
+    import tensorflow as tf
+
+    layer = DepthwiseConv(3, 1, 1)
+    pixels = [tf.TensorSpec((1, 6, 5, 4))]
+    inner = tf.function(layer, pixels) if nested else layer
+
+    def operations(jit_compile):
+        graph = tf.function(inner, pixels, jit_compile=jit_compile).get_concrete_function().graph
+        functions = graph.as_graph_def().library.function
+        nodes = [node.op for function in functions for node in function.node_def]
+        return {*nodes, *(operation.type for operation in graph.get_operations())}
+
+    assert "DepthwiseConv2dNative" in operations(jit_compile=False)
+    inner = tf.function(layer, pixels) if nested else layer
+    assert "DepthwiseConv2dNative" not in operations(jit_compile=True)
 
 
 def test_models_are_compiled_by_xla_on_a_gpu_or_where_it_is_asked_for():

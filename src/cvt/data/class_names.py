@@ -11,7 +11,7 @@ from pathlib import Path
 def imagenet_classes() -> dict[str, str]:
     """The 1000 classes of ImageNet-1k in the order of the classifier: WordNet id to its lemmas.
 
-    Source: WordNet 3.0 and the ILSVRC-2012 list of synsets. The two called "crane" are distinguished.
+    Source: WordNet 3.0 and the ILSVRC-2012 list of synsets. The two "crane" are distinguished.
     """
     lines = files("cvt.data").joinpath("imagenet1k.tsv").read_text(encoding="utf-8").splitlines()
     return dict(line.split("\t") for line in lines)

@@ -1,6 +1,6 @@
-"""Labelled images as a `tf.data.Dataset`, which `fit` and `evaluate` take on every backend."""
+"""Labelled images as a `tf.data.Dataset`, which `fit` and `evaluate` accept on every backend."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,14 @@ from cvt.data import LabelledImages, image_folder
 from cvt.data.decoding import decode
 from cvt.data.folder import folder_splits
 from cvt.data.preprocessing import check_range
-from cvt.keras.modeling import DATA_FORMATS
+from cvt.keras.modeling import check_data_format
 
 if TYPE_CHECKING:
     import tensorflow as tf
 
 BLANK = Image.new("RGB", (32, 32))
-TRIES = 10  # to find a crop of the drawn shape that lies within the image
-RATIO = 4 / 3  # of a crop's sides, at most
+MAX_CROP_TRIES = 10  # draws of a crop's shape before the largest square is taken
+MAX_ASPECT_RATIO = 4 / 3  # of a crop, in either direction
 
 
 def image_dataset(
@@ -34,98 +34,135 @@ def image_dataset(
     seed: int = 0,
     max_pixels: int | None = None,
 ) -> "tf.data.Dataset":
-    """Images, preprocessed as `cvt evaluate` does, or random views of them to train on.
+    """Create a dataset of images preprocessed as by `cvt evaluate`, or of random training views.
 
-    Pixels are those of PyTorch to the last bit, because the same Pillow and the same image
-    processor make them, in threads. TensorFlow's own decoding and resizing would take half the
-    time, but differ by up to 7/255 on photographs.
+    Pixels equal those of the PyTorch pipeline to the last bit: the same Pillow and the same image
+    processor compute them, in threads. TensorFlow's own decoding and resizing takes half the time
+    but differs by up to 7/255 on photographs.
 
     Args:
-        images: a folder with a folder per class, or what `cvt.data` opened.
-        processor: of `cvt.image_processor`; `backend="pil"` would differ by up to 2/255.
+        images: a folder with one folder per class, or images that `cvt.data` opened.
+        processor: from `cvt.image_processor`; `backend="pil"` differs by up to 2/255.
         batch_size: images in a batch; the last batch may have fewer.
-        training: give a random crop of every image, perhaps mirrored, in a new random order each
-            time that the dataset is gone through. Otherwise the order is that of `images`.
-        classes: the names of the classes in the order of the model's outputs; by default those of
-            `images`.
-        data_format: the model's.
-        crop_scale: the smallest share of an image's area that a crop has.
-        flip: the share of the crops that are mirrored.
-        seed: of everything random; the same seed gives the same views, if the dataset is new.
-        max_pixels: the pixels that an image may have, see `cvt.data.decoding.decode`.
+        training: crop every image at random, mirror some crops, and shuffle anew in each epoch.
+            By default the images keep their order.
+        classes: class names in the order of the model's outputs; by default those of `images`.
+        data_format: that of the model, `channels_first` or `channels_last`.
+        crop_scale: the smallest area of a crop, as a fraction of the image's area.
+        flip: the probability that a crop is mirrored.
+        seed: seeds the order, the crops and the flips; two new datasets with the same seed yield
+            the same views.
+        max_pixels: the limit of `cvt.data.decoding.decode`.
 
     Returns:
         Batches of pixels, (B, 3, H, W) or (B, H, W, 3) in float32, and class indices, (B,) in
-        int32. While it is gone through, an image that cannot be decoded raises a
-        `tf.errors.InvalidArgumentError` that names it.
+        int32. An image that cannot be decoded raises a `tf.errors.InvalidArgumentError`.
 
     Raises:
-        ValueError: an argument is out of its range, images have labels that are no classes, the
-            folder has splits such as `train` and `val`, or the processor is not for decoded images.
-        OSError: there is no such folder.
+        ValueError: an argument is out of its range, a label is none of the classes, the folder has
+            splits such as `train` and `val`, or the processor does not accept decoded images.
+        OSError: the folder does not exist.
         ImportError: TensorFlow is not installed.
     """
     import tensorflow as tf
 
-    if data_format not in DATA_FORMATS:
-        raise ValueError(f"data_format = {data_format!r}: must be one of {', '.join(DATA_FORMATS)}")
-    for name, share in (("crop_scale", crop_scale), ("flip", flip)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} = {share}: must be from 0 to 1")
+    check_data_format(data_format)
+    check_fractions(crop_scale=crop_scale, flip=flip)
     check_range(processor)
-    if not isinstance(images, LabelledImages):
-        if splits := sorted(filter(None, folder_splits(Path(images)))):
-            raise ValueError(
-                f"{images} has the splits {', '.join(splits)}: name one of them, or give what "
-                "cvt.data.open_training returns for one of them"
-            )
-        images = image_folder(images)
-    names = {name: i for i, name in enumerate(images.classes if classes is None else classes)}
-    if unknown := sorted(set(images.labels) - names.keys()):
-        raise ValueError(f"images have labels that are none of the classes: {', '.join(unknown)}")
-    sources = images.sources
+    images = images if isinstance(images, LabelledImages) else open_folder(images)
 
-    def pixels(image: Image.Image, view: int) -> np.ndarray:
+    def preprocess(image: Image.Image, view_seed: int) -> np.ndarray:
         if training:
-            image = random_view(image, processor, crop_scale, flip, np.random.default_rng(view))
-        made = np.asarray(processor(image, do_resize=not training)["pixel_values"][0])
-        return made if data_format == "channels_first" else made.transpose(1, 2, 0)
+            draw = np.random.default_rng(view_seed)
+            image = random_view(image, processor, crop_scale, flip, draw)
+        pixels = np.asarray(processor(image, do_resize=not training)["pixel_values"][0])
+        return pixels if data_format == "channels_first" else pixels.transpose(1, 2, 0)
 
-    def sample(index: Any, label: Any, view: Any) -> tuple[Any, Any]:
-        made = tf.numpy_function(
-            lambda index, view: pixels(decode(sources[int(index)], max_pixels=max_pixels), view),
-            (index, view),
-            tf.float32,
-            stateful=False,
+    samples = indexed_samples(label_indices(images, classes), seed, shuffle=training)
+    samples = load_pixels(samples, images.sources, preprocess, max_pixels)
+    return samples.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+
+
+def check_fractions(**fractions: float) -> None:
+    """Raise a ValueError that names the first argument outside 0 to 1."""
+    for name, value in fractions.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} = {value}: must be from 0 to 1")
+
+
+def open_folder(folder: str | Path) -> LabelledImages:
+    """Open a folder with one folder per class.
+
+    Raises:
+        ValueError: the folder has splits such as `train` and `val`.
+        OSError: the folder does not exist.
+    """
+    if splits := sorted(filter(None, folder_splits(Path(folder)))):
+        raise ValueError(
+            f"{folder} has the splits {', '.join(splits)}: name one of them, or give what "
+            "cvt.data.open_training returns for one of them"
         )
-        return tf.ensure_shape(made, shape), label
+    return image_folder(folder)
 
-    shape = pixels(BLANK, seed).shape
-    indexed = (
-        np.arange(len(images)),
-        np.array([names[label] for label in images.labels], np.int32),
-    )
-    dataset = tf.data.Dataset.from_tensor_slices(indexed)
-    if training:
-        dataset = dataset.shuffle(len(images), seed)
-    views = tf.data.Dataset.random(seed, rerandomize_each_iteration=True)
-    dataset = tf.data.Dataset.zip(dataset, views).map(lambda image, view: (*image, view))
-    dataset = dataset.map(sample, tf.data.AUTOTUNE)
-    return dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+
+def label_indices(images: LabelledImages, classes: Sequence[str] | None) -> np.ndarray:
+    """Return the class index of every image, (N,) in int32.
+
+    Raises:
+        ValueError: a label is none of the classes.
+    """
+    indices = {name: i for i, name in enumerate(images.classes if classes is None else classes)}
+    if unknown := sorted(set(images.labels) - indices.keys()):
+        raise ValueError(f"images have labels that are none of the classes: {', '.join(unknown)}")
+    return np.array([indices[label] for label in images.labels], np.int32)
+
+
+def indexed_samples(labels: np.ndarray, seed: int, *, shuffle: bool) -> "tf.data.Dataset":
+    """Create a dataset of (image index, label, view seed); view seeds change in each epoch."""
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices((np.arange(len(labels)), labels))
+    if shuffle:
+        dataset = dataset.shuffle(len(labels), seed)
+    view_seeds = tf.data.Dataset.random(seed, rerandomize_each_iteration=True)
+    return tf.data.Dataset.zip(dataset, view_seeds).map(lambda sample, view: (*sample, view))
+
+
+def load_pixels(
+    samples: "tf.data.Dataset",
+    sources: Sequence[Any],
+    preprocess: Callable[[Image.Image, int], np.ndarray],
+    max_pixels: int | None,
+) -> "tf.data.Dataset":
+    """Map (image index, label, view seed) to (pixels, label)."""
+    import tensorflow as tf
+
+    shape = preprocess(BLANK, 0).shape
+
+    def decode_and_preprocess(index: int, view_seed: int) -> np.ndarray:
+        return preprocess(decode(sources[int(index)], max_pixels=max_pixels), view_seed)
+
+    def load(index: Any, label: Any, view_seed: Any) -> tuple[Any, Any]:
+        pixels = tf.numpy_function(
+            decode_and_preprocess, (index, view_seed), tf.float32, stateful=False
+        )
+        return tf.ensure_shape(pixels, shape), label
+
+    return samples.map(load, tf.data.AUTOTUNE)
 
 
 def random_view(
     image: Image.Image, processor: Any, crop_scale: float, flip: float, draw: np.random.Generator
 ) -> Image.Image:
-    """A random crop of an image in the processor's size, perhaps mirrored."""
+    """Crop an image at random, resize the crop to the processor's size, and perhaps mirror it."""
     side = processor.size.shortest_edge or processor.size.height
-    for _ in range(TRIES):
+    for _ in range(MAX_CROP_TRIES):
         area = image.width * image.height * draw.uniform(crop_scale, 1)
-        ratio = RATIO ** draw.uniform(-1, 1)
+        ratio = MAX_ASPECT_RATIO ** draw.uniform(-1, 1)
         width, height = (area * ratio) ** 0.5, (area / ratio) ** 0.5
         if width <= image.width and height <= image.height:
             break
-    else:  # as large a square as there is
+    else:
         width = height = min(image.size)
     left = draw.uniform(0, image.width - width)
     top = draw.uniform(0, image.height - height)

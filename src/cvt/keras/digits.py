@@ -1,8 +1,8 @@
-"""Train a small CvT on scikit-learn's handwritten digits by Keras' `fit`; it needs no network.
+"""Train a small CvT on scikit-learn's handwritten digits with Keras' `fit`, without a network.
 
     python -m cvt.keras.digits --epochs 30
 
-The backend is TensorFlow, or what KERAS_BACKEND says: jax or torch.
+KERAS_BACKEND selects the backend: tensorflow (the default), jax or torch.
 """
 
 import argparse
@@ -10,14 +10,14 @@ import time
 
 from cvt import CvtConfig, TFCvtForImageClassification, image_processor
 
-import keras  # isort: skip  # behind cvt, which keeps PyTorch's Triton apart from TensorFlow
+import keras  # isort: skip  # after cvt, which keeps PyTorch's Triton apart from TensorFlow
 
 from cvt.data import LabelledImages, open_training
 from cvt.keras.data import image_dataset
 
 
 def main() -> None:
-    """Train, and print the accuracy."""
+    """Train the model and print its accuracy."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -27,13 +27,13 @@ def main() -> None:
 
     config = CvtConfig.from_variant("cvt-digits", num_labels=10)
     processor = image_processor(config, image_size=16, crop_pct=1.0)
-    train, test, _ = open_training("digits")
-    assert isinstance(train, LabelledImages)  # no stream
-    assert isinstance(test, LabelledImages)
+    train, validation, _ = open_training("digits")
+    assert isinstance(train, LabelledImages)  # not a stream
+    assert isinstance(validation, LabelledImages)
     views = image_dataset(
         train, processor, 64, training=True, crop_scale=0.6, flip=0, seed=arguments.seed
     )
-    held_out = image_dataset(test, processor, 64)
+    held_out = image_dataset(validation, processor, 64)
 
     model = TFCvtForImageClassification(config)
     steps = arguments.epochs * len(views)
@@ -47,7 +47,8 @@ def main() -> None:
 
     accuracy = 100 * history.history["val_accuracy"][-1]
     seconds = time.perf_counter() - start
-    print(f"{accuracy:.2f} % of the {len(test)} held-out images are right, after {seconds:.0f} s.")
+    images = len(validation)
+    print(f"{accuracy:.2f} % of the {images} held-out images are right, after {seconds:.0f} s.")
 
 
 if __name__ == "__main__":

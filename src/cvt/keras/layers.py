@@ -3,8 +3,8 @@
 B batch, C channels, H W grid, N tokens (H·W, one more with a class token), h heads, d head width.
 Tokens are (B, N, C), an image is (B, H, W, C): the same memory.
 
-Layers are named as the modules of `cvt.modeling` are, with a hyphen for a dot, so that the path of
-a weight tells its name in a state dict (`cvt.checkpoints.names`).
+Layers have the names of the modules in `cvt.modeling`, with a hyphen for a dot, so that the path of
+a weight gives its name in a state dict (`cvt.checkpoints.names`).
 """
 
 from typing import Any
@@ -18,10 +18,10 @@ register = keras.saving.register_keras_serializable(package="cvt")
 
 
 def as_config(config: CvtConfig | dict[str, Any]) -> CvtConfig:
-    """A config, or the one of a dict.
+    """Return the config, created from its dict if necessary.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: the config is neither a CvtConfig nor a dict.
     """
     if not isinstance(config, CvtConfig | dict):
         raise TypeError(
@@ -34,38 +34,42 @@ def as_config(config: CvtConfig | dict[str, Any]) -> CvtConfig:
 
 
 def convolution_initializer() -> initializers.Initializer:
-    """PyTorch's own for the kernel of a convolution."""
+    """Return PyTorch's default initializer of a convolution's kernel."""
     return initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
 
 
 def normal(config: CvtConfig) -> initializers.Initializer:
-    """PyTorch's truncated normal distribution: it is cut at 2, a hundred deviations away."""
+    """Return the equivalent of PyTorch's `trunc_normal_`, which cuts only at 100 deviations."""
     return initializers.RandomNormal(stddev=config.initializer_range)
 
 
 def linear_initializer(config: CvtConfig) -> initializers.Initializer:
-    """The authors' for Linears."""
+    """Return the authors' initializer of a Linear."""
     return initializers.GlorotUniform() if config.init == "xavier" else normal(config)
 
 
-def uniform(inputs: int) -> initializers.Initializer:
-    """PyTorch's own for the bias of what has so many inputs."""
-    return initializers.RandomUniform(-(inputs**-0.5), inputs**-0.5)
+def uniform(fan_in: int) -> initializers.Initializer:
+    """Return PyTorch's default initializer of a bias in a layer with `fan_in` inputs."""
+    return initializers.RandomUniform(-(fan_in**-0.5), fan_in**-0.5)
 
 
 # ------------------------------------------------------------------------------ elementary layers
 
 
-def pad(image: Any, padding: int, behind: int = 0, value: float = 0.0) -> Any:
-    """(B, H, W, C) with `padding` more rows and columns on each side, and `behind` after those."""
-    if padding == behind == 0:
+def pad(image: Any, padding: int, extra: int = 0, value: float = 0.0) -> Any:
+    """Pad (B, H, W, C) by `padding` on each side, and by `extra` more at the bottom and right."""
+    if padding == extra == 0:
         return image
-    sides = (padding, padding + behind)
+    sides = (padding, padding + extra)
     return ops.pad(image, ((0, 0), sides, sides, (0, 0)), constant_values=value)
 
 
 def compiled_by_xla() -> bool:
-    """Whether what is called now is traced for XLA."""
+    """Return whether the current call is traced for XLA.
+
+    TensorFlow has no public function for this, and `model.jit_compile` does not cover a caller's
+    own `tf.function(model, jit_compile=True)`. This is the only private API in `cvt.keras`.
+    """
     if keras.config.backend() != "tensorflow":
         return keras.config.backend() == "jax"
     import tensorflow as tf
@@ -76,13 +80,13 @@ def compiled_by_xla() -> bool:
 
 @register
 def quick_gelu(x: Any) -> Any:
-    """The sigmoid approximation of GELU, with which the released models were trained."""
+    """Compute the sigmoid approximation of GELU; the released models were trained with it."""
     return x * ops.sigmoid(1.702 * x)
 
 
 @register
 def gelu(x: Any) -> Any:
-    """GELU itself, as transformers computes."""
+    """Compute the exact GELU, as transformers does."""
     return ops.gelu(x, approximate=False)
 
 
@@ -91,27 +95,29 @@ ACTIVATIONS = {"": None, "gelu": gelu, "quick_gelu": quick_gelu}
 
 @register
 class BatchNorm(layers.BatchNormalization):
-    """BatchNormalization that keeps the running variance without bias, as PyTorch does."""
+    """BatchNormalization with an unbiased running variance, as in PyTorch."""
 
     def __init__(self, momentum: float = 0.9, epsilon: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(momentum=momentum, epsilon=epsilon, **kwargs)
 
     def call(self, x: Any, training: bool = False) -> Any:
-        """(B, H, W, C) to the same shape."""
+        """Normalise an image, (B, H, W, C)."""
         if not (training and self.trainable):
             return super().call(x, training=False)
-        before = ops.copy(self.moving_variance)  # PyTorch changes it in place
+        previous = ops.copy(self.moving_variance)  # on PyTorch the variable is changed in place
         y = super().call(x, training=True)
         B, H, W, _ = ops.shape(x)
-        others = ops.cast(ops.maximum(B * H * W - 1, 1), before.dtype)
-        of_batch = self.moving_variance - self.momentum * before
-        self.moving_variance.assign_add(of_batch / others)
+        # The increment holds the biased variance of n values; n / (n - 1) = 1 + 1 / (n - 1) times
+        # the biased variance is the unbiased one.
+        degrees_of_freedom = ops.cast(ops.maximum(B * H * W - 1, 1), previous.dtype)
+        increment = self.moving_variance - self.momentum * previous
+        self.moving_variance.assign_add(increment / degrees_of_freedom)
         return y
 
 
 @register
 class DropPath(layers.Layer):
-    """Stochastic depth: leaves a residual branch out, sample by sample."""
+    """Stochastic depth: drops a residual branch, sample by sample."""
 
     def __init__(self, rate: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -120,11 +126,11 @@ class DropPath(layers.Layer):
         self.built = True
 
     def call(self, x: Any, training: bool = False) -> Any:
-        """(B, N, C) to the same shape."""
+        """Drop samples of (B, N, C) in training and scale the others to keep the mean."""
         if not training or self.rate == 0:
             return x
-        drawn = keras.random.uniform((ops.shape(x)[0], 1, 1), seed=self.seed_generator)
-        return x / (1 - self.rate) * ops.cast(drawn >= self.rate, x.dtype)
+        draw = keras.random.uniform((ops.shape(x)[0], 1, 1), seed=self.seed_generator)
+        return x / (1 - self.rate) * ops.cast(draw >= self.rate, x.dtype)
 
     def compute_output_shape(self, shape: tuple) -> tuple:
         return shape
@@ -161,11 +167,11 @@ class Dense(layers.Layer):
         self.dense.build(shape)
 
     def call(self, x: Any, training: bool = False) -> Any:
-        """(B, N, C) to (B, N, width)."""
+        """Map (B, N, C) to (B, N, width)."""
         return self.dropout(self.dense(x), training=training)
 
     def compute_output_shape(self, shape: tuple) -> tuple:
-        """(B, N, width)."""
+        """Return the shape (B, N, width)."""
         return (*shape[:-1], self.width)
 
     def get_config(self) -> dict[str, Any]:
@@ -178,11 +184,12 @@ class Dense(layers.Layer):
 
 
 class CvtLayer(layers.Layer):
-    """A layer of one stage.
+    """Base class of the layers of one stage.
 
     Args:
-        config: the model's, or its dict.
-        stage: which of its stages, from 0.
+        config: the configuration of the model, or its dict.
+        stage: the index of the stage, from 0.
+        kwargs: arguments of `keras.layers.Layer`.
     """
 
     def __init__(self, config: CvtConfig | dict[str, Any], stage: int, **kwargs: Any) -> None:
@@ -192,7 +199,7 @@ class CvtLayer(layers.Layer):
         self.stage = self.config.stages[stage]
 
     def norm(self, name: str) -> layers.LayerNormalization:
-        """A LayerNorm of that name; it computes in float32."""
+        """Create a LayerNorm; it computes in float32."""
         epsilon = self.config.layer_norm_eps
         return layers.LayerNormalization(epsilon=epsilon, name=name, dtype=self.dtype_policy)
 
@@ -205,7 +212,7 @@ class CvtLayer(layers.Layer):
 
 @register
 class ConvEmbedding(CvtLayer):
-    """Image (B, H', W', C') to image (B, H, W, C): an overlapping convolution and a LayerNorm."""
+    """Overlapping convolution and LayerNorm: image (B, H', W', C') to image (B, H, W, C)."""
 
     def __init__(self, config: CvtConfig | dict[str, Any], stage: int, **kwargs: Any) -> None:
         super().__init__(config, stage, **kwargs)
@@ -232,7 +239,7 @@ class ConvEmbedding(CvtLayer):
 
 
 class Window(layers.Layer):
-    """What goes over an image in windows of `kernel` x `kernel`."""
+    """Base class of the layers that slide a window of `kernel` x `kernel` over an image."""
 
     def __init__(self, kernel: int, stride: int, padding: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -247,7 +254,8 @@ class Window(layers.Layer):
 class DepthwiseConv(Window):
     """Depthwise convolution without bias, (B, H, W, C) to (B, H', W', C).
 
-    Its kernel is (k, k, 1, C), a grouped convolution's, as every other of the network.
+    The kernel is stored as (k, k, 1, C), the layout of a grouped convolution, so that one rule
+    transposes every kernel of the network for PyTorch.
     """
 
     def build(self, shape: tuple) -> None:
@@ -263,7 +271,7 @@ class DepthwiseConv(Window):
         if not compiled_by_xla() or H is None or W is None:
             kernel = ops.transpose(kernel, (0, 1, 3, 2))
             return ops.depthwise_conv(image, kernel, self.stride, data_format="channels_last")
-        # XLA's own is slow on a CPU; shifted images, weighed and summed, become a single loop.
+        # XLA's depthwise convolution is slow on a CPU; it fuses a sum of shifted, weighted images.
         rows, columns = (range(0, size - self.size + 1, self.stride)[-1] + 1 for size in (H, W))
         return sum(
             image[:, i : i + rows : self.stride, j : j + columns : self.stride] * kernel[i, j, 0]
@@ -274,30 +282,30 @@ class DepthwiseConv(Window):
 
 @register
 class AveragePooling(Window):
-    """PyTorch's AvgPool2d with `ceil_mode`: a last window that begins inside is kept.
+    """PyTorch's AvgPool2d with `ceil_mode=True`: the last window may extend beyond the image.
 
-    Zeros of the padding count, what reaches beyond it does not.
+    The mean includes the zeros of the padding, but nothing beyond the padding.
     """
 
     def call(self, image: Any) -> Any:
-        """(B, H, W, C) to (B, H', W', C)."""
+        """Pool (B, H, W, C) to (B, H', W', C)."""
         _, H, W, _ = ops.shape(image)
 
         def pooled(padded: Any) -> Any:
-            padded = pad(padded, 0, behind=self.stride - 1)
+            padded = pad(padded, 0, extra=self.stride - 1)
             windows = ops.average_pool(
                 padded, self.size, self.stride, "valid", data_format="channels_last"
             )
-            inside = [-(-(size + self.padding) // self.stride) for size in (H, W)]
-            return windows[:, : inside[0], : inside[1]]
+            rows, columns = (-(-(size + self.padding) // self.stride) for size in (H, W))
+            return windows[:, :rows, :columns]
 
-        counted = pad(ops.ones_like(image[:1, :, :, :1]), self.padding, value=1.0)
-        return pooled(pad(image, self.padding)) / pooled(counted)
+        ones = pad(ops.ones_like(image[:1, :, :, :1]), self.padding, value=1.0)
+        return pooled(pad(image, self.padding)) / pooled(ones)
 
 
 @register
 class Projection(CvtLayer):
-    """Image (B, H, W, C) to the tokens (B, H'·W', C) that a query, key or value Linear reads."""
+    """Projection of an image (B, H, W, C) to tokens (B, H'·W', C) for query, key or value."""
 
     def __init__(
         self, config: CvtConfig | dict[str, Any], stage: int, part: str, **kwargs: Any
@@ -337,7 +345,7 @@ class Projection(CvtLayer):
 
 @register
 class SelfAttention(CvtLayer):
-    """Multi-head attention on projected tokens; the class token skips the projection."""
+    """Multi-head attention on projected tokens; the class token is not projected."""
 
     def __init__(self, config: CvtConfig | dict[str, Any], stage: int, **kwargs: Any) -> None:
         super().__init__(config, stage, **kwargs)
@@ -355,7 +363,7 @@ class SelfAttention(CvtLayer):
                 )
             )
         self.dropout = layers.Dropout(self.stage.attention_drop_rate, dtype=self.dtype_policy)
-        # The whole width, not the head's (authors: `Attention.__init__`); the weights expect it.
+        # The scale uses the whole width, not that of a head (authors: `Attention.__init__`).
         self.scale = self.stage.embed_dim**-0.5
 
     def build(self, shape: tuple) -> None:
@@ -364,10 +372,10 @@ class SelfAttention(CvtLayer):
             linear.build(shape)
 
     def call(self, x: Any, grid: tuple, training: bool = False) -> tuple[Any, Any]:
-        """Tokens (B, N, C) to context (B, N, C) and weights (B, h, N, N').
+        """Compute the context, (B, N, C), and the attention weights, (B, h, N, N').
 
         Args:
-            x: the tokens, those before the last H·W of which are class tokens.
+            x: tokens, (B, N, C): the class tokens, then the H·W tokens of the image.
             grid: H and W.
             training: as in Keras.
         """
@@ -386,10 +394,10 @@ class SelfAttention(CvtLayer):
 
         query, key, value = map(project, self.projections, self.linears)
         queries = ops.shape(query)[2]
-        if isinstance(queries, int) and isinstance(N, int):  # else they are not known yet
+        if isinstance(queries, int) and isinstance(N, int):  # a graph may have unknown sizes
             check_queries(queries, N, grid)
         weights = ops.matmul(query * self.scale, ops.transpose(key, (0, 1, 3, 2)))
-        # Of a single key Keras warns.
+        # Keras warns about a softmax over a single key.
         weights = ops.ones_like(weights) if key.shape[2] == 1 else ops.softmax(weights)
         context = ops.matmul(self.dropout(weights, training=training), value)  # (B, h, N, d)
         return ops.reshape(ops.transpose(context, (0, 2, 1, 3)), (-1, queries, C)), weights
@@ -400,7 +408,7 @@ class SelfAttention(CvtLayer):
 
 @register
 class Block(CvtLayer):
-    """Convolutional Transformer block: attention and MLP, each normed before and residual."""
+    """Convolutional Transformer block: pre-norm attention and MLP with residual connections."""
 
     def __init__(
         self, config: CvtConfig | dict[str, Any], stage: int, block: int, **kwargs: Any
@@ -409,12 +417,12 @@ class Block(CvtLayer):
         self.block = block
         width, rate = self.stage.embed_dim, self.stage.drop_rate
         hidden, act = int(width * self.stage.mlp_ratio), self.config.hidden_act
-        made, policy = linear_initializer(self.config), self.dtype_policy
+        initializer, policy = linear_initializer(self.config), self.dtype_policy
         name = "attention-attention"
         self.attention = SelfAttention(self.config, stage, name=name, dtype=policy)
-        self.merge = Dense(width, rate, "", made, name="attention-output", dtype=policy)
-        self.expand = Dense(hidden, rate, act, made, name="intermediate", dtype=policy)
-        self.reduce = Dense(width, rate, "", made, name="output", dtype=policy)
+        self.merge = Dense(width, rate, "", initializer, name="attention-output", dtype=policy)
+        self.expand = Dense(hidden, rate, act, initializer, name="intermediate", dtype=policy)
+        self.reduce = Dense(width, rate, "", initializer, name="output", dtype=policy)
         self.drop_path = DropPath(self.stage.drop_path_rates[block], dtype=policy)
         self.norm1, self.norm2 = self.norm("layernorm_before"), self.norm("layernorm_after")
 
@@ -424,7 +432,7 @@ class Block(CvtLayer):
         self.reduce.build((*shape[:-1], self.expand.width))
 
     def call(self, x: Any, grid: tuple, training: bool = False) -> tuple[Any, Any]:
-        """Tokens (B, N, C) to the same shape, and the attention weights (B, h, N, N')."""
+        """Compute tokens, (B, N, C), and attention weights, (B, h, N, N'), from (B, N, C)."""
         attended, weights = self.attention(self.norm1(x), grid=grid, training=training)
         attended = self.merge(attended, training=training)
         x = x + self.drop_path(attended, training=training)
@@ -437,7 +445,7 @@ class Block(CvtLayer):
 
 @register
 class Stage(CvtLayer):
-    """Token embedding, class token where the stage has one, blocks."""
+    """Token embedding, an optional class token, and blocks."""
 
     def __init__(self, config: CvtConfig | dict[str, Any], stage: int, **kwargs: Any) -> None:
         super().__init__(config, stage, **kwargs)
@@ -461,9 +469,11 @@ class Stage(CvtLayer):
             block.build((None, None, width))
 
     def call(self, image: Any, training: bool = False) -> tuple[Any, Any, tuple]:
-        """Image (B, H', W', C') to image (B, H, W, C), class token and the blocks' weights.
+        """Compute the stage's output from an image, (B, H', W', C').
 
-        The class token is (B, 0 or 1, C), the weights of attention are (B, h, N, N') each.
+        Returns:
+            The image, (B, H, W, C), the class token, (B, 0 or 1, C), and the attention weights of
+            every block, (B, h, N, N') each.
         """
         image = self.embedding(image)
         B, H, W, C = ops.shape(image)
@@ -474,10 +484,10 @@ class Stage(CvtLayer):
         x = self.dropout(x, training=training)
         attentions: tuple = ()
         grid = (H, W)
-        if isinstance(H, int) != isinstance(W, int):  # Keras takes one kind alone in a tuple
+        if isinstance(H, int) != isinstance(W, int):  # Keras requires one type within a tuple
             grid = tuple(map(ops.convert_to_tensor, grid))
         for block in self.blocks:
             x, weights = block(x, grid=grid, training=training)
             attentions += (weights,)
-        ahead = int(self.stage.cls_token)
-        return ops.reshape(x[:, ahead:], (-1, H, W, C)), x[:, :ahead], attentions
+        first = int(self.stage.cls_token)  # index of the first image token
+        return ops.reshape(x[:, first:], (-1, H, W, C)), x[:, :first], attentions

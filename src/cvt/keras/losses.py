@@ -1,4 +1,4 @@
-"""The losses of an image classifier, as `cvt.losses` has them for PyTorch."""
+"""The losses and the accuracy of an image classifier; `cvt.losses` is the PyTorch version."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +12,8 @@ from cvt.keras.layers import register
 from cvt.problem_type import problem_of, unknown_classes
 
 
-def losses_of(logits: Any, labels: Any, problem: str) -> Any:
-    """The loss of every image, (B,)."""
+def losses_per_image(logits: Any, labels: Any, problem: str) -> Any:
+    """Compute the loss of every image, (B,)."""
     logits = ops.cast(logits, "float32")
     if problem == "single_label_classification":
         if len(labels.shape) < 2 or labels.shape[1] == 1 != logits.shape[1]:
@@ -29,7 +29,11 @@ def losses_of(logits: Any, labels: Any, problem: str) -> Any:
 
 
 def with_known_rank(compute: Callable[[Any, Any], Any], labels: Any, logits: Any) -> Any:
-    """compute(labels, logits), also in a graph of TensorFlow that takes (B,), (B, 1) and (B, K)."""
+    """Call `compute(labels, logits)` with labels of a static rank.
+
+    A TensorFlow graph that accepts (B,), (B, 1) and (B, K) has labels of unknown rank; it computes
+    with (B, 1) or (B, K), whichever fits their size.
+    """
     if getattr(labels.shape, "rank", 0) is not None:
         return compute(labels, logits)
     shape = ops.shape(logits)
@@ -40,8 +44,8 @@ def with_known_rank(compute: Callable[[Any, Any], Any], labels: Any, logits: Any
     )
 
 
-def values_of(tensor: Any) -> np.ndarray | None:
-    """The numbers of a tensor; None where it is traced and has none yet."""
+def concrete_values(tensor: Any) -> np.ndarray | None:
+    """Return the values of a tensor, or None while it is traced."""
     try:
         return np.asarray(ops.convert_to_numpy(tensor))
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
@@ -49,16 +53,16 @@ def values_of(tensor: Any) -> np.ndarray | None:
 
 
 def classification_loss(logits: Any, labels: Any, config: CvtConfig) -> Any:
-    """The loss of `config.problem_type`, or of the problem that the labels make likely.
+    """Compute the mean loss of `config.problem_type`, or of the problem inferred from the labels.
 
     Args:
         logits: (B, K).
-        labels: as `cvt.losses.classification_loss` takes them.
-        config: its `problem_type` and `num_labels` are read.
+        labels: as in `cvt.losses.classification_loss`.
+        config: provides `problem_type` and `num_labels`.
 
     Raises:
-        ValueError: the labels' shape does not fit, or an index is that of no class; in a compiled
-            graph, which cannot raise, that makes the loss NaN.
+        ValueError: the shape of the labels does not fit, or an index is out of range. A compiled
+            graph cannot raise; there an index out of range gives a loss of NaN.
     """
     labels = ops.convert_to_tensor(labels)
     integers = "int" in keras.backend.standardize_dtype(labels.dtype)
@@ -66,14 +70,19 @@ def classification_loss(logits: Any, labels: Any, config: CvtConfig) -> Any:
         *(config.problem_type, config.num_labels, integers),
         *(tuple(labels.shape), tuple(logits.shape)),
     )
-    known = values_of(labels) if indices else None
+    known = concrete_values(labels) if indices else None
     if known is not None and not ((known >= 0) & (known < logits.shape[1])).all():
         raise unknown_classes(known.ravel().tolist(), logits.shape[1])
-    return ops.mean(losses_of(logits, labels, problem))
+    return ops.mean(losses_per_image(logits, labels, problem))
 
 
 def accuracy(labels: Any, logits: Any) -> Any:
-    """Which images, (B,), get their class, an index, (B,) or (B, 1), or the largest of (B, K)."""
+    """Return which images are classified correctly, (B,).
+
+    Args:
+        labels: class indices, (B,) or (B, 1), or one-hot labels, (B, K).
+        logits: (B, K).
+    """
     return with_known_rank(_accuracy, labels, logits)
 
 
@@ -85,9 +94,10 @@ def _accuracy(labels: Any, logits: Any) -> Any:
 
 @register
 class Accuracy(keras.metrics.MeanMetricWrapper):
-    """The share of the images that get their class; labels may change their form between batches.
+    """The fraction of correctly classified images, for class indices and one-hot labels.
 
-    Keras' own "accuracy" is for the form of the first batch.
+    The form of the labels may change between batches; the metric "accuracy" of Keras keeps the form
+    of the first batch.
     """
 
     def __init__(self, name: str = "accuracy", dtype: Any = None) -> None:
@@ -99,13 +109,13 @@ class Accuracy(keras.metrics.MeanMetricWrapper):
 
 @register
 class ClassificationLoss(keras.losses.Loss):
-    """The same as a loss of Keras, which `compile` takes; Keras hands it all labels as floats.
+    """`classification_loss` as a loss for `compile`; Keras converts all labels to floats for it.
 
     Args:
-        problem_type: of the config. If None: regression where there is one class, cross-entropy for
-            class indices (B,) or (B, 1), binary cross-entropy for (B, K).
+        problem_type: that of the config. None selects regression if there is one class,
+            cross-entropy for class indices (B,) or (B, 1), and binary cross-entropy for (B, K).
         num_labels: K.
-        kwargs: Keras' own.
+        kwargs: arguments of `keras.losses.Loss`.
     """
 
     def __init__(self, problem_type: str | None, num_labels: int | None, **kwargs: Any) -> None:
@@ -113,7 +123,7 @@ class ClassificationLoss(keras.losses.Loss):
         self.problem_type, self.num_labels = problem_type, num_labels
 
     def call(self, labels: Any, logits: Any) -> Any:
-        """Labels and logits (B, K) to the loss of every image, (B,)."""
+        """Compute the loss of every image, (B,), from labels and logits, (B, K)."""
         return with_known_rank(self._losses, labels, logits)
 
     def _losses(self, labels: Any, logits: Any) -> Any:
@@ -122,7 +132,7 @@ class ClassificationLoss(keras.losses.Loss):
             *(self.problem_type, self.num_labels, indices),
             *(tuple(labels.shape), tuple(logits.shape)),
         )
-        return losses_of(logits, labels, problem)
+        return losses_per_image(logits, labels, problem)
 
     def get_config(self) -> dict[str, Any]:
         own = {"problem_type": self.problem_type, "num_labels": self.num_labels}

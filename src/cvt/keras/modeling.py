@@ -1,13 +1,12 @@
-"""CvT in Keras 3: the models that earlier versions of transformers had in TensorFlow.
+"""CvT in Keras 3: the models that transformers 4 provided in TensorFlow.
 
-The same code runs on TensorFlow, JAX and PyTorch, as `KERAS_BACKEND` or Keras' own settings say.
+The same code runs on TensorFlow, JAX and PyTorch. `KERAS_BACKEND` or the configuration file of
+Keras selects the backend.
 """
 
 import inspect
 import os
 from collections import namedtuple
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self, cast
@@ -23,26 +22,35 @@ from cvt.keras.losses import Accuracy, ClassificationLoss, classification_loss
 DATA_FORMATS = ("channels_first", "channels_last")
 
 
+def check_data_format(data_format: str) -> None:
+    """Raise a ValueError unless `data_format` is one of `DATA_FORMATS`."""
+    if data_format not in DATA_FORMATS:
+        raise ValueError(f"data_format = {data_format!r}: must be one of {', '.join(DATA_FORMATS)}")
+
+
 # ------------------------------------------------------------------------------ outputs
 
 
 class Output(tuple):
-    """A named tuple of those values that are not None; attributes of the others are None.
+    """A named tuple of the values that are not None; the other attributes are None.
 
-    None is what no functional model of Keras and no signature of a SavedModel can give.
+    Neither a functional model of Keras nor a signature of a SavedModel can return None.
     """
 
     def __new__(cls, **values: Any) -> Self:
-        """Of a class with exactly these fields, as trees of Keras, TensorFlow and JAX need it."""
+        """Create a tuple whose class has exactly these fields.
+
+        The tree utilities of Keras, TensorFlow and JAX rebuild a named tuple from all its fields.
+        """
         present = {name: value for name, value in values.items() if value is not None}
         return _with_fields(cls, tuple(present))._make(present.values())
 
     def to_tuple(self) -> tuple:
-        """The values that are not None."""
+        """Return the values that are not None."""
         return tuple(self)
 
     def __getitem__(self, key: Any) -> Any:
-        """A value by its name, or by its place."""
+        """Return a value by its name or by its index."""
         return getattr(self, key) if isinstance(key, str) else tuple.__getitem__(self, key)
 
     def __reduce__(self) -> tuple:
@@ -59,13 +67,13 @@ def _unpickled(kind: type[Output], values: dict[str, Any]) -> Output:
 
 
 class TFCvtModelOutput(Output):
-    """What `TFCvtModel` returns.
+    """The output of `TFCvtModel`.
 
     Attributes:
-        last_hidden_state: output of the last stage, (B, C, H, W), or (B, H, W, C) as the model's
-            `data_format` says.
-        cls_token_value: its class token, (B, 1, C); None where the last stage has none.
-        hidden_states: the output of every stage, shaped like the last.
+        last_hidden_state: the output of the last stage, (B, C, H, W), or (B, H, W, C) with
+            `data_format="channels_last"`.
+        cls_token_value: the class token, (B, 1, C); None if the last stage has none.
+        hidden_states: the output of every stage, in the same format.
         attentions: the attention weights of every block, (B, heads, queries, keys) each.
     """
 
@@ -76,13 +84,13 @@ class TFCvtModelOutput(Output):
 
 
 class TFImageClassifierOutput(Output):
-    """What `TFCvtForImageClassification` returns.
+    """The output of `TFCvtForImageClassification`.
 
     Attributes:
-        loss: a scalar, where labels are given.
-        logits: (B, K).
+        loss: a scalar; None without labels.
+        logits: the logits, (B, K).
         hidden_states: as in `TFCvtModelOutput`.
-        attentions: likewise.
+        attentions: as in `TFCvtModelOutput`.
     """
 
     loss: Any = None
@@ -96,7 +104,7 @@ class TFImageClassifierOutput(Output):
 
 @register
 class Encoder(layers.Layer):
-    """The stages, one after the other."""
+    """Applies the stages in sequence."""
 
     def __init__(self, config: CvtConfig | dict[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -107,13 +115,18 @@ class Encoder(layers.Layer):
         ]
 
     def build(self, shape: tuple) -> None:
-        """Make the weights, for images of the shape."""
+        """Create the weights for images of this shape."""
         for stage in self.stages:
             stage.build(shape)
             shape = (None, None, None, stage.stage.embed_dim)
 
     def call(self, image: Any, training: bool = False) -> tuple[Any, tuple, tuple]:
-        """(B, H, W, C) to class token (B, 0 or 1, C), every stage's image and block's weights."""
+        """Compute the outputs of all stages from an image, (B, H, W, C).
+
+        Returns:
+            The class token, (B, 0 or 1, C), the image of every stage, (B, H', W', C') each, and the
+            attention weights of every block, (B, h, N, N') each.
+        """
         hidden_states: tuple = ()
         attentions: tuple = ()
         class_token = None
@@ -128,17 +141,17 @@ class Encoder(layers.Layer):
 
 
 class TFCvtPreTrainedModel(keras.Model):
-    """What the models share: weights are made at once, loaded strictly and saved for PyTorch too.
+    """Base class: creates all weights at once, loads them strictly and saves them for PyTorch.
 
     Args:
-        config: the model's, or its dict.
-        data_format: of the images that it takes and the hidden states that it gives:
-            `channels_first`, (B, C, H, W), or `channels_last`, (B, H, W, C).
-        kwargs: Keras' own: `name`, and `dtype`, as `mixed_bfloat16`.
+        config: the configuration, or its dict.
+        data_format: the format of input images and hidden states: `channels_first`, (B, C, H, W),
+            or `channels_last`, (B, H, W, C).
+        kwargs: arguments of `keras.Model`: `name`, and `dtype`, such as `mixed_bfloat16`.
 
     Raises:
-        TypeError: the config is something else.
-        ValueError: the data format is none of these, or a field of the config is illegal.
+        TypeError: the config is neither a CvtConfig nor a dict.
+        ValueError: the data format is neither of the two, or a field of the config is illegal.
     """
 
     def __init__(
@@ -148,10 +161,7 @@ class TFCvtPreTrainedModel(keras.Model):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if data_format not in DATA_FORMATS:
-            raise ValueError(
-                f"data_format = {data_format!r}: must be one of {', '.join(DATA_FORMATS)}"
-            )
+        check_data_format(data_format)
         self.config = as_config(config)
         self.config.validate()
         check_memory(self.config)
@@ -159,15 +169,19 @@ class TFCvtPreTrainedModel(keras.Model):
 
     @property
     def images_shape(self) -> tuple[int | None, ...]:
-        """The shape of a batch of images of any size."""
+        """Return the shape of a batch of images of any size."""
         channels = self.config.num_channels
         first = self.data_format == "channels_first"
         return (None, channels, None, None) if first else (None, None, None, channels)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Arguments of `call`, by position too: Keras itself takes none but tensors so."""
+        """Call the model; every argument may be positional.
+
+        `keras.layers.Layer` accepts only tensors as positional arguments, and appends lines to the
+        errors that `call` raises, so pixels are checked before it.
+        """
         pixels = args[0] if args else kwargs.get("pixel_values")
-        checked_pixels(pixels, self.config, self.data_format)  # Keras would add lines to the error
+        checked_pixels(pixels, self.config, self.data_format)
         if len(args) > 1:
             names = [*inspect.signature(self.call).parameters][1 : len(args)]
             kwargs = dict(zip(names, args[1:], strict=True), **kwargs)
@@ -182,51 +196,52 @@ class TFCvtPreTrainedModel(keras.Model):
         dtype: Any = None,
         **kwargs: Any,
     ) -> Self:
-        """A trained model; its weights must fit, all of them.
+        """Load a trained model strictly: every weight must fit.
 
         Args:
-            source: a model folder (ours, of transformers 5 or, with a tf_model.h5, of transformers
-                4), an authors' .pth file, a published name or a hub id.
+            source: a model folder (of this package, of transformers 5 or, with a tf_model.h5, of
+                transformers 4), an authors' .pth file, a published name or a hub id.
             data_format: as in the class.
             dtype: as in the class.
-            kwargs: `config`, a CvtConfig or its dict, in the place of the source's; fields of the
-                config to set otherwise, as `num_labels` for a new, random classifier of so many
-                classes or `drop_path_rate`; for the hub `revision`, `token`,
-                `cache_dir`, `local_files_only` and the like.
+            kwargs: `config`, a CvtConfig or its dict that replaces the source's; fields of the
+                config to override, such as `drop_path_rate`, or `num_labels`, which creates a new,
+                random classifier of that many classes; options of the hub: `revision`, `token`,
+                `cache_dir`, `local_files_only`, `force_download` and `subfolder`.
 
         Raises:
-            TypeError: an argument is none of these; names it.
-            ValueError: weights are missing, unexpected or of the wrong shape; lists all of them.
-            OSError: there is no such model, or it cannot be reached.
+            TypeError: an argument is none of these; the message names it.
+            ValueError: weights are missing, unexpected or of the wrong shape; the message lists
+                all of them.
+            OSError: the model does not exist or cannot be reached.
         """
         return weights.load(
             source, lambda config: cls(config, data_format=data_format, dtype=dtype), **kwargs
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, which the PyTorch classes open.
+        """Write config.json and model.safetensors, which the PyTorch classes load.
 
-        Files of these names are replaced, others in the folder are left alone.
+        Existing files of these names are replaced; other files in the folder are kept.
         """
         weights.save(self, folder)
 
     def export(
         self, filepath: str | Path, *args: Any, input_signature: Any = None, **kwargs: Any
     ) -> None:
-        """As in Keras; for any number and size of images where no signature is given."""
-        if input_signature is None:  # Keras would take that of the last call, and demand one
+        """Export as in Keras; by default for any number and size of images."""
+        if input_signature is None:  # Keras would take that of the last call, which must exist
             input_signature = [keras.InputSpec(shape=self.images_shape, dtype="float32")]
         super().export(filepath, *args, input_signature=input_signature, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
-        """What `from_config` makes it of again."""
+        """Return the arguments from which `from_config` recreates the model."""
         own = {"config": self.config.to_dict(), "data_format": self.data_format}
         return super().get_config() | own
 
 
 @register
 class TFCvtModel(TFCvtPreTrainedModel):
-    """CvT without a head; arguments as in `TFCvtPreTrainedModel`."""
+    """CvT without a classifier; its arguments are those of `TFCvtPreTrainedModel`."""
 
     def __init__(
         self,
@@ -239,7 +254,7 @@ class TFCvtModel(TFCvtPreTrainedModel):
         self.build(self.images_shape)
 
     def build(self, shape: tuple) -> None:
-        """Make the weights; they are the same for all sizes of images."""
+        """Create the weights; their shapes do not depend on the image size."""
         if not self.encoder.built:
             self.encoder.build((None, None, None, self.config.num_channels))
 
@@ -251,19 +266,20 @@ class TFCvtModel(TFCvtPreTrainedModel):
         training: bool = False,
         output_attentions: bool | None = None,
     ) -> TFCvtModelOutput | tuple:
-        """Features of a batch of images.
+        """Compute the features of a batch of images.
 
         Args:
-            pixel_values: normalised images, (B, C, H, W), or (B, H, W, C) as `data_format` says; or
-                a dict that has them under this name.
+            pixel_values: normalised images, (B, C, H, W), or (B, H, W, C) with
+                `data_format="channels_last"`; or a dict with the key `pixel_values`.
             output_hidden_states: return the output of every stage.
-            return_dict: return a `TFCvtModelOutput` rather than a tuple.
+            return_dict: return a `TFCvtModelOutput` instead of a tuple.
             training: as in Keras.
-            output_attentions: return the attention weights of every block. Last, since the classes
-                of transformers 4 did not take it.
+            output_attentions: return the attention weights of every block. This argument is the
+                last because the classes of transformers 4 do not have it.
 
         Raises:
-            ValueError: wrong type or number of channels, or too small an image.
+            ValueError: the pixels have a wrong type, a wrong number of channels or too small a
+                height or width.
         """
         config = self.config
         if output_hidden_states is None:
@@ -286,11 +302,11 @@ class TFCvtModel(TFCvtPreTrainedModel):
 
 @register
 class TFCvtForImageClassification(TFCvtPreTrainedModel):
-    """CvT with a linear classifier on the class token, or on the mean token where there is none.
+    """CvT with a linear classifier on the class token, or on the mean token without one.
 
-    `fit`, `evaluate` and `predict` see the logits alone, (B, K), so losses and metrics are Keras'
-    own (`from_logits=True`). Compiled without a loss, it trains on that of `config.problem_type`.
-    Arguments as in `TFCvtPreTrainedModel`.
+    Losses and metrics receive the logits, (B, K), so those of Keras work (`from_logits=True`), and
+    `predict` returns the logits. Without a loss, `compile` selects that of `config.problem_type`.
+    The arguments are those of `TFCvtPreTrainedModel`.
     """
 
     def __init__(
@@ -314,11 +330,10 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
                 name="classifier",
                 dtype=policy,
             )
-        self.only_logits = False
         self.build(self.images_shape)
 
     def build(self, shape: tuple) -> None:
-        """Make the weights; they are the same for all sizes of images."""
+        """Create the weights; their shapes do not depend on the image size."""
         for layer in filter(None, (self.layernorm, self.classifier)):
             if not layer.built:
                 layer.build((None, None, self.config.embed_dim[-1]))
@@ -332,18 +347,18 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
         training: bool = False,
         output_attentions: bool | None = None,
     ) -> TFImageClassifierOutput | tuple:
-        """Logits of a batch of images, and the loss where labels are given.
+        """Compute the logits of a batch of images, and the loss if labels are given.
 
         Args:
             pixel_values: as in `TFCvtModel`.
-            labels: see `cvt.keras.losses.classification_loss`.
+            labels: as in `cvt.keras.losses.classification_loss`.
             output_hidden_states: as in `TFCvtModel`.
-            return_dict: return a `TFImageClassifierOutput` rather than a tuple.
+            return_dict: return a `TFImageClassifierOutput` instead of a tuple.
             training: as in Keras.
             output_attentions: as in `TFCvtModel`.
 
         Raises:
-            ValueError: as in `TFCvtModel`, or labels that do not fit.
+            ValueError: the pixels or the labels do not fit.
         """
         output = self.cvt(
             pixel_values,
@@ -361,8 +376,6 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
         logits = ops.mean(self.layernorm(tokens), axis=1)
         if self.classifier is not None:
             logits = self.classifier(logits)  # (B, K)
-        if self.only_logits:
-            return logits
         output = TFImageClassifierOutput(
             loss=None if labels is None else classification_loss(logits, labels, self.config),
             logits=logits,
@@ -375,91 +388,88 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
     def compile(
         self, optimizer: Any = "rmsprop", loss: Any = None, metrics: Any = None, **kwargs: Any
     ) -> None:
-        """As in Keras; without a loss, `ClassificationLoss` of the config.
+        """Compile as in Keras; the default loss is `ClassificationLoss` of the config.
 
-        The metric "accuracy" takes class indices, (B,) or (B, 1), and one-hot labels in turn.
+        The metric "accuracy" accepts class indices, (B,) or (B, 1), and one-hot labels, (B, K),
+        also from one batch to the next.
         """
         if loss is None:
             loss = ClassificationLoss(self.config.problem_type, self.config.num_labels)
         if isinstance(metrics, list | tuple) and (self.config.num_labels or 0) > 1:
-            by_name = [each in ("accuracy", "acc") for each in metrics]
+            is_accuracy = [metric in ("accuracy", "acc") for metric in metrics]
             metrics = [
-                Accuracy(name=each) if named else each
-                for each, named in zip(metrics, by_name, strict=True)
+                Accuracy(name=metric) if replaced else metric
+                for metric, replaced in zip(metrics, is_accuracy, strict=True)
             ]
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
 
-    def compute_loss(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras; labels may be among the inputs, as data sets of transformers have them."""
-        return super().compute_loss(x, labels_of(x, y), *args, **kwargs)
-
-    def compute_metrics(self, x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras; labels likewise."""
-        return super().compute_metrics(x, labels_of(x, y), *args, **kwargs)
-
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compile as a saved model was."""
+        """Compile with the arguments of a saved model."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
-    def _resolve_auto_jit_compile(self) -> bool:
-        # On a CPU TensorFlow trains without XLA at nearly twice the speed, and starts at once.
-        if keras.config.backend() == "tensorflow":
-            import tensorflow as tf
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        """Compute the loss of the logits as in Keras; `x` may contain the labels."""
+        labels, logits = select_labels(x, y), select_logits(y_pred)
+        return super().compute_loss(x, labels, logits, sample_weight, training=training)
 
-            return bool(tf.config.list_physical_devices("GPU"))
-        return super()._resolve_auto_jit_compile()
-
-    def _symbolic_build(self, *args: Any, **kwargs: Any) -> Any:
-        with self._logits():
-            return super()._symbolic_build(*args, **kwargs)
-
-    @contextmanager
-    def _logits(self) -> Iterator[None]:
-        self.only_logits = True
-        try:
-            yield
-        finally:
-            self.only_logits = False
-
-    def train_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras, on the logits."""
-        with self._logits():
-            return super().train_step(*args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras, on the logits."""
-        with self._logits():
-            return super().test_step(*args, **kwargs)
+    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """Compute the metrics of the logits as in Keras; `x` may contain the labels."""
+        labels, logits = select_labels(x, y), select_logits(y_pred)
+        return super().compute_metrics(x, labels, logits, sample_weight)
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Keras: the logits."""
-        with self._logits():
-            return super().predict_step(*args, **kwargs)
+        """Compute the logits of one batch."""
+        output = super().predict_step(*args, **kwargs)
+        if keras.config.backend() == "jax":  # its steps are stateless and return the state too
+            output, state = output
+            return select_logits(output), state
+        return select_logits(output)
 
 
-# ------------------------------------------------------------------------------ pixels
+# ------------------------------------------------------------------------------ batches
 
 
-def to_channels_last(image: Any) -> Any:
-    """(B, C, H, W) to (B, H, W, C)."""
-    return ops.transpose(image, (0, 2, 3, 1))
-
-
-def labels_of(inputs: Any, labels: Any) -> Any:
-    """The labels, which may be in a dict with the pixels."""
+def select_labels(inputs: Any, labels: Any) -> Any:
+    """Return the labels, or those in a dict of inputs, as data sets of transformers have them."""
     return inputs.get("labels") if labels is None and isinstance(inputs, dict) else labels
 
 
+def select_logits(output: Any) -> Any:
+    """Return the logits of an output: an `Output`, a tuple whose first value they are, or logits.
+
+    The steps of Keras call the model without labels, so that no loss precedes the logits.
+    """
+    if isinstance(output, TFImageClassifierOutput):
+        return output.logits
+    return output[0] if isinstance(output, tuple) else output
+
+
+def to_channels_last(image: Any) -> Any:
+    """Transpose (B, C, H, W) to (B, H, W, C)."""
+    return ops.transpose(image, (0, 2, 3, 1))
+
+
 def channels_last(pixel_values: Any, config: CvtConfig, data_format: str) -> Any:
-    """The pixels as (B, H, W, C), or a ValueError that names what was expected."""
+    """Check the pixels and return them as (B, H, W, C)."""
     pixel_values = checked_pixels(pixel_values, config, data_format)
     return to_channels_last(pixel_values) if data_format == "channels_first" else pixel_values
 
 
 def checked_pixels(pixel_values: Any, config: CvtConfig, data_format: str) -> Any:
-    """The pixels, or a ValueError that names what was expected."""
-    if isinstance(pixel_values, dict):  # the name by which data sets of transformers have them
+    """Return the pixels, also from a dict with the key `pixel_values`.
+
+    Raises:
+        ValueError: the pixels have a wrong type or shape; the message states what was expected.
+    """
+    if isinstance(pixel_values, dict):
         pixel_values = pixel_values.get("pixel_values")
     if not hasattr(pixel_values, "shape") or not hasattr(pixel_values, "dtype"):
         raise ValueError(
@@ -467,7 +477,7 @@ def checked_pixels(pixel_values: Any, config: CvtConfig, data_format: str) -> An
         )
     shape, first = tuple(pixel_values.shape), data_format == "channels_first"
     channels = config.num_channels
-    wanted = (
+    expected = (
         f"(batch, {channels}, height, width)" if first else f"(batch, height, width, {channels})"
     )
     dtype = keras.backend.standardize_dtype(pixel_values.dtype)
@@ -477,13 +487,13 @@ def checked_pixels(pixel_values: Any, config: CvtConfig, data_format: str) -> An
         )
     if len(shape) != 4 or shape[1 if first else 3] not in (channels, None) or shape[0] == 0:
         raise ValueError(
-            f"pixel_values have shape {shape}; with data_format = {data_format} expected {wanted}"
+            f"pixel_values have shape {shape}; with data_format = {data_format} expected {expected}"
         )
-    least = config.minimum_image_size
+    minimum = config.minimum_image_size
     sides = shape[2:] if first else shape[1:3]
-    if any(side is not None and side < least for side in sides):
+    if any(side is not None and side < minimum for side in sides):
         raise ValueError(
             f"pixel_values are {sides[0]} x {sides[1]} pixels; this model needs at least "
-            f"{least} x {least}"
+            f"{minimum} x {minimum}"
         )
     return pixel_values

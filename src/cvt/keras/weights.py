@@ -1,6 +1,6 @@
-"""Weights of the Keras models: found, read and written under transformers' names, and strictly.
+"""Finds, reads, assigns and writes the weights of the Keras models under transformers' names.
 
-PyTorch is imported for its own files alone (.pth, .bin), not for .safetensors and .h5.
+Only PyTorch's own files (.pth, .bin) require PyTorch; .safetensors and .h5 do not.
 """
 
 import copy
@@ -25,11 +25,11 @@ from cvt.files import pointer_fault, staged
 from cvt.keras.layers import as_config
 from cvt.strict_loading import CLASSIFIER, COUNTER, HEAD, new_weights, verify_folder
 
-Weights = dict[str, np.ndarray]  # under transformers' names, in PyTorch's order of axes
+Weights = dict[str, np.ndarray]  # by transformers' names, with PyTorch's order of axes
 
-# What weights are read from: the first of these files that a folder has.
+# The first of these files that a folder contains is read.
 FILES = ("model.safetensors", "model.safetensors.index.json", "tf_model.h5", "pytorch_model.bin")
-OF_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 SAFETENSORS = {
     "F64": np.float64,
     "F32": np.float32,
@@ -43,39 +43,39 @@ SAFETENSORS = {
 
 
 def load(
-    source: str | os.PathLike, make: Callable[[CvtConfig], keras.Model], **kwargs: Any
+    source: str | os.PathLike, build_model: Callable[[CvtConfig], keras.Model], **kwargs: Any
 ) -> keras.Model:
-    """The model that `make` makes of the source's config, with the source's weights.
+    """Build a model from the source's config and assign the source's weights.
 
     Args:
-        source: as in `TFCvtPreTrainedModel.from_pretrained`, whose errors it raises.
-        make: makes a model.
-        kwargs: `config` in the place of the source's, fields of it to set otherwise, and those for
-            the hub, `OF_HUB`.
+        source: as in `TFCvtPreTrainedModel.from_pretrained`, which documents the errors too.
+        build_model: creates a model from a config.
+        kwargs: `config` to replace the source's, fields of the config to override, `HUB_OPTIONS`,
+            and `verify`, whether to compare a folder with its `checksums.json`.
     """
     verify = kwargs.pop("verify", True)
-    of_hub = {name: kwargs.pop(name) for name in OF_HUB if name in kwargs}
-    given = kwargs.pop("config", None)
+    hub_options = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    given_config = kwargs.pop("config", None)
     default = CvtConfig()
     if unknown := [name for name in kwargs if not hasattr(default, name)]:
         raise TypeError(
             f"from_pretrained does not take {', '.join(unknown)}: it takes config, the config's "
-            "fields and " + ", ".join(OF_HUB)
+            "fields and " + ", ".join(HUB_OPTIONS)
         )
     new_head = "num_labels" in kwargs or "id2label" in kwargs
-    if given is not None:
-        given = CvtConfig.from_dict(as_config(given).to_dict(), **kwargs)
+    if given_config is not None:
+        given_config = CvtConfig.from_dict(as_config(given_config).to_dict(), **kwargs)
     if os.path.isfile(source):
         config, found = read_authors(Path(source), kwargs)
     else:
         if verify:
             verify_folder(source)
-        config = given or CvtConfig.from_pretrained(source, **of_hub, **kwargs)
-        with hub.resolved(source, of_hub) as resolved:
-            files = find(resolved, of_hub)
+        config = given_config or CvtConfig.from_pretrained(source, **hub_options, **kwargs)
+        with hub.resolved(source, hub_options) as resolved:
+            files = find(resolved, hub_options)
         found = {name: weight for file in files for name, weight in read(file).items()}
         check_file_size(config, sum(os.path.getsize(file) for file in files), source, new_head)
-    model = make(given or config)
+    model = build_model(given_config or config)
     is_classifier = bool(HEAD & named_variables(model).keys())
     if os.path.isfile(source) and is_classifier and not (new_head or CLASSIFIER & found.keys()):
         from cvt.checkpoints.authors import headless
@@ -86,16 +86,17 @@ def load(
 
 
 def assign(model: keras.Model, found: Weights, source: Any, new_head: bool = False) -> None:
-    """Give a model weights, all of them and no others.
+    """Assign weights to a model strictly: all of them and no others.
 
     Args:
-        model: one without a head takes a classifier's weights, too.
+        model: the model; a model without a classifier ignores the weights of one.
         found: the weights.
-        source: how messages call where they come from.
-        new_head: leave a classifier that they do not fit as it is, random; that is logged.
+        source: the name of the weights' origin in messages.
+        new_head: keep the random weights of a classifier that the weights do not fit, and log it.
 
     Raises:
-        ValueError: weights are missing, unexpected or of the wrong shape; lists all of them.
+        ValueError: weights are missing, unexpected or of the wrong shape; the message lists all of
+            them.
     """
     variables = named_variables(model)
     shapes = {name: to_torch(np.empty(v.shape, bool)).shape for name, v in variables.items()}
@@ -118,7 +119,7 @@ def assign(model: keras.Model, found: Weights, source: Any, new_head: bool = Fal
 def save(model: keras.Model, folder: str | Path) -> None:
     """Write config.json and model.safetensors, as the PyTorch classes do.
 
-    Files of these names are replaced, others in the folder are left alone.
+    Existing files of these names are replaced; other files in the folder are kept.
     """
     variables = named_variables(model)
     headless = not HEAD & variables.keys()
@@ -138,37 +139,38 @@ def save(model: keras.Model, folder: str | Path) -> None:
 
 
 def named_variables(model: keras.Model) -> dict[str, Any]:
-    """A model's variables under transformers' names of its weights."""
+    """Return the variables of a model by transformers' names; seeds of dropout have none."""
     named = ((keras_to_transformers(variable.path), variable) for variable in model.variables)
-    return {name: variable for name, variable in named if name}  # seeds of dropout have none
+    return {name: variable for name, variable in named if name}
 
 
 def to_keras(weight: np.ndarray) -> np.ndarray:
-    """From PyTorch's order of axes: outputs first, those of a kernel last."""
+    """Transpose from PyTorch's order of axes, (outputs, inputs, ...), to that of Keras."""
     return weight.transpose({2: (1, 0), 4: (2, 3, 1, 0)}.get(weight.ndim, range(weight.ndim)))
 
 
 def to_torch(weight: np.ndarray) -> np.ndarray:
-    """From Keras' order of axes: inputs and outputs last."""
+    """Transpose from the order of axes of Keras, (..., inputs, outputs), to PyTorch's."""
     return weight.transpose({2: (1, 0), 4: (3, 2, 0, 1)}.get(weight.ndim, range(weight.ndim)))
 
 
 # ------------------------------------------------------------------------------ files
 
 
-def find(source: str | os.PathLike, of_hub: dict[str, Any]) -> list[Path]:
-    """The files that hold the weights of a model folder or a repository of the hub.
+def find(source: str | os.PathLike, hub_options: dict[str, Any]) -> list[Path]:
+    """Find the weight files of a model folder or of a repository on the hub.
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: the index of several files is damaged.
+        FileNotFoundError: no weight file exists, or a shard is missing.
+        ValueError: the index of the shards is damaged.
     """
 
-    def located(name: str) -> str | None:
-        return cached_file(source, name, **of_hub, _raise_exceptions_for_missing_entries=False)
+    def locate(name: str) -> str | None:
+        # Without the private argument an absent file and an unreachable hub raise the same error.
+        return cached_file(source, name, **hub_options, _raise_exceptions_for_missing_entries=False)
 
     for name in FILES:
-        if path := located(name):
+        if path := locate(name):
             break
     else:
         raise FileNotFoundError(f"{source} has no weights: none of {', '.join(FILES)}")
@@ -178,17 +180,17 @@ def find(source: str | os.PathLike, of_hub: dict[str, Any]) -> list[Path]:
         shards = sorted(set(json.loads(Path(path).read_text())["weight_map"].values()))
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} is not a whole index of weights: {error}") from error
-    paths = {shard: located(shard) for shard in shards}
+    paths = {shard: locate(shard) for shard in shards}
     if absent := [shard for shard, found in paths.items() if not found]:
         raise FileNotFoundError(f"{source} lacks {', '.join(absent)}, which {name} names")
     return [Path(found) for found in paths.values() if found]
 
 
 def read(path: Path) -> Weights:
-    """The weights in a .safetensors, .h5 or .bin file; those of a model without a head, too.
+    """Read the weights in a .safetensors, .h5 or .bin file of a model with or without a classifier.
 
     Raises:
-        ValueError: the file is damaged, a pointer of git-lfs, or holds what is no weight of a CvT.
+        ValueError: the file is damaged, is a git-lfs pointer, or holds a weight that no CvT has.
     """
     if fault := pointer_fault(path):
         raise ValueError(fault)
@@ -215,10 +217,10 @@ def read(path: Path) -> Weights:
 
 
 def read_h5(path: Path) -> Weights:
-    """The weights in a tf_model.h5, as transformers 4 wrote it.
+    """Read the weights in a tf_model.h5 of transformers 4.
 
     Raises:
-        ValueError: the file is damaged, or holds what is no weight of a CvT.
+        ValueError: the file is damaged, or holds a weight that no CvT has.
     """
     import h5py
 
@@ -244,14 +246,14 @@ def read_h5(path: Path) -> Weights:
 
 
 def read_authors(path: Path, fields: dict[str, Any]) -> tuple[CvtConfig, Weights]:
-    """The config and the weights of an authors' .pth file; needs PyTorch.
+    """Read the config and the weights of an authors' .pth file; this requires PyTorch.
 
     Args:
         path: the file.
-        fields: of the config, to be set otherwise.
+        fields: the fields of the config to override.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds NaN or infinity.
+        CheckpointError: the file cannot be read, or contains NaN or infinity.
     """
     from cvt.checkpoints.authors import nonfinite, read_file
     from cvt.checkpoints.reading import CheckpointError
