@@ -243,7 +243,7 @@ def test_int8_below_the_agreement_asked_for_is_not_written(digits, tmp_path, mon
 
     monkeypatch.setattr(cvt.export, "quantized", spoiled)
     arguments = {"precision": "int8", "calibration": digits / "images", "calibration_images": 50}
-    with pytest.raises(ValueError, match=r"of 50 images .* \d+\.\d\d% .* 99.00% is asked for"):
+    with pytest.raises(ValueError, match=r"of 50 images .* \d+\.\d\d% .* 99.00% is required"):
         export(digits / "model", tmp_path / "out", "onnx", **arguments)
     assert list(tmp_path.iterdir()) == []
 

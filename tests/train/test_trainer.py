@@ -183,7 +183,7 @@ def test_speed_is_told_for_every_epoch_and_what_would_help_once(recipe, tmp_path
     assert all(0 < float(row["waiting"]) < 1 for row in rows)
     (advice,) = [line for line in watcher.said if "waiting for images" in line]
     assert "of the time in epoch 2 " in advice
-    assert advice.endswith(f"what helps: more workers (now 0, on {os.cpu_count()} cores)")
+    assert advice.endswith(f"more workers help (now 0, on {os.cpu_count()} cores)")
 
 
 def test_steps_end_the_run_instead_of_epochs(recipe, tmp_path):
