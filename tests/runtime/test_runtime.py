@@ -656,7 +656,7 @@ def test_a_graph_for_other_pixels_than_is_said_of_it_is_refused(
     write_export(tmp_path, kind, model, ("batch",))
     path = tmp_path / file
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    with pytest.raises(ValueError, match=r"what it takes and what export\.json and config\.json"):
+    with pytest.raises(ValueError, match=r"its pixels and those of export\.json and config\.json"):
         open_runtime(tmp_path)
 
 

@@ -388,7 +388,7 @@ def test_an_export_that_takes_other_pixels_than_is_said_is_refused(exported, tmp
     said = json.loads((folder / "export.json").read_text())
     (folder / "export.json").write_text(json.dumps(said | {"dynamic": ["batch"]}))
     with pytest.raises(
-        ValueError, match=r"say of it differ: \(any, 3, any, any\) and \(any, 3, 32"
+        ValueError, match=r"config\.json differ: \(any, 3, any, any\) and \(any, 3, 32"
     ):
         open_runtime(folder)
 
