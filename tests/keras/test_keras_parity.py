@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from helpers.keras_models import compiled, stateless
 from helpers.small_models import assert_equal, images, mixed, random_case, randomise, seeds, tiny
 from keras import initializers, ops
 from scipy import stats
@@ -78,34 +79,6 @@ def by_name(output, data_format="channels_first"):
 
 
 # ------------------------------------------------------------------------------ backends
-
-
-def stateless(model, function):
-    """For JAX: a function of the model's variables and arrays to the output and the variables."""
-
-    def call(state, *arrays):
-        with keras.StatelessScope(zip(model.variables, state, strict=True)) as scope:
-            output = function(*arrays)
-        return output, [scope.get_current_value(variable) for variable in model.variables]
-
-    return call
-
-
-def compiled(model, function):
-    """`function` of arrays, which calls `model`; JAX would compile operation by operation."""
-    if BACKEND != "jax":
-        return function
-    import jax
-
-    step = jax.jit(stateless(model, function))
-
-    def call(*arrays):
-        output, state = step([variable.value for variable in model.variables], *arrays)
-        for variable, value in zip(model.variables, state, strict=True):
-            variable.assign(value)
-        return output
-
-    return call
 
 
 def gradients(model, loss):
@@ -365,10 +338,13 @@ def test_positional_arguments_are_in_the_order_of_transformers():
     ]
     _, ours = pair(mixed())
     pixels = images(batch=2, height=16, width=20)
-    features = ours.cvt(pixels, True, False)
+    call = compiled(
+        ours, lambda pixels: (ours.cvt(pixels, True, False), ours(pixels, None, True, False))
+    )
+    features, output = call(pixels.numpy())
     assert isinstance(features, tuple)
     assert [state.shape[1] for state in features[-1]] == [8, 16, 24]
-    logits, hidden_states = ours(pixels, None, True, False)
+    logits, hidden_states = output
     assert (tuple(logits.shape), len(hidden_states)) == ((2, 5), 3)
 
 

@@ -13,6 +13,7 @@ from cvt.keras.losses import ClassificationLoss
 import keras  # isort: skip  # behind cvt, which keeps Triton apart from TensorFlow
 from keras import losses, ops  # isort: skip
 
+BACKEND = keras.config.backend()
 IMAGES, CLASSES, SIZE = 12, 3, 8
 EAGERLY = {"run_eagerly": True}  # compiling takes longer than what is tested
 
@@ -53,6 +54,11 @@ def adam():
     return keras.optimizers.Adam(0.01)
 
 
+def sgd():
+    """A few operations a weight, a small share of Adam's: faster to run eagerly and to compile."""
+    return keras.optimizers.SGD(0.1)
+
+
 def numbers(variables):
     return [np.array(ops.convert_to_numpy(variable)) for variable in variables]
 
@@ -65,13 +71,13 @@ def same(ours, theirs, tolerance=1e-6):
 @pytest.mark.parametrize(
     ("data_format", "dtype", "how"),
     [
-        ("channels_first", "float32", {"jit_compile": keras.config.backend() != "torch"}),
-        ("channels_last", "mixed_bfloat16", {"jit_compile": False}),
+        ("channels_first", "float32", {"jit_compile": BACKEND != "torch"}),
+        ("channels_last", "mixed_bfloat16", {"jit_compile": BACKEND == "jax"}),
     ],
 )
 def test_fit_lowers_the_loss(data_format, dtype, how):
     model = make(data_format=data_format, dtype=dtype)
-    model.compile(adam(), **how)
+    model.compile(sgd(), **how)
     history = model.fit(*data(data_format), epochs=3, shuffle=False, verbose=0)
     assert history.history["loss"] == sorted(history.history["loss"], reverse=True)
     assert {keras.backend.standardize_dtype(v.dtype) for v in model.weights} == {"float32"}
@@ -81,7 +87,7 @@ def test_fit_lowers_the_loss(data_format, dtype, how):
 def test_a_step_changes_every_trainable_weight():
     model = make({"depth": [2]})
     before = numbers(model.trainable_variables)
-    model.compile(adam(), **EAGERLY)
+    model.compile(adam(), **EAGERLY)  # Adam's step is large however small the gradient is
     model.train_on_batch(*data())
     after = numbers(model.trainable_variables)
     unchanged = [
@@ -99,7 +105,7 @@ def test_a_step_changes_every_trainable_weight():
 def test_evaluate_and_predict_see_the_logits_and_a_call_the_whole_output():
     model = make()
     images, labels = data()
-    model.compile(adam(), metrics=["accuracy"], **EAGERLY)
+    model.compile(sgd(), metrics=["accuracy"], **EAGERLY)
     trained = model.train_on_batch(images, labels, return_dict=True)
     assert trained.keys() == {"loss", "accuracy"}
     logits = model.predict(images, verbose=0)
@@ -187,7 +193,7 @@ def test_images_of_weight_0_teach_nothing():
     results = []
     for wrong in (1, 2):
         model = make()
-        model.compile(adam(), **EAGERLY)
+        model.compile(sgd(), **EAGERLY)
         wronged = np.where(weights, labels, (labels + wrong) % CLASSES)
         model.fit(images, wronged, sample_weight=weights, epochs=2, verbose=0, shuffle=False)
         results.append(numbers(model.variables))
@@ -196,7 +202,7 @@ def test_images_of_weight_0_teach_nothing():
 
 def test_callbacks_and_validation_data_work(tmp_path):
     model = make()
-    model.compile(adam(), metrics=["accuracy"], **EAGERLY)
+    model.compile(sgd(), metrics=["accuracy"], **EAGERLY)
     rates = []
     history = model.fit(
         *data(),
@@ -213,7 +219,7 @@ def test_callbacks_and_validation_data_work(tmp_path):
             ),
         ],
     )
-    assert rates == pytest.approx([0.005, 0.0025])
+    assert rates == pytest.approx([0.05, 0.025])
     with open(tmp_path / "log.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2
@@ -240,7 +246,7 @@ def test_a_saved_model_goes_on_as_if_it_had_not_been_saved(tmp_path):
 def test_one_model_takes_labels_of_every_form():
     images, labels = data()
     model = make({"problem_type": "single_label_classification"})
-    model.compile(adam(), metrics=["accuracy"])
+    model.compile(sgd(), metrics=["accuracy"])
     forms = (labels, labels[:, None], np.eye(CLASSES, dtype="int64")[labels])
     results = [model.evaluate(images, form, verbose=0) for form in forms]
     right = model.predict(images, verbose=0).argmax(axis=1) == labels
@@ -254,7 +260,7 @@ def test_labels_may_be_among_the_inputs():
     together = {"pixel_values": images, "labels": labels}
     apart, joined = make(), make()
     for model in (apart, joined):
-        model.compile(adam(), metrics=["accuracy"], **EAGERLY)
+        model.compile(sgd(), metrics=["accuracy"], **EAGERLY)
     same(joined.train_on_batch(together), apart.train_on_batch(images, labels))
     same(joined.test_on_batch(together), apart.test_on_batch(images, labels))
     same([joined.predict_on_batch(together)], [apart.predict_on_batch(images)])
@@ -264,7 +270,7 @@ def test_a_frozen_backbone_keeps_its_weights_and_statistics():
     model = make()
     model.cvt.trainable = False
     before, head = numbers(model.cvt.variables), numbers(model.classifier.variables)
-    model.compile(adam(), **EAGERLY)
+    model.compile(sgd(), **EAGERLY)
     model.fit(*data(), epochs=2, verbose=0)
     same(numbers(model.cvt.variables), before, 0)
     assert len(model.trainable_variables) == 4
@@ -299,13 +305,13 @@ def test_a_subclass_trains_on_its_own_logits():
     plain = make()
     logits = numbers([plain(images).logits])[0]
     model = make(cls=Sharper)
-    model.compile(adam(), **EAGERLY)
+    model.compile(sgd(), **EAGERLY)
     same([model.predict(images, verbose=0), numbers([model(images)])[0]], [2 * logits] * 2)
     first = model.train_on_batch(images, labels)
     assert model.train_on_batch(images, labels) < first
     model = make(cls=Doubled)
-    model.compile(adam(), **EAGERLY)
-    plain.compile(adam(), **EAGERLY)
+    model.compile(sgd(), **EAGERLY)
+    plain.compile(sgd(), **EAGERLY)
     assert model.train_on_batch(images, labels) == pytest.approx(
         2 * plain.train_on_batch(images, labels)
     )
@@ -351,7 +357,7 @@ def test_a_model_is_a_layer_of_a_larger_one(build):
     images, labels = data()
     model = build(images)
     loss = losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(adam(), loss, **EAGERLY)
+    model.compile(sgd(), loss, **EAGERLY)
     values = model.fit(images, labels, epochs=3, verbose=0, shuffle=False).history["loss"]
     assert values == sorted(values, reverse=True)
     statistics = [v for v in model.non_trainable_variables if v.name == "moving_mean"]

@@ -68,7 +68,8 @@ def compiled_by_xla() -> bool:
     """Return whether the current call is traced for XLA.
 
     TensorFlow has no public function for this, and `model.jit_compile` does not cover a caller's
-    own `tf.function(model, jit_compile=True)`. This is the only private API in `cvt.keras`.
+    own `tf.function(model, jit_compile=True)`. No other private function of TensorFlow or Keras is
+    used in `cvt.keras`.
     """
     if keras.config.backend() != "tensorflow":
         return keras.config.backend() == "jax"
