@@ -35,7 +35,8 @@ def convert(
         Path | None, typer.Option(help="Class names: a text file, a line each, or a JSON file.")
     ] = None,
     num_labels: Annotated[
-        int | None, typer.Option(min=1, help="Make a new, random classifier of so many classes.")
+        int | None,
+        typer.Option(min=1, help="Create a new classifier of this many classes."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="config.json of an authors' file that is no variant.")

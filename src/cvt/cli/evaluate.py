@@ -56,7 +56,7 @@ def evaluate(
         ),
     ] = None,
     subset: Annotated[
-        bool, typer.Option("--subset", help="Only the classes that the data has compete.")
+        bool, typer.Option("--subset", help="Predict only classes that occur in the data.")
     ] = False,
     real_labels: Annotated[
         Path | None, typer.Option(help="ImageNet-ReaL's real.json, to compare with it too.")
@@ -67,7 +67,7 @@ def evaluate(
     image_column: Annotated[str | None, typer.Option(help="Column of a table's images.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of a table's labels.")] = None,
     no_verify: NoVerify = False,
-    force: Annotated[bool, typer.Option(help="Overwrite what output and report name.")] = False,
+    force: Annotated[bool, typer.Option(help="Overwrite existing output and report.")] = False,
 ) -> None:
     """Measure accuracy, per class too, and calibration; classes are matched by name."""
     from cvt.cli.console import bar, open_classifier, out, quiet_libraries

@@ -44,7 +44,8 @@ def predict(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per image.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the output of an interrupted run.")
+        bool,
+        typer.Option("--resume", help="Resume an interrupted run and its output."),
     ] = False,
     no_verify: NoVerify = False,
     force: Annotated[
@@ -55,7 +56,7 @@ def predict(
     if output is not None and output.suffix not in (".csv", ".jsonl"):
         raise typer.BadParameter(f"{output} must end in .csv or .jsonl", param_hint="--output")
     if resume and output is None:
-        raise typer.BadParameter("resumes an --output", param_hint="--resume")
+        raise typer.BadParameter("needs an --output", param_hint="--resume")
     from cvt.cli.console import err, open_classifier, quiet_libraries
     from cvt.inference.predict import find_images, scores_per_image
     from cvt.inference.predict import predict as predict_files

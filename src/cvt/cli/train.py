@@ -33,7 +33,7 @@ def train(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Run folder to make (default runs/ and the recipe's name, or train)."),
+        typer.Option(help="Run folder to create (default runs/ and the recipe's name, or train)."),
     ] = None,
     resume: Annotated[
         bool,
