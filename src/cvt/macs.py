@@ -129,7 +129,7 @@ class MacCounter(TorchDispatchMode):
     ) -> Any:
         name = str(func.overloadpacket)
         if name not in RULES and not _is_free(func, name):
-            with self:  # what is made of other operators is counted as they are
+            with self:  # what consists of other operators is counted as they are
                 result = func.decompose(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result

@@ -88,7 +88,7 @@ class Profile:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Watches the tensors made inside it, fake or real; `peak` is the most bytes alive at a time.
+    """Watches tensors created inside it, fake or real; `peak` is the most bytes alive at a time.
 
     Args:
         tensors: those alive from the start, to be counted too.

@@ -104,7 +104,7 @@ def load_authors(
     Args:
         path: an authors' .pth file, or one under transformers' names.
         config: as in `read_file`.
-        num_labels: make a new, random classifier for so many classes if the file's has others, or
+        num_labels: create a new, random classifier for so many classes if the file's has others, or
             if it has none.
         hidden_act: as in `read_file`.
         allow_nonfinite: accept NaN and infinite weights.

@@ -58,7 +58,7 @@ def convert(
         image_size: resolution of the preprocessing in pixels; else the source's, else that of
             the published file of this name, else 224.
         labels: a file of class names, see `cvt.data.class_names.read_labels`; else the source's.
-        num_labels: make a new, random classifier for so many classes if the source's has others.
+        num_labels: create a new, random classifier for so many classes if the source's has others.
         config: a config.json for weights of no published variant, or without `dw_bn` projections.
         hidden_act: the activation, where the source's own is wrong, as in a folder downloaded from
             the hub, which does not record its QuickGELU.

@@ -33,7 +33,7 @@ def load_classifier(
         source: an authors' .pth file, a model folder, a folder with an adapter of PEFT, or the name
             of a published checkpoint; or what `model_source` returned for it.
         config: a config.json for an authors' file that is no published variant.
-        num_labels: make a new, random classifier for so many classes if the source's has others.
+        num_labels: create a new, random classifier for so many classes if the source's has others.
         hidden_act: the activation, if not the source's own.
         allow_nonfinite: accept NaN and infinite weights in an authors' file.
         verify: compare a folder with its `checksums.json`, where it has one.
@@ -162,10 +162,10 @@ def load_processor(
 
 
 def image_size_of(processor: Any) -> int:
-    """Height and width, in pixels, of the square images that an image processor makes.
+    """Height and width, in pixels, of the square images that an image processor returns.
 
     Raises:
-        ValueError: it makes others.
+        ValueError: it returns others.
     """
     size = processor.size
     if size.shortest_edge or (size.height and size.height == size.width):

@@ -1,6 +1,6 @@
 """Image files, decoded with Pillow, safely.
 
-`decode` makes 8-bit RGB of whatever is in an image file. What it does with each kind:
+`decode` converts an image file to 8-bit RGB. What it does with each kind:
 
 | kind | what becomes of it |
 |---|---|
@@ -154,7 +154,7 @@ def decode(
             processor needs. By default images are decoded whole.
         max_pixels: the pixels that an image may have; `MAX_PIXELS` by default.
         least_of_large: the pixels that the short side of an image of more than `LARGE_PIXELS` must
-            keep: it is made smaller, by a whole factor, so that it takes little memory.
+            keep: it is reduced, by a whole factor, so that it takes little memory.
 
     Returns:
         A new PIL image of mode RGB, without metadata.

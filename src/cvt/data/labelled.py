@@ -104,7 +104,7 @@ class StreamedImages:
         classes: the names of the classes in the order of a classifier's outputs.
         length: how many images one pass has, where that is known without reading them all.
         rows: what is streamed.
-        sample: makes an image and the name of its class of a row.
+        sample: returns the image and the name of the class of a row.
     """
 
     classes: list[str]

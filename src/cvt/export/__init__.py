@@ -95,7 +95,7 @@ def export(
         to: a key of `FILES`; see the table above.
         precision: `fp32`, `bf16`, `fp16` or `int8`.
         dynamic: what may differ from call to call: `batch`, `size`, both or neither.
-        image_size: height and width, in pixels, that the graph is made and preprocessing is set
+        image_size: height and width, in pixels, that the graph and the preprocessing are set
             for; the source's by default.
         calibration: for int8, a folder with images of the kind that the model is for.
         min_agreement: for int8, the share of images, from 0 to 1, that must get the same class.

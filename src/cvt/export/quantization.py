@@ -84,7 +84,7 @@ def real_batches(
         images: to check with.
         processor: the model's.
         shapes: number, height and width of the images of a batch; they are resized from what the
-            processor makes of them.
+            processor computes from them.
     """
     remaining = list(images)
     for B, *size in chain(shapes, repeat((LARGEST_BATCH, *shapes[0][1:]))):

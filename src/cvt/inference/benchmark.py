@@ -288,7 +288,7 @@ def write_benchmark(
 
     Args:
         results: what to write.
-        folder: where; it is made.
+        folder: to write to; it is created.
         about: columns that all rows share.
         title: of the picture.
     """

@@ -1,4 +1,4 @@
-"""What makes a model train faster or in less memory, put on it from above, as `cvt.fuse` is.
+"""Faster training, or training in less memory, applied to a model from outside, as `cvt.fuse` is.
 
 Each function changes a model in place and gives the same outputs and gradients; none leaves a trace
 in a state dict or a saved config.

@@ -61,7 +61,7 @@ class DenseDepthwiseConv(nn.Conv2d):
 
 
 class DenseGradientBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d whose gradient is made contiguous.
+    """BatchNorm2d whose gradient is contiguous.
 
     Tokens behind a class token have a gradient with gaps, of which a CPU's BatchNorm is slow.
     """

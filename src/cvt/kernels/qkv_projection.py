@@ -4,7 +4,7 @@ In the paper's form each of the three is a depthwise convolution, BatchNorm and 
 class token skips the first two. Done one after the other, they read the tokens three times and move
 what they make of them four times more. Here:
 
-- `cvt::convolve` makes all three convolutions of the tokens at once, and with them the mean and the
+- `cvt::convolve` computes all three convolutions of the tokens at once, with them the mean and the
   variance of each channel, which a BatchNorm in training wants.
 - A BatchNorm is a line, channel by channel, so it is folded into the Linear behind it, with the
   batch's own statistics too. Its backward pass needs no pass over the tokens either: autograd
@@ -19,7 +19,7 @@ The kernels were checked in Triton's interpreter and never run on a GPU, so noth
 unless asked to.
 
 B batch, C channels, N tokens with the class token, if there is one, in front; (H, W) their grid.
-q, k and v stand for what is made of the tokens for queries, keys and values.
+q, k and v stand for what is computed from the tokens for queries, keys and values.
 """
 
 import os

@@ -79,7 +79,7 @@ def rows_of(table, ROWS: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def zeros(COUNT: tl.constexpr, CELLS: tl.constexpr, CHANNELS: tl.constexpr):
-    """A tuple of sums to be made."""
+    """A tuple of sums to compute."""
     sums = ()
     for _ in tl.static_range(COUNT):
         sums = sums + (tl.full([CELLS, CHANNELS], 0.0, tl.float32),)

@@ -104,7 +104,7 @@ class Runtime(ABC):
             )
 
     def images_at_once(self, pixels: Tensor) -> int:
-        """Of how many of these images a call of `_run` is made; those left over come singly."""
+        """How many of these images a call of `_run` takes; the rest are run one by one."""
         return len(pixels)
 
     def checked(self, pixels: Tensor | np.ndarray, of_processor: bool = False) -> Tensor:

@@ -308,10 +308,10 @@ class FusedStage(nn.Module):
 
 
 class FusedCvt(nn.Module):
-    """What `fuse` makes: called like the model it was made from, but without labels.
+    """What `fuse` returns: called like the original model, but without labels.
 
     It stays in eval mode, gives no gradients, and no state dict holds its weights: save the model
-    that it was made from. `.to(device)` moves it.
+    that it was computed from. `.to(device)` moves it.
     """
 
     def __init__(
@@ -442,7 +442,7 @@ def fuse(
         )
     if any(module.training for module in model.modules()):
         raise ValueError("the model is in training mode; call model.eval() before fusing it")
-    is_offloaded = hasattr(model, "hf_device_map")  # else a model on meta was made to be counted
+    is_offloaded = hasattr(model, "hf_device_map")  # else a model on meta was built to be counted
     if is_offloaded or not all(parameter.is_meta for parameter in model.parameters()):
         refuse_offloaded(model)
     dtype = dtype or model.dtype

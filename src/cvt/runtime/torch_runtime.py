@@ -117,7 +117,7 @@ class CompiledRuntime(FusedRuntime):
 class CudaGraph:
     """A model as a CUDA graph for pixels of one shape.
 
-    The graphs of `torch.compile(mode="reduce-overhead")` belong to the thread that made them; any
+    The graphs of `torch.compile(mode="reduce-overhead")` belong to the capturing thread; any
     thread may replay this one, while no other runs that shares its memory.
 
     Args:
@@ -136,7 +136,7 @@ class CudaGraph:
         self.graph = torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):  # compiles; libraries make what they need when they are first used
+            for _ in range(3):  # compiles; libraries allocate what they need at first use
                 model(self.pixels, return_dict=True)
         # "thread_local": other threads may use the GPU meanwhile. The capture waits for `stream`.
         with CAPTURE, torch.cuda.graph(self.graph, memory, stream, "thread_local"):

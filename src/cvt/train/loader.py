@@ -38,7 +38,7 @@ def seed_all(*numbers: int) -> None:
 
 
 class Draw(NamedTuple):
-    """One view to make of one image: which, its class, and the numbers that seed the view."""
+    """One view of one image: which, its class, and the numbers that seed the view."""
 
     image: Source
     target: int
@@ -126,13 +126,13 @@ def batches(
 ) -> Iterator[Batch]:
     """This process's batches from step `start` to the end of the run.
 
-    Each worker makes whole batches, two ahead, on one thread, which is torch's way with workers.
+    Each worker builds whole batches, two ahead, on one thread, which is torch's way with workers.
 
     Raises:
         cvt.data.workers.Interrupted: `interrupted` was true, and no batch came for
             `POLL_SECONDS`.
     """
-    # What the smallest crop keeps, of which a view is made.
+    # What the smallest crop keeps, which becomes a view.
     crop = recipe.image_size * math.sqrt(recipe.crop_ratio / recipe.crop_scale)
     read = partial(
         decode,

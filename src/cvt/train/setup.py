@@ -267,7 +267,7 @@ def _model(
 def _prepared(
     model: Any, recipe: Recipe, device: torch.device, world: int
 ) -> tuple[Any, ModelEmaV3 | None]:
-    """The model on its device, with what makes its steps cheaper, and its average."""
+    """The model on its device, with the cheaper steps of the recipe, and its average."""
     if recipe.recompute_activations:
         recompute_activations(model)
     if recipe.gradient_checkpointing:
