@@ -14,6 +14,9 @@ if TYPE_CHECKING:  # the same names as in _HOME and _MODULES, for mypy, pyright 
     from cvt.configuration import CvtConfig as CvtConfig
     from cvt.data.preprocessing import image_processor as image_processor
     from cvt.inference.classifier import Classifier as Classifier
+    from cvt.inference.explain import Explainer as Explainer
+    from cvt.inference.explain import explain as explain
+    from cvt.inference.explanation import Explanation as Explanation
     from cvt.keras import TFCvtForImageClassification as TFCvtForImageClassification
     from cvt.keras import TFCvtModel as TFCvtModel
     from cvt.modeling import CvtForImageClassification as CvtForImageClassification
@@ -34,6 +37,9 @@ _HOME = {
     "fuse": "runtime.fused",
     "image_processor": "data.preprocessing",
     "Classifier": "inference.classifier",
+    "explain": "inference.explain",
+    "Explainer": "inference.explain",
+    "Explanation": "inference.explanation",
     "PixelError": "runtime.base",
 }
 _MODULES = ("checkpoints",)

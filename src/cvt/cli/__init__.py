@@ -10,6 +10,7 @@ from cvt.cli.benchmark import benchmark
 from cvt.cli.convert import convert
 from cvt.cli.demo import demo
 from cvt.cli.evaluate import evaluate
+from cvt.cli.explain import explain
 from cvt.cli.export import export
 from cvt.cli.info import info
 from cvt.cli.predict import predict
@@ -47,7 +48,7 @@ def cvt(
     """
 
 
-for command in (predict, train, evaluate, export, benchmark, convert, info, recipes, demo):
+for command in (predict, train, evaluate, explain, export, benchmark, convert, info, recipes, demo):
     app.command()(command)
 
 

@@ -197,27 +197,7 @@ class Classifier:
         return predict(self.runtime, self.processor, sources, *settings)
 
     def _source(self, image: Any) -> Source:
-        """What `cvt.inference.predict` takes, of what a call takes."""
-        if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
-            if not self.allow_urls:
-                raise ValueError(f"{image}: URLs are fetched only by Classifier(allow_urls=True)")
-            return StoredImage(image, partial(fetched, image))
-        if isinstance(image, str) and is_content(image):
-            return StoredImage("<text>", partial(decode, image))  # which raises
-        if isinstance(image, str | os.PathLike):
-            return Path(image)
-        if isinstance(image, StoredImage):
-            return image
-        if isinstance(image, bytes):
-            return StoredImage("<bytes>", image)
-        if isinstance(image, np.ndarray):
-            return StoredImage("<array>", partial(from_array, image))
-        if isinstance(image, Image.Image):
-            return StoredImage(getattr(image, "filename", "") or "<PIL image>", image)
-        raise TypeError(
-            "an image is a path, bytes, a PIL image, an array or a URL, "
-            f"not {type(image).__module__}.{type(image).__qualname__}"
-        )
+        return image_source(image, self.allow_urls)
 
     def _with_columns(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A batch of Ray Data with the columns `label`, `score` and `error`.
@@ -263,7 +243,37 @@ def _streamed(result: Prediction | Result) -> dict[str, Any]:
     return {"path": str(result.path), "error": result.error}
 
 
-# ------------------------------------------------------------------------------ arrays and URLs
+# ------------------------------------------------------------------------------ images
+
+
+def image_source(image: Any, allow_urls: bool = False) -> Source:
+    """What `cvt.data.decoding.decode` takes, of an image as a `Classifier` takes it.
+
+    Raises:
+        ImageError: a string is an image in base64.
+        TypeError: it is no image at all.
+        ValueError: it is a URL, and these are not allowed.
+    """
+    if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
+        if not allow_urls:
+            raise ValueError(f"{image}: URLs are fetched only by Classifier(allow_urls=True)")
+        return StoredImage(image, partial(fetched, image))
+    if isinstance(image, str) and is_content(image):
+        return StoredImage("<text>", partial(decode, image))  # which raises
+    if isinstance(image, str | os.PathLike):
+        return Path(image)
+    if isinstance(image, StoredImage):
+        return image
+    if isinstance(image, bytes):
+        return StoredImage("<bytes>", image)
+    if isinstance(image, np.ndarray):
+        return StoredImage("<array>", partial(from_array, image))
+    if isinstance(image, Image.Image):
+        return StoredImage(getattr(image, "filename", "") or "<PIL image>", image)
+    raise TypeError(
+        "an image is a path, bytes, a PIL image, an array or a URL, "
+        f"not {type(image).__module__}.{type(image).__qualname__}"
+    )
 
 
 def from_array(array: np.ndarray) -> Image.Image:
