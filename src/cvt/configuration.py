@@ -182,11 +182,11 @@ def check_lengths(lists: Mapping[str, Any]) -> None:
     stages = len(lists["depth"])
     if stages > MAX_BLOCKS:
         raise ValueError(
-            f"depth makes {stages} stages: there may be at most {MAX_BLOCKS} blocks in all"
+            f"depth lists {stages} stages: there may be at most {MAX_BLOCKS} blocks in all"
         )
     if wrong := [name for name, values in lists.items() if len(values) != stages]:
         raise ValueError(
-            f"depth = {list(lists['depth'])!r} makes {stages} stages; of another length: "
+            f"depth = {list(lists['depth'])!r} lists {stages} stages; of another length: "
             + ", ".join(f"{name} ({len(lists[name])})" for name in wrong)
         )
 
@@ -252,7 +252,7 @@ def check_queries(queries: int, tokens: int, grid: tuple[int, int]) -> None:
     """Raises a ValueError where queries cannot be added to tokens; the authors broadcast one."""
     if queries not in (tokens, 1):
         raise ValueError(
-            f"kernel_qkv, stride_q and padding_q make {queries} queries of {tokens} tokens "
+            f"kernel_qkv, stride_q and padding_q give {queries} queries of {tokens} tokens "
             f"({grid[0]} x {grid[1]}); the residual connection needs as many queries as tokens"
         )
 
@@ -377,7 +377,7 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
             setattr(self, name, checked)
         if (blocks := sum(self.depth)) > MAX_BLOCKS:
             raise ValueError(
-                f"depth makes {blocks} blocks in {len(self.depth)} stages: there may be at most "
+                f"depth gives {blocks} blocks in {len(self.depth)} stages: there may be at most "
                 f"{MAX_BLOCKS} in all"
             )
         if list(self.id2label or {}) != list(range(self.num_labels or 0)):

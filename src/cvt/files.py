@@ -125,11 +125,11 @@ def follow_umask(paths: Iterable[Path], folder: Path) -> None:
         file, subfolder = Path(probe, "file"), Path(probe, "folder")
         file.touch()
         subfolder.mkdir()
-        of_file, of_folder = (stat.S_IMODE(path.stat().st_mode) for path in (file, subfolder))
+        file_mode, folder_mode = (stat.S_IMODE(path.stat().st_mode) for path in (file, subfolder))
     for path in paths:
         if not path.is_symlink():
             mode = stat.S_IMODE(path.stat().st_mode)
-            wanted = mode | (of_folder if path.is_dir() else of_file)
+            wanted = mode | (folder_mode if path.is_dir() else file_mode)
             if wanted != mode:
                 path.chmod(wanted)
 

@@ -23,7 +23,7 @@ def check_counts(**counts: Any) -> None:
         counts: the numbers by their names, which are those in `BOUNDS`.
 
     Raises:
-        TypeError: one is no whole number; names it.
+        TypeError: one is not a whole number; names it.
         ValueError: one is out of its bounds; names both.
     """
     for name, count in counts.items():

@@ -8,7 +8,7 @@ from cvt.problem_type import problem_of, unknown_classes
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: CvtConfig) -> Tensor:
-    """The loss of `config.problem_type`, or of the problem that the labels make likely.
+    """The loss of `config.problem_type`, or of the problem inferred from the labels.
 
     Args:
         logits: (B, K).

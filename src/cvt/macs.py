@@ -45,8 +45,8 @@ def _attention_backward(
     result: Any, gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> int:
     """Scores once more, and the gradients of weights, query, key and value."""
-    of_a_width = query[..., 0].numel() * key.shape[-2]
-    return of_a_width * (3 * query.shape[-1] + 2 * value.shape[-1])
+    products = query[..., 0].numel() * key.shape[-2]
+    return products * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
 def _convolve(

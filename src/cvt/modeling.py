@@ -392,7 +392,7 @@ class CvtPreTrainedModel(PreTrainedModel):
                 init.xavier_uniform_(module.weight)
             else:
                 init.trunc_normal_(module.weight, std=std)
-            if module.bias is not None and is_head:  # the authors leave it as PyTorch makes it
+            if module.bias is not None and is_head:  # the authors keep PyTorch's own
                 init.uniform_(module.bias, -(module.in_features**-0.5), module.in_features**-0.5)
             elif module.bias is not None:
                 init.zeros_(module.bias)

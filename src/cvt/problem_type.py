@@ -15,7 +15,7 @@ def problem_of(
     """One of `PROBLEMS`, and whether the labels are class indices.
 
     Args:
-        problem_type: the configuration's; None to take the problem that the labels make likely.
+        problem_type: the configuration's; None to infer the problem from the labels.
         num_labels: the configuration's.
         integers: whether the labels are integers.
         labels: their shape; None, here and there, fits any number.

@@ -1,4 +1,4 @@
-"""transformers' loading and saving made strict: every fault is listed at once."""
+"""Strict loading and saving over transformers' own: every fault is listed at once."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from cvt.text import printable
 logger = logging.getLogger(__name__)
 
 COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm; nothing reads it, and old files lack it
-ADAPTER = "adapter_config.json"  # which makes a folder one of an adapter of PEFT
+ADAPTER = "adapter_config.json"  # which an adapter folder of PEFT has
 CLASSIFIER = {"classifier.weight", "classifier.bias"}
 HEAD = CLASSIFIER | {"layernorm.weight", "layernorm.bias"}
 

@@ -1,4 +1,4 @@
-"""Names from files, made safe for a terminal, a page and a spreadsheet."""
+"""Names from files, escaped for a terminal, a page and a spreadsheet."""
 
 import re
 

@@ -288,10 +288,10 @@ def test_the_operators_give_what_they_say_when_compiled():
     arguments = (*SMALL.arguments(1), True)
     checks = ("test_faketensor",)  # the others do not depend on what implements them
     torch.library.opcheck(convolve, arguments, test_utils=checks)
-    *outputs, of_class, _ = (y.detach() for y in convolve(*arguments))
+    *outputs, grad_class, _ = (y.detach() for y in convolve(*arguments))
     tokens, taps, _, *options = arguments
     lines = torch.ones(3, 2, taps.shape[2], device=DEVICE)
-    arguments = outputs, of_class, outputs, lines, tokens, taps, *options
+    arguments = outputs, grad_class, outputs, lines, tokens, taps, *options
     torch.library.opcheck(qkv_projection.convolve_backward, arguments, test_utils=checks)
 
 

@@ -159,7 +159,7 @@ def test_the_command_prints_a_table_and_writes_csv_and_plot(hasty, model_folder,
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("torch fp32") == result.stdout.count("fused fp32") == 2
-    assert result.stderr.count("left out fused int8: precision = int8") == 1
+    assert result.stderr.count("skipped fused int8: precision = int8") == 1
     assert f"written to {folder}" in result.stdout.replace("\n", "")
     with open(folder / "benchmark.csv") as file:
         rows = list(csv.DictReader(file))

@@ -112,7 +112,7 @@ def test_averaged_weights_are_evaluated_as_they_are_kept(folder, words):
 def test_what_is_said_is_said_once(two):
     output, _ = two
     first, second = printed(output)
-    for text in ("left out:", "not counted:", "epoch   1 ", "best top-1"):
+    for text in ("skipped:", "not counted:", "epoch   1 ", "best top-1"):
         assert first.count(text) == 1
         assert text not in second
     (line,) = (output / "corrupt.txt").read_text().splitlines()

@@ -453,7 +453,7 @@ def test_an_unreadable_image_is_left_out_counted_and_named(damaged, recipe, tmp_
     settings = recipe(data=str(data), mixup=0.5, **changes)
     train(settings, tmp_path / "run", progress=watcher)
     for path in broken:
-        assert sum(f"left out: {path}" in line for line in watcher.said) == 1
+        assert sum(f"skipped: {path}" in line for line in watcher.said) == 1
         assert str(path) in (tmp_path / "run/corrupt.txt").read_text()
     names = {str(path.relative_to(data)) for path in broken}
     assert final_state(tmp_path / "run")["corrupt"].keys() == names
@@ -553,7 +553,7 @@ def test_images_of_too_many_pixels_are_named_before_the_first_epoch(photos, reci
     assert len(named) == 4
     assert f"{data}/red/00.png: is 100 x 100 pixels; at most 9999 are decoded" in "".join(named)
     assert watcher.said.index(named[-1]) < watcher.said.index(
-        next(line for line in watcher.said if line.startswith("left out"))
+        next(line for line in watcher.said if line.startswith("skipped"))
     )
 
 
@@ -759,9 +759,9 @@ def test_fine_tuning_keeps_the_body_and_makes_a_new_head(model_folder):
 @pytest.mark.parametrize(
     ("classes", "rows", "sentence"),
     [
-        (["blue", "green", "red"], [0, 1, 2], "the classifier of 3 classes is the start's"),
-        (["red", "blue", "green"], [2, 0, 1], "the start's, its 3 rows ordered by class name"),
-        (["red", "blue"], [2, 0], "the start's, its 2 rows ordered by class name"),
+        (["blue", "green", "red"], [0, 1, 2], "3 classes is that of the starting model"),
+        (["red", "blue", "green"], [2, 0, 1], "starting model, its 3 rows ordered by class name"),
+        (["red", "blue"], [2, 0], "starting model, its 2 rows ordered by class name"),
         (["ant", "red", "bee", "blue"], [None, 2, None, 0],
          "2 of 4 rows .* by class name; new, random rows: ant, bee"),
         (["ant", "bee", "cow"], [None] * 3, "a new, random classifier"),

@@ -95,10 +95,11 @@ def merge(
         faults = f"\n  {' '.join(str(error).split())}"
     if faults:
         raise CheckpointError(f"the adapter in {folder} does not fit its base:{faults}")
-    return of_config(base.config, merged.state_dict(), base.dtype)  # without what PEFT leaves
+    # A new model, without what PEFT leaves in the merged one.
+    return model_from_config(base.config, merged.state_dict(), base.dtype)
 
 
-def of_config(
+def model_from_config(
     config: CvtConfig, weights: Mapping[str, Tensor], dtype: torch.dtype
 ) -> CvtForImageClassification:
     """A classifier with these weights; those that it lacks are random."""
@@ -146,7 +147,7 @@ def activation_of(folder: str | Path) -> str | None:
 
 
 @contextmanager
-def no_word_of_new_heads() -> Iterator[None]:
+def silence_new_head_warning() -> Iterator[None]:
     """Keep back the warnings of a random classifier, whose weights the adapter brings."""
 
     def is_other(record: logging.LogRecord) -> bool:

@@ -94,7 +94,7 @@ def load_adapted(
         check_checksums(folder)
     weights, config = adapters.read_adapter(folder), adapters.config_of(folder)
     own = adapters.activation_of(folder)
-    with adapters.no_word_of_new_heads():
+    with adapters.silence_new_head_warning():
         base = load_classifier(
             adapters.base_of(folder),
             num_labels=adapters.classes_of(weights),
@@ -114,7 +114,7 @@ def load_adapted(
     config = copy.deepcopy(model.config)
     config.num_labels = num_labels
     kept = {name: w for name, w in model.state_dict().items() if name not in CLASSIFIER}
-    return adapters.of_config(config, kept, model.dtype)
+    return adapters.model_from_config(config, kept, model.dtype)
 
 
 def load_config(source: str | Path | ModelSource) -> CvtConfig:

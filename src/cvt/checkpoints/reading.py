@@ -55,7 +55,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     A checkpoint of a training run is unwrapped, `{"epoch", "state_dict", ...}` of the authors and
     all of `WRAPPERS`; where it has averaged weights, those are read. In front of the names,
     `module.` of distributed training, `model.` of Lightning and the like are removed, and what
-    torch.compile adds. Numbers and texts beside the weights are left out; tensors are not, unless
+    torch.compile adds. Numbers and texts beside the weights are skipped; tensors are not, unless
     a warning names them.
 
     Raises:

@@ -100,4 +100,4 @@ def print_measurements(rows: "list[Measurement]", title: str) -> None:
         )
     out.print(table)
     for reason in dict.fromkeys(f"{r.runtime} {r.precision}: {r.reason}" for r in rows if r.reason):
-        err.print(f"left out {reason}", style="yellow")
+        err.print(f"skipped {reason}", style="yellow")

@@ -119,7 +119,7 @@ def print_evaluation(result: "Evaluation", subset: bool) -> None:
 
     for failure in result.failures:
         err.print(f"skipped {failure.error}", style="yellow")
-    table = Table("class", "images", "top-1 %", "most often taken for")
+    table = Table("class", "images", "top-1 %", "most often predicted")
     table.columns[1].justify = table.columns[2].justify = "right"
     worst = sorted(result.per_class.items(), key=lambda item: item[1][1])
     for name, (count, top1) in worst[:20]:

@@ -169,5 +169,5 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _empty_array(*_: Any) -> np.ndarray:
-    """What numpy's `_reconstruct` makes of its arguments; the array gets its content after it."""
+    """What numpy's `_reconstruct` returns; the content of the array follows."""
     return np.empty(0, np.uint8)

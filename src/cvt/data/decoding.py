@@ -61,8 +61,8 @@ IMAGE_SUFFIXES = (
 )
 MAX_PIXELS = 178_956_970  # as Pillow's `DecompressionBombError`: twice its MAX_IMAGE_PIXELS
 LARGE_PIXELS = 2**25  # 100 MB as RGB
-MAX_ASPECT = 1000  # resizing the short side to 256 pixels would make gigabytes of the long one
-MAX_SCANS = 100  # of a JPEG, as in libtiff; encoders make about ten
+MAX_ASPECT = 1000  # resizing the short side to 256 pixels would take gigabytes for the long one
+MAX_SCANS = 100  # of a JPEG, as in libtiff; encoders write about ten
 JPEG_SCALES = (8, 4, 2)  # by which a JPEG can be decoded smaller
 
 LONGEST_PATH = 4096

@@ -175,14 +175,14 @@ def _names(file: Path | None) -> list[str] | None:
 
 def _chosen(data: str | Path, splits: SplitReaders, *names: tuple[str, ...]) -> str:
     """The name of the split that has one of the first of `names`; else of the only one there is."""
-    for of_split in names:
-        chosen = [name for name in splits if name in of_split]
+    for split_names in names:
+        chosen = [name for name in splits if name in split_names]
         if len(chosen) > 1:
             raise ValueError(f"{data} has two splits of one kind: {', '.join(chosen)}")
         if chosen:
             return chosen[0]
     if len(splits) > 1:
-        asked = ", ".join(name for of_split in names for name in of_split)
+        asked = ", ".join(name for split_names in names for name in split_names)
         raise ValueError(f"{data} has the splits {', '.join(splits)} and none of {asked}")
     return next(iter(splits))
 

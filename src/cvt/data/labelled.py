@@ -199,12 +199,12 @@ def split(images: LabelledImages, seed: int) -> tuple[LabelledImages, LabelledIm
     Raises:
         ValueError: a class has a single image.
     """
-    of_class: dict[str, list[int]] = {name: [] for name in images.classes}
+    class_indices: dict[str, list[int]] = {name: [] for name in images.classes}
     for i, label in enumerate(images.labels):
-        of_class[label].append(i)
+        class_indices[label].append(i)
     train: list[int] = []
     validation: list[int] = []
-    for name, indices in of_class.items():
+    for name, indices in class_indices.items():
         if len(indices) == 1:
             raise ValueError(
                 f"class {name} has one image, {images[indices[0]][0]}: too few to split"

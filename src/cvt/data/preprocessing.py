@@ -248,7 +248,7 @@ def _square(size: Any, folder: str) -> int:
         size = sides.pop() if known and len(sides) == 1 else given
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
-            f"{folder}: size = {size!r}: a {CONVNEXT} makes squares, so it must be one integer, "
+            f"{folder}: size = {size!r}: a {CONVNEXT} returns squares, so it must be one integer, "
             "shortest_edge, or height and width that are equal"
         )
     return size

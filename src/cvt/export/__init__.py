@@ -10,7 +10,7 @@
 
 Beside it lie `config.json` (with the labels), `preprocessor_config.json`, and `export.json`, which records how it was
 checked, and for the last two `labels.txt`; `cvt.runtime.open_runtime` takes the folder. `model.pt2` holds tensors, JSON,
-and the example that the graph was made with, which needs no more than `weights_only` to read. `open_runtime` refuses a
+and the example that the graph was traced with, which needs no more than `weights_only` to read. `open_runtime` refuses a
 `model.pt2` or a SavedModel that holds anything but weights and arithmetic.
 """  # noqa: E501
 
@@ -62,7 +62,7 @@ INSTEAD = {
     ("saved-model", "fp16"): "a SavedModel is in fp32; use litert, onnx or openvino",
     ("litert", "bf16"): "LiteRT has no weights in bf16; use fp16, or openvino",
 } | {
-    (to, "int8"): "int8 is made for openvino and onnx; use one of them"
+    (to, "int8"): "int8 exists for openvino and onnx; use one of them"
     for to in ("torch-export", *BY_KERAS)
 }
 

@@ -26,8 +26,8 @@ def demand_backend(to: str) -> None:
 
     if keras.config.backend() != "tensorflow":
         raise ValueError(
-            f"to = {to}: is made by Keras on TensorFlow, and Keras is on {keras.config.backend()}; "
-            "set KERAS_BACKEND=tensorflow before it is imported"
+            f"to = {to}: needs Keras on TensorFlow, and Keras is on {keras.config.backend()}; set "
+            "KERAS_BACKEND=tensorflow before it is imported"
         )
 
 

@@ -96,7 +96,7 @@ def in_turns(
     turn: float = TURN,
     clock: Callable[[Callable[[], object]], float] = timed,
 ) -> dict[Name, Turns]:
-    """The time of every call of several functions that take turns, warm-up left out.
+    """The time of every call of several functions that take turns, without the warm-up.
 
     Args:
         runs: the functions; one that works on a GPU waits for it, unless the clock does.
@@ -201,8 +201,8 @@ def benchmark(
         for batch_size in batch_sizes:
             generator = torch.Generator().manual_seed(0)
             shape = (batch_size, config.num_channels, image_size, image_size)
-            of_size = _compare(combinations, torch.randn(shape, generator=generator), seconds)
-            for measurement in of_size:
+            measurements = _compare(combinations, torch.randn(shape, generator=generator), seconds)
+            for measurement in measurements:
                 results.append(measurement)
                 step()
     if not any(result.calls for result in results):

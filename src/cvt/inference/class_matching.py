@@ -39,7 +39,7 @@ def class_rows(config: CvtConfig) -> dict[str, int]:
 def match_classes(
     classes: Sequence[str], config: CvtConfig, class_map: Mapping[str, str | None] | None = None
 ) -> dict[str, int]:
-    """The classifier's index of every class of the data, by name, but for those left out.
+    """The classifier's index of every class of the data, by name, without the excluded ones.
 
     Args:
         classes: the names in the data.

@@ -94,8 +94,8 @@ def evaluate(
         ignored[list(indices.values())] = False
     if real_labels is not None:
         by_id = class_indices(imagenet_classes(), config)
-        of_imagenet = [by_id[wordnet_id] for wordnet_id in imagenet_classes()]
-        real_labels = [[of_imagenet[i] for i in of_image] for of_image in real_labels]
+        imagenet_rows = [by_id[wordnet_id] for wordnet_id in imagenet_classes()]
+        real_labels = [[imagenet_rows[i] for i in image_labels] for image_labels in real_labels]
     collected = _Collected(config, indices, ignored, real_labels)
     share, sent = tee(_share(images, indices, batch_size, rank, world))
     sources = (source for _, (source, _) in sent)

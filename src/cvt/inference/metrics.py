@@ -181,7 +181,7 @@ class Evaluation:
         return matrix
 
     def mistaken_for(self, label: str) -> str:
-        """The class that images of `label` are most often taken for; empty if for none."""
-        of_label = self.counted["true"] == self.labels.index(label)
-        taken = np.bincount(self.counted["predicted"][of_label & ~self.right])
+        """The wrong class that images of `label` most often get; empty if none do."""
+        has_label = self.counted["true"] == self.labels.index(label)
+        taken = np.bincount(self.counted["predicted"][has_label & ~self.right])
         return self.labels[taken.argmax()] if len(taken) else ""

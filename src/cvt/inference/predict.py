@@ -154,13 +154,13 @@ def classify(
     prepared = _prepared(prepare, sent, workers, interrupted)
     for (pixels, errors), batch in zip(prepared, batches, strict=True):
         try:
-            of_batch = runtime(pixels, of_processor=True)
+            batch_logits = runtime(pixels, preprocessed=True)
         except PixelError as refusal:
             if resizes:
                 raise
             yield Result(batch[0], error=errors[0] or f"{batch[0]}: {refusal}")
             continue
-        for source, error, logits in zip(batch, errors, of_batch, strict=True):
+        for source, error, logits in zip(batch, errors, batch_logits, strict=True):
             yield Result(source, error=error) if error else Result(source, logits)
 
 
@@ -304,5 +304,5 @@ def predict(
             continue
         best = ranked(result.logits)[:count]
         labels = [names[i] for i in best.tolist()]
-        of_best = scores(result.logits, model.config)[best].tolist()
-        yield Prediction(result.path, labels, of_best, are_values)
+        best_scores = scores(result.logits, model.config)[best].tolist()
+        yield Prediction(result.path, labels, best_scores, are_values)

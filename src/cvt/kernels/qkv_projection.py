@@ -2,7 +2,7 @@
 
 In the paper's form each of the three is a depthwise convolution, BatchNorm and a Linear, and the
 class token skips the first two. Done one after the other, they read the tokens three times and move
-what they make of them four times more. Here:
+their results four times more. Here:
 
 - `cvt::convolve` computes all three convolutions of the tokens at once, with them the mean and the
   variance of each channel, which a BatchNorm in training wants.
@@ -113,7 +113,7 @@ def _(tokens, taps, bias, height, width, stride, moments):  # type: ignore[no-un
 @torch.library.custom_op("cvt::convolve_backward", mutates_args=())
 def convolve_backward(
     upstream: Sequence[Tensor],
-    of_class: Tensor,
+    grad_class: Tensor,
     outputs: Sequence[Tensor],
     lines: Tensor,
     tokens: Tensor,
@@ -127,7 +127,7 @@ def convolve_backward(
 
     Args:
         upstream: those of q, k and v.
-        of_class: that of the copy of the class token.
+        grad_class: that of the copy of the class token.
         outputs: q, k and v.
         lines: offset and slope (3, 2, C): with `moments`, offset + slope · q is added to the
             gradient of q, likewise for k and v.
@@ -143,15 +143,17 @@ def convolve_backward(
     """
     kernels = triton_kernels(tokens) or qkv_reference
     size, upstream = (height, width), [gradient.contiguous() for gradient in upstream]
-    dtokens, dtaps = kernels.backward(upstream, outputs, lines, tokens, taps, size, stride, moments)
+    grad_tokens, grad_taps = kernels.backward(
+        upstream, outputs, lines, tokens, taps, size, stride, moments
+    )
     if tokens.shape[1] > height * width:
         rows = [] if moments else [gradient[:, :1] for gradient in upstream]
-        dtokens[:, :1] = sum(rows, start=of_class)
-    return dtokens, dtaps
+        grad_tokens[:, :1] = sum(rows, start=grad_class)
+    return grad_tokens, grad_taps
 
 
 @convolve_backward.register_fake
-def _(upstream, of_class, outputs, lines, tokens, taps, *geometry):  # type: ignore[no-untyped-def]
+def _(upstream, grad_class, outputs, lines, tokens, taps, *geometry):  # type: ignore[no-untyped-def]
     return torch.empty_like(tokens), taps.new_empty(3 * taps.shape[1] + 3, taps.shape[2])
 
 
@@ -163,20 +165,20 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, *upstream: Tensor) -> tuple:
     tokens, taps, *outputs, found = ctx.saved_tensors
-    *of_outputs, of_class, dmoments = upstream
+    *grad_outputs, grad_class, grad_moments = upstream
     height, width, _, moments = ctx.options
     lines = taps.new_zeros(3, 2, taps.shape[2])
     if moments:  # mean = Σ y / n and variance = Σ (y - mean)² / n
         class_tokens = tokens.shape[1] - height * width
         counts = [len(y) * (y.shape[1] - class_tokens) for y in outputs]
-        of_mean, of_variance = dmoments / counts[1]
-        lines = torch.stack((of_mean - 2 * of_variance * found[0], 2 * of_variance), dim=1)
+        grad_mean, grad_variance = grad_moments / counts[1]
+        lines = torch.stack((grad_mean - 2 * grad_variance * found[0], 2 * grad_variance), dim=1)
         lines[0] *= counts[1] / counts[0]
-    dtokens, both = convolve_backward(
-        of_outputs, of_class, outputs, lines, tokens, taps, *ctx.options
+    grad_tokens, both = convolve_backward(
+        grad_outputs, grad_class, outputs, lines, tokens, taps, *ctx.options
     )
-    dtaps, dbias = both.split((len(both) - 3, 3))
-    return dtokens, dtaps.view_as(taps), dbias, None, None, None, None
+    grad_taps, dbias = both.split((len(both) - 3, 3))
+    return grad_tokens, grad_taps.view_as(taps), dbias, None, None, None, None
 
 
 convolve.register_autograd(_backward, setup_context=_setup_context)
@@ -209,14 +211,14 @@ class _LinearWithClassToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         tokens, class_token, weight, class_weight = ctx.saved_tensors
-        of_class = gradient[:, 0]  # (B, C')
+        grad_class = gradient[:, 0]  # (B, C')
         return (
             gradient @ weight,
-            (of_class @ class_weight)[:, None],
+            (grad_class @ class_weight)[:, None],
             gradient.flatten(0, 1).t() @ tokens.flatten(0, 1),
             gradient[:, 1:].sum((0, 1)),
-            of_class.t() @ class_token[:, 0],
-            of_class.sum(0),
+            grad_class.t() @ class_token[:, 0],
+            grad_class.sum(0),
         )
 
 
@@ -355,15 +357,15 @@ def project(
     own = torch.zeros_like(bias)
     if linears[0].bias is not None:
         own = torch.stack([linear.bias for linear in linears])
-    of_tokens = (folded, (bias + own).to(tokens.dtype))
+    token_weights = (folded, (bias + own).to(tokens.dtype))
     if class_token.shape[1]:
-        of_class = (weight.to(tokens.dtype), own.to(tokens.dtype))
+        class_weights = (weight.to(tokens.dtype), own.to(tokens.dtype))
         query, key, value = (
             _LinearWithClassToken.apply(x, class_token, *weights)
-            for x, *weights in zip(convolved, *of_tokens, *of_class, strict=True)
+            for x, *weights in zip(convolved, *token_weights, *class_weights, strict=True)
         )
     else:
         query, key, value = (
-            F.linear(*arguments) for arguments in zip(convolved, *of_tokens, strict=True)
+            F.linear(*arguments) for arguments in zip(convolved, *token_weights, strict=True)
         )
     return query, key, value

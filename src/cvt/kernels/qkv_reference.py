@@ -16,8 +16,8 @@ def keys_shape(tokens: Sequence[int], size: tuple[int, int], stride: int) -> tup
 
 def grids(size: tuple[int, int], stride: int) -> list[tuple[int, int]]:
     """The grids (H, W) of q, k and v."""
-    of_keys = (-(-size[0] // stride), -(-size[1] // stride))
-    return [size, of_keys, of_keys]
+    key_size = (-(-size[0] // stride), -(-size[1] // stride))
+    return [size, key_size, key_size]
 
 
 def to_image(tokens: Tensor, size: tuple[int, int]) -> Tensor:
@@ -52,10 +52,10 @@ def forward(
     for i, (output, grid) in enumerate(zip((q, k, v), grids(size, stride), strict=True)):
         step, padding = stride if i else 1, weights[i].shape[-1] // 2
         with torch.autocast(tokens.device.type, enabled=False):
-            made = F.conv2d(image, weights[i], bias[i], step, padding, groups=taps.shape[2])
+            convolved = F.conv2d(image, weights[i], bias[i], step, padding, groups=taps.shape[2])
         if moments:
-            found[1, i], found[0, i] = torch.var_mean(made, (0, 2, 3), correction=0)
-        to_image(output, grid).copy_(made)
+            found[1, i], found[0, i] = torch.var_mean(convolved, (0, 2, 3), correction=0)
+        to_image(output, grid).copy_(convolved)
     return q, k, v, found
 
 
@@ -71,20 +71,20 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """What `qkv_projection.convolve_backward` gives, but for class tokens."""
     image, weights, C = to_image(tokens, size).to(taps.dtype), weights_of(taps), taps.shape[2]
-    dimage, dweights, dbias = torch.zeros_like(image), [], []
+    grad_image, grad_weights, grad_biases = torch.zeros_like(image), [], []
     for i, grid in enumerate(grids(size, stride)):
         gradient = to_image(upstream[i], grid).to(taps.dtype)
         if moments:
             offset, slope = lines[i][..., None, None]  # (C, 1, 1) each
             gradient = gradient + offset + slope * to_image(outputs[i], grid)
         step, padding = stride if i else 1, weights[i].shape[-1] // 2
-        of_image, of_weight, of_bias = torch.ops.aten.convolution_backward(
+        image_part, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             *(gradient, image, weights[i], [C], [step, step], [padding, padding], [1, 1]),
             *(False, [0, 0], C, [True, True, True]),
         )
-        dimage += of_image
-        dweights.append(of_weight)
-        dbias.append(of_bias[None])
-    dtokens = torch.empty_like(tokens)
-    to_image(dtokens, size).copy_(dimage)
-    return dtokens, torch.cat((taps_of(dweights).flatten(0, 1), *dbias))
+        grad_image += image_part
+        grad_weights.append(grad_weight)
+        grad_biases.append(grad_bias[None])
+    grad_tokens = torch.empty_like(tokens)
+    to_image(grad_tokens, size).copy_(grad_image)
+    return grad_tokens, torch.cat((taps_of(grad_weights).flatten(0, 1), *grad_biases))

@@ -8,7 +8,7 @@ stay in its registers while its program takes turn after turn. Sums are in float
 What they must move, in units of the tokens, at the paper's strides: forward 2.5 (read the tokens,
 write q, k and v); backward 5.5 for the gradients of outputs and weights, then 2.5 for that of the
 tokens, which wants the neighbours' of the former. A LayerNorm in front stays outside: torch.compile
-makes one pass of it and the sum before it.
+does it and the sum before it in one pass.
 
 In the kernels: B batch, C channels, H W grid of tokens and queries, h w of keys and values; K the
 side of the convolutions, S their stride, which is 1 for queries. Tokens are (B, N, C) with CLASS
@@ -139,9 +139,9 @@ def forward_kernel(
     PATCH: tl.constexpr = S - 1 + K
     weights = rows_of(taps, 3 * K * K, C, CHANNELS)
     biases = rows_of(bias, 3, C, CHANNELS)
-    of_q = zeros(3, CELLS, CHANNELS)
-    of_k = zeros(3, CELLS, CHANNELS)
-    of_v = zeros(3, CELLS, CHANNELS)
+    stats_q = zeros(3, CELLS, CHANNELS)
+    stats_k = zeros(3, CELLS, CHANNELS)
+    stats_v = zeros(3, CELLS, CHANNELS)
     n_q = tl.full([CELLS], 0.0, tl.float32)
     n_k = tl.full([CELLS], 0.0, tl.float32)
 
@@ -168,21 +168,21 @@ def forward_kernel(
         write(k + corner, real, sums[0])
         write(v + corner, real, sums[1])
         if HAS_MOMENTS:
-            of_k = note(of_k, sums[0], real, turn == 0)
-            of_v = note(of_v, sums[1], real, turn == 0)
+            stats_k = note(stats_k, sums[0], real, turn == 0)
+            stats_v = note(stats_v, sums[1], real, turn == 0)
             n_k += real.to(tl.float32)
         corner = offsets(image, row * S, column * S, H, W, C, CLASS, CHANNELS)
         for i in tl.static_range(S * S):
             inside = on_grid(row * S + i // S, column * S + i % S, real, H, W)
             write(q + (corner + (i // S * W + i % S) * C), inside, sums[2 + i])
             if HAS_MOMENTS:
-                of_q = note(of_q, sums[2 + i], inside, (turn == 0) & (i == 0))
+                stats_q = note(stats_q, sums[2 + i], inside, (turn == 0) & (i == 0))
                 n_q += inside.to(tl.float32)
 
     if HAS_MOMENTS:
-        write_moments(moments, 0, n_q, of_q, C, CHANNELS)
-        write_moments(moments, 1, n_k, of_k, C, CHANNELS)
-        write_moments(moments, 2, n_k, of_v, C, CHANNELS)
+        write_moments(moments, 0, n_q, stats_q, C, CHANNELS)
+        write_moments(moments, 1, n_k, stats_k, C, CHANNELS)
+        write_moments(moments, 2, n_k, stats_v, C, CHANNELS)
 
 
 @triton.jit
@@ -198,7 +198,7 @@ def whole(upstream, output, result, inside, offset, slope, HAS_MOMENTS: tl.const
 
 @triton.jit(do_not_specialize=SIZES)
 def outputs_kernel(
-    tokens, dq, dk, dv, q, k, v, lines, whole_q, whole_k, whole_v, dtaps,
+    tokens, grad_q, grad_k, grad_v, q, k, v, lines, whole_q, whole_k, whole_v, grad_taps,
     turns, cells, H, W, h, w,
     C: tl.constexpr, CLASS: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
     HAS_MOMENTS: tl.constexpr,
@@ -214,18 +214,22 @@ def outputs_kernel(
     for turn in range(turns):
         image, row, column, real = cells_of(turn, turns, cells, h, w, CELLS)
         key = offsets(image, row, column, h, w, C, CLASS, CHANNELS)
-        d_key = whole(dk + key, k + key, whole_k + key, real, line[2], line[3], HAS_MOMENTS)
-        d_value = whole(dv + key, v + key, whole_v + key, real, line[4], line[5], HAS_MOMENTS)
+        grad_key = whole(grad_k + key, k + key, whole_k + key, real, line[2], line[3], HAS_MOMENTS)
+        grad_value = whole(
+            grad_v + key, v + key, whole_v + key, real, line[4], line[5], HAS_MOMENTS
+        )
         corner = offsets(image, row * S, column * S, H, W, C, CLASS, CHANNELS)
-        d_query = ()
-        d_bias = sums[3 * TAPS]
+        grad_query = ()
+        grad_bias = sums[3 * TAPS]
         for i in tl.static_range(S * S):
             inside = on_grid(row * S + i // S, column * S + i % S, real, H, W)
             query = corner + (i // S * W + i % S) * C
-            d = whole(dq + query, q + query, whole_q + query, inside, line[0], line[1], HAS_MOMENTS)
-            d_query = d_query + (d,)
-            d_bias += d
-        of_biases = (d_bias, sums[3 * TAPS + 1] + d_key, sums[3 * TAPS + 2] + d_value)
+            grad = whole(
+                grad_q + query, q + query, whole_q + query, inside, line[0], line[1], HAS_MOMENTS
+            )
+            grad_query = grad_query + (grad,)
+            grad_bias += grad
+        grad_biases = (grad_bias, sums[3 * TAPS + 1] + grad_key, sums[3 * TAPS + 2] + grad_value)
 
         top, left = row * S - PAD, column * S - PAD
         corner = offsets(image, top, left, H, W, C, CLASS, CHANNELS)
@@ -238,24 +242,24 @@ def outputs_kernel(
                     total = sums[t]
                     for i in tl.static_range(S * S):
                         if y == t // K + i // S and x == t % K + i % S:
-                            total += token * d_query[i]
+                            total += token * grad_query[i]
                     grown = grown + (total,)
                 for t in tl.static_range(2 * TAPS):
                     total = sums[TAPS + t]
                     if y == t % TAPS // K and x == t % K:
-                        total += token * (d_key if t < TAPS else d_value)
+                        total += token * (grad_key if t < TAPS else grad_value)
                     grown = grown + (total,)
-                sums = grown + of_biases
+                sums = grown + grad_biases
 
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     for t in tl.static_range(3 * TAPS + 3):
         row_of = tl.program_id(0) * (3 * TAPS + 3) + t
-        tl.store(dtaps + row_of * C + c, tl.sum(sums[t], axis=0))
+        tl.store(grad_taps + row_of * C + c, tl.sum(sums[t], axis=0))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def tokens_kernel(
-    dq, dk, dv, taps, dtokens,
+    grad_q, grad_k, grad_v, taps, grad_tokens,
     turns, cells, H, W, h, w,
     C: tl.constexpr, CLASS: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
     CELLS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -274,14 +278,14 @@ def tokens_kernel(
         top, left = row * S - PAD, column * S - PAD
         corner = offsets(image, top, left, H, W, C, CLASS, CHANNELS)
         for y in tl.static_range(PATCH):
-            in_row = dq + (corner + y * W * C)
+            in_row = grad_q + (corner + y * W * C)
             for x in tl.static_range(PATCH):
-                d = read(in_row + x * C, on_grid(top + y, left + x, real, H, W))
+                grad = read(in_row + x * C, on_grid(top + y, left + x, real, H, W))
                 grown = ()
                 for i in tl.static_range(S * S):
                     grown = grown + (
                         add_tap(
-                            sums[i], d, weights, 0,
+                            sums[i], grad, weights, 0,
                             i // S + 2 * PAD - y, i % S + 2 * PAD - x, K,
                         ),
                     )  # fmt: skip
@@ -293,17 +297,17 @@ def tokens_kernel(
             in_row = corner + y * w * C
             for x in tl.static_range(KEYS):
                 inside = on_grid(top + y, left + x, real, h, w)
-                d_key = read(dk + (in_row + x * C), inside)
-                d_value = read(dv + (in_row + x * C), inside)
+                grad_key = read(grad_k + (in_row + x * C), inside)
+                grad_value = read(grad_v + (in_row + x * C), inside)
                 grown = ()
                 for i in tl.static_range(S * S):
-                    of_key = add_tap(
-                        sums[i], d_key, weights, 1,
+                    key_sum = add_tap(
+                        sums[i], grad_key, weights, 1,
                         i // S + PAD - (FIRST + y) * S, i % S + PAD - (FIRST + x) * S, K,
                     )  # fmt: skip
                     grown = grown + (
                         add_tap(
-                            of_key, d_value, weights, 2,
+                            key_sum, grad_value, weights, 2,
                             i // S + PAD - (FIRST + y) * S, i % S + PAD - (FIRST + x) * S, K,
                         ),
                     )  # fmt: skip
@@ -312,7 +316,7 @@ def tokens_kernel(
         corner = offsets(image, row * S, column * S, H, W, C, CLASS, CHANNELS)
         for i in tl.static_range(S * S):
             inside = on_grid(row * S + i // S, column * S + i % S, real, H, W)
-            write(dtokens + (corner + (i // S * W + i % S) * C), inside, sums[i])
+            write(grad_tokens + (corner + (i // S * W + i % S) * C), inside, sums[i])
 
 
 # ------------------------------------------------------------------------------ launching
@@ -390,9 +394,11 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """What `qkv_projection.convolve_backward` gives, but for class tokens."""
     launch = Launch(tokens, taps, size, stride)
-    dtokens = torch.empty_like(tokens)
-    dtaps = taps.new_empty(launch.programs, 3 * taps.shape[1] + 3, taps.shape[2])
+    grad_tokens = torch.empty_like(tokens)
+    grad_taps = taps.new_empty(launch.programs, 3 * taps.shape[1] + 3, taps.shape[2])
     whole = [torch.empty_like(each) for each in upstream] if moments else upstream
-    launch(outputs_kernel, tokens, *upstream, *outputs, lines, *whole, dtaps, HAS_MOMENTS=moments)
-    launch(tokens_kernel, *whole, taps, dtokens)
-    return dtokens, dtaps.sum(0)
+    launch(
+        outputs_kernel, tokens, *upstream, *outputs, lines, *whole, grad_taps, HAS_MOMENTS=moments
+    )
+    launch(tokens_kernel, *whole, taps, grad_tokens)
+    return grad_tokens, grad_taps.sum(0)

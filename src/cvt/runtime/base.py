@@ -56,18 +56,18 @@ class Runtime(ABC):
         threads = f", {self.threads} {unit}" if self.threads else ""
         return f"{self.name} {self.precision} on {self.device}{threads}"
 
-    def __call__(self, pixels: Tensor | np.ndarray, of_processor: bool = False) -> Tensor:
+    def __call__(self, pixels: Tensor | np.ndarray, preprocessed: bool = False) -> Tensor:
         """The logits, (B, K) in float32 on the CPU, of pixels, (B, C, H, W).
 
         Args:
             pixels: floats of any precision on any device, normalised as the image processor does.
-            of_processor: they come from the model's image processor, whatever their range is.
+            preprocessed: they come from the model's image processor, whatever their range is.
 
         Raises:
             PixelError: they are something else; names what was expected.
             ValueError: the model has another number of classes than its configuration.
         """
-        pixels = self.checked(pixels, of_processor)
+        pixels = self.checked(pixels, preprocessed)
         images = 1 if self.single else self.images_at_once(pixels)
         sizes = [images] * (len(pixels) // images) + [1] * (len(pixels) % images)
         logits = torch.cat([self._run(piece) for piece in pixels.split(sizes)])
@@ -107,7 +107,7 @@ class Runtime(ABC):
         """How many of these images a call of `_run` takes; the rest are run one by one."""
         return len(pixels)
 
-    def checked(self, pixels: Tensor | np.ndarray, of_processor: bool = False) -> Tensor:
+    def checked(self, pixels: Tensor | np.ndarray, preprocessed: bool = False) -> Tensor:
         """The pixels as a tensor in float32; arguments as in `__call__`.
 
         Raises:
@@ -133,7 +133,7 @@ class Runtime(ABC):
             raise PixelError(
                 f"images are {size[0]} x {size[1]} pixels: this export takes "
                 f"{self.image_size[0]} x {self.image_size[1]} only; `cvt export --dynamic "
-                "batch,size` makes one for any size"
+                "batch,size` writes one for any size"
             )
         if min(size) < least:
             raise PixelError(
@@ -144,10 +144,10 @@ class Runtime(ABC):
         low, high = (bound.item() for bound in pixels.aminmax())
         if not (-float("inf") < low and high < float("inf")):  # a NaN is neither
             raise PixelError("pixels hold NaN or infinite values: expected finite ones")
-        if not of_processor and (low < -LARGEST or high > LARGEST):
+        if not preprocessed and (low < -LARGEST or high > LARGEST):
             raise PixelError(
-                f"pixels reach from {low:g} to {high:g}: expected normalised ones, within "
-                f"{LARGEST:g} of 0; use the model's image processor, which divides by 255, takes "
-                "the mean off and divides by the standard deviation"
+                f"pixels range from {low:g} to {high:g}: expected normalised ones, within "
+                f"{LARGEST:g} of 0; use the model's image processor, which divides by 255, "
+                "subtracts the mean and divides by the standard deviation"
             )
         return pixels

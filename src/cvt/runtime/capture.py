@@ -55,9 +55,9 @@ def torch_graph(
         coarsest = prod(config.patch_stride) * max(config.stride_kv)
         image_size = (max(config.minimum_image_size, 4 * coarsest),) * 2
     example = torch.zeros(batch, config.num_channels, *image_size)
-    of_batch = {0: Dim.DYNAMIC} if "batch" in dynamic else {}
-    of_size = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if "size" in dynamic else {}
-    shapes = {"pixel_values": of_batch | of_size}
+    batch_dims = {0: Dim.DYNAMIC} if "batch" in dynamic else {}
+    size_dims = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if "size" in dynamic else {}
+    shapes = {"pixel_values": batch_dims | size_dims}
     with quiet():
         program = torch.export.export(Logits(model).eval(), (example,), dynamic_shapes=shapes)
     least = config.minimum_image_size

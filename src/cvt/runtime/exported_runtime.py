@@ -101,7 +101,7 @@ def check(path: Path) -> None:
                 sample = io.BytesIO(archive.read(files["data/sample_inputs/model.pt"]))
                 torch.load(sample, weights_only=True)
     except Exception as error:  # what is damaged fails in many ways
-        raise ValueError(f"{path} is no whole program of torch.export: {error}") from error
+        raise ValueError(f"{path} is not a complete torch.export program: {error}") from error
     if unexpected:
         raise ValueError(
             f"{path} was not read: it holds {unexpected[0]}, and only tensors and arithmetic are "

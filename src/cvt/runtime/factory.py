@@ -41,12 +41,12 @@ def open_model(
     """A runtime of a model that is loaded, or to be loaded."""
     if precision == "int8":
         raise ValueError(
-            "precision = int8: is for exports; `cvt export` makes one, with --precision int8"
+            "precision = int8: is for exports; `cvt export` writes one, with --precision int8"
         )
     if runtime in OF_EXPORTS:
         (form,) = (form for form, own in FORMATS.items() if own == runtime)
         raise ValueError(
-            f"runtime = {runtime}: is for exports; `cvt export` makes one, with --to {form}"
+            f"runtime = {runtime}: is for exports; `cvt export` writes one, with --to {form}"
         )
     device = _device(device, runtime)
     if runtime == "auto":

@@ -241,14 +241,14 @@ class FusedBlock(nn.Module):
             return projected
 
         if class_token_only:
-            x, of_query = x[:, :1], normed[:, :1]
-            of_key, of_value = convolved(self.convolve_key), convolved(self.convolve_value)
+            x, query_input = x[:, :1], normed[:, :1]
+            key_input, value_input = convolved(self.convolve_key), convolved(self.convolve_value)
         else:
-            of_query = convolved(self.convolve_query)
-            of_key, of_value = convolved(self.convolve_key), convolved(self.convolve_value)
+            query_input = convolved(self.convolve_query)
+            key_input, value_input = convolved(self.convolve_key), convolved(self.convolve_value)
         query, key, value = (
             to_heads(projected, self.heads)  # (B, h, N, d)
-            for projected in (self.query(of_query), self.key(of_key), self.value(of_value))
+            for projected in (self.query(query_input), self.key(key_input), self.value(value_input))
         )
         weights = None
         if attentions:
@@ -293,8 +293,8 @@ class FusedStage(nn.Module):
         weights = []
         for block in cast(Iterable[FusedBlock], self.blocks):
             last = block is self.blocks[-1]
-            x, of_block = block(x, grid, attentions, class_token_only and last)
-            weights.append(of_block)
+            x, block_weights = block(x, grid, attentions, class_token_only and last)
+            weights.append(block_weights)
         return (x, *weights) if attentions else (x,)
 
     def in_parts(self, image: Tensor, *options: bool) -> tuple[Tensor, ...]:
@@ -348,7 +348,7 @@ class FusedCvt(nn.Module):
             ValueError: `mode` is true.
         """
         if mode:
-            raise ValueError("a fused model cannot be trained; train the model it was made from")
+            raise ValueError("a fused model cannot be trained; train the model it was built from")
         return self
 
     @torch.no_grad()

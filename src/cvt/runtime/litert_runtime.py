@@ -47,13 +47,13 @@ class LiteRtRuntime(Runtime):
         least = image_size or (config.minimum_image_size,) * 2
         try:
             with silence_stderr():  # it names what computes
-                # Given the path, and not what is in the file, it makes sure that the file is whole.
+                # Given the path, and not what is in the file, it checks that the file is complete.
                 interpreter = Interpreter(str(path), num_threads=threads or torch.get_num_threads())
                 self.run = interpreter.get_signature_runner("serving_default")
                 takes = self.run.get_input_details()["pixel_values"]["shape_signature"]
                 self._run(torch.zeros(1, config.num_channels, *least))
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"{path} is no whole graph of LiteRT: {error}") from error
+            raise ValueError(f"{path} is not a complete LiteRT graph: {error}") from error
         self.check_graph(path, [None if size < 0 else int(size) for size in takes])
 
     def _run(self, pixels: Tensor) -> Tensor:

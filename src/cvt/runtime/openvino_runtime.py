@@ -98,14 +98,14 @@ class OpenVinoRuntime(Runtime):
 
         Raises:
             ImportError: openvino is not installed.
-            ValueError: the file is no whole graph, or is for other pixels than export.json lists.
+            ValueError: the file is no complete graph, or takes other pixels than export.json lists.
         """
         require("the runtime openvino", "openvino")
 
         try:
             graph = core().read_model(path)
         except RuntimeError as error:
-            raise ValueError(f"{path} is no whole graph of OpenVINO: {error}") from error
+            raise ValueError(f"{path} is not a complete OpenVINO graph: {error}") from error
         runtime = cls(lambda *_: graph, *args, **kwargs)
         shape = graph.inputs[0].partial_shape
         runtime.check_graph(path, [s.get_length() if s.is_static else None for s in shape])

@@ -26,7 +26,7 @@ OPERATORS = {
     "Square", "SquaredDifference", "Squeeze", "StatefulPartitionedCall", "StopGradient",
     "StridedSlice", "Sub", "Sum", "Tile", "Transpose",
 }  # fmt: skip
-# Attributes of a function; any other could make TensorFlow run another in its place.
+# Attributes of a function; with any other, TensorFlow could run another in its place.
 ATTRIBUTES = {"_input_shapes", "_construction_context"}
 
 
@@ -69,7 +69,7 @@ class SavedModelRuntime(Runtime):
             self.run = self.loaded.signatures["serving_default"]
             takes = self.run.structured_input_signature[1]["pixel_values"].shape
         except Exception as error:  # what is damaged fails in many ways
-            raise ValueError(f"{path} is no whole SavedModel: {error}") from error
+            raise ValueError(f"{path} is not a complete SavedModel: {error}") from error
         self.check_graph(path, takes)
 
     def _use(self, threads: int) -> None:
@@ -107,7 +107,7 @@ def check(path: Path) -> None:
             unexpected.append("a graph of TensorFlow 1")  # of which all may run
         unexpected += _unexpected(graph)
     except Exception as error:  # what is damaged fails in many ways
-        raise ValueError(f"{path} is no whole SavedModel: {error}") from error
+        raise ValueError(f"{path} is not a complete SavedModel: {error}") from error
     if unexpected:
         raise ValueError(
             f"{path} was not read: it holds {unexpected[0]}, and only weights and arithmetic are "

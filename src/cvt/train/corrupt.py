@@ -55,7 +55,7 @@ class CorruptImages:
             name = path.removeprefix(folder).lstrip("/")  # the same if the data is moved
             if name not in self.found:
                 self.found[name] = error
-                self.progress.log(f"left out: {error}")
+                self.progress.log(f"skipped: {error}")
         if write:
             write_corrupt(self.output, self.found)
         if len(self.found) > max(ALWAYS_ALLOWED, self.recipe.max_corrupt * self.images):

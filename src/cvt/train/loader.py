@@ -71,12 +71,12 @@ def draws(
                     for i, (image, label) in enumerate(islice(pairs, plan.batch_size))
                 ]
         return
-    order, of_epoch = np.empty(0, dtype=np.int64), -1
+    order, ordered_epoch = np.empty(0, dtype=np.int64), -1
     for step in range(start, plan.steps):
         epoch, in_epoch = divmod(step, plan.steps_per_epoch)
-        if epoch != of_epoch:
+        if epoch != ordered_epoch:
             shuffled = np.random.default_rng((recipe.seed, epoch)).permutation(len(images))
-            order, of_epoch = np.repeat(shuffled, recipe.repeats), epoch
+            order, ordered_epoch = np.repeat(shuffled, recipe.repeats), epoch
         for batch in mine:
             # The views of an image go to different batches of the step, as timm's sampler does it.
             first = in_epoch * plan.images_per_step + batch

@@ -56,16 +56,19 @@ def adapt_head(model: Any, classes: list[str]) -> str:
         What was reused, in a sentence.
     """
     if model.config.class_names == classes:
-        return f"the classifier of {len(classes)} classes is the start's"
+        return f"the classifier of {len(classes)} classes is that of the starting model"
     known = class_rows(model.config)
     reused = {i: known[name] for i, name in enumerate(classes) if name in known}
     new = [name for name in classes if name not in known]
     if not new:
-        sentence = f"the classifier is the start's, its {len(classes)} rows ordered by class name"
+        sentence = (
+            f"the classifier is that of the starting model, its {len(classes)} rows ordered by "
+            "class name"
+        )
     elif reused:
         sentence = (
-            f"{len(reused)} of {len(classes)} rows of the classifier are the start's, by class "
-            f"name; new, random rows: {', '.join(new[:20])}"
+            f"{len(reused)} of {len(classes)} rows of the classifier are those of the starting "
+            f"model, by class name; new, random rows: {', '.join(new[:20])}"
             + (f" and {len(new) - 20} more" if len(new) > 20 else "")
         )
     else:

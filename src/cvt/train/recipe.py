@@ -95,7 +95,7 @@ class Recipe:
     )
     crop_pct: float | None = setting(
         None,
-        "Centre crop of validation, if not the start's or 0.875; none from 384 pixels on.",
+        "Centre crop of validation; default: the starting model's or 0.875; none from 384 up.",
         gt=0,
         le=1,
     )
@@ -105,7 +105,7 @@ class Recipe:
     crop_ratio: float = setting(4 / 3, "Largest aspect ratio of a random crop.", ge=1)
     interpolation: str | None = setting(
         None,
-        "Interpolation of a random crop, if not the start's or bicubic.",
+        "Interpolation of a random crop; default: the starting model's or bicubic.",
         choices=("bicubic", "bilinear", "random"),
     )
     flip: float = setting(0.5, "Probability of a horizontal flip.", ge=0, le=1)
@@ -337,7 +337,7 @@ def packaged_recipes() -> dict[str, Path]:
 
 
 def packaged_recipe(name: str | Path) -> Path:
-    """The yaml file of a packaged recipe; `.yaml` may be left out of its name.
+    """The yaml file of a packaged recipe; its name may lack `.yaml`.
 
     Raises:
         FileNotFoundError: there is none of that name; lists those that there are.
@@ -356,7 +356,7 @@ def packaged_recipe(name: str | Path) -> Path:
 def find_recipe(name: str | Path) -> Path:
     """The yaml file of a recipe, by its path or by the name of a packaged one; a path comes first.
 
-    `.yaml` may be left out of either. A folder is no recipe: `photos` is often a folder, too.
+    either may lack `.yaml`. A folder is no recipe: `photos` is often a folder, too.
 
     Raises:
         FileNotFoundError: there is neither; lists the packaged recipes.

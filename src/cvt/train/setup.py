@@ -194,7 +194,7 @@ def set_up(
     setup = Setup(
         *(recipe, first_recipe, output, accelerator, splits, found, plan),
         *(start.config, processor, model, wrapped),
-        # A graph for each number of images: an unreadable one would make all sizes share a slower.
+        # A graph for each number of images: else an unreadable one would slow all sizes.
         forward=torch.compile(wrapped, dynamic=False) if recipe.compile else wrapped,
         ema=ema,
         schedule=schedule,
