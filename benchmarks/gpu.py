@@ -130,7 +130,7 @@ def peers(case: Case) -> list[Peer]:
 # ------------------------------------------------------------------------------ peers
 
 
-def made(name: str, case: Case, device: str) -> nn.Module:
+def case_model(name: str, case: Case, device: str) -> nn.Module:
     """A model of the size of a case."""
     with torch.device(device):
         model = build(name, shape(case.variant))
@@ -188,7 +188,7 @@ class Counter(MacCounter):
 @functools.cache
 def counted(name: str, form: str, case: Case, device: str) -> tuple[int, int]:
     """The operations and the bytes of a model's step."""
-    model = made(name, case, "meta")
+    model = case_model(name, case, "meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=device)
         step = stepping(model, Peer(name, form, "eager"), case, device)
@@ -237,7 +237,7 @@ def prepare(peer: Peer, case: Case, device: str) -> Prepared:
         gc.collect()
         torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    step = stepping(made(peer.model, case, device), peer, case, device)
+    step = stepping(case_model(peer.model, case, device), peer, case, device)
     step()  # compiles
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -18,7 +18,7 @@ COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """An image folder of three classes, twelve images each, told apart by their colour."""
+    """An image folder of three classes, twelve images each, which differ in colour."""
     root = tmp_path_factory.mktemp("photos")
     generator = np.random.default_rng(0)
     for name, colour in COLOURS.items():

@@ -121,7 +121,7 @@ def test_models_are_timed_beside_transformers_and_beside_the_machines_rate(
     assert models[1]["ms_per_image"] in capsys.readouterr().out
 
 
-def test_a_peer_that_the_processor_cannot_run_has_a_row_that_says_so(
+def test_a_peer_that_the_processor_cannot_run_has_a_row_with_the_reason(
     inference, tmp_path, monkeypatch, capsys
 ):
     lacking = [inference.Peer(name, "openvino", "bf16") for name in ("transformers", "cvt")]
@@ -256,7 +256,7 @@ def test_all_peers_are_measured_beside_transformers_and_the_limits(
 
 
 @pytest.mark.parametrize("calls", [0, 5])
-def test_a_peer_that_fails_at_once_or_in_its_turns_has_a_row_that_says_why(
+def test_a_peer_that_fails_at_once_or_in_its_turns_has_a_row_with_the_reason(
     gpu, tmp_path, monkeypatch, calls
 ):
     left = iter(range(calls))
@@ -280,7 +280,7 @@ def test_a_peer_that_fails_at_once_or_in_its_turns_has_a_row_that_says_why(
         assert (row["note"], bool(row["ms_per_step"])) == ("", True)
 
 
-def test_after_the_budget_nothing_is_begun_and_every_row_says_so(gpu, tmp_path):
+def test_after_the_budget_nothing_starts_and_every_row_has_the_reason(gpu, tmp_path):
     rows = table(gpu, tmp_path, "--budget=0")
     assert [row["question"] for row in rows] == ["inference"] * 13 + ["training"] * 10
     for row in rows:
@@ -292,12 +292,12 @@ def test_what_was_measured_before_a_kill_is_kept(gpu, tmp_path, monkeypatch):
     def killed_in_training(case, options):
         if case.question == "training":
             raise KeyboardInterrupt
-        return [dict.fromkeys(gpu.COLUMNS, "told")]
+        return [dict.fromkeys(gpu.COLUMNS, "x")]
 
     monkeypatch.setattr(gpu, "speed_rows", killed_in_training)
     with pytest.raises(KeyboardInterrupt):
         table(gpu, tmp_path)
-    assert [row["model"] for row in written(tmp_path)] == ["told"]
+    assert [row["model"] for row in written(tmp_path)] == ["x"]
 
 
 def test_tables_come_in_the_order_of_their_importance(gpu, monkeypatch):
@@ -344,7 +344,7 @@ def test_a_step_has_the_kernels_and_the_precision_of_its_peer(
     monkeypatch.setattr(torch, "compile", compiled)
     case = gpu.Case(question, *gpu.QUICK, precision)
     peer = gpu.Peer("cvt", form, "compiled")
-    step = gpu.stepping(gpu.made("cvt", case, "cpu"), peer, case, "cpu")
+    step = gpu.stepping(gpu.case_model("cvt", case, "cpu"), peer, case, "cpu")
     step()
     assert seen == [(autocast, question == "training")]
 
@@ -387,7 +387,7 @@ def test_what_the_gpu_benchmark_cannot_measure_is_wrong_usage(gpu, arguments):
 WAYS = ["decode", "crop", "recipe"]
 
 
-def test_as_many_workers_are_told_as_deliver_what_the_step_takes(load, tmp_path, capsys):
+def test_as_many_workers_are_advised_as_deliver_what_the_step_takes(load, tmp_path, capsys):
     rows = results(load("feeding"), tmp_path, "--device=cpu", "--rate=1000")
     assert [row["way"] for row in rows] == WAYS
     printed = capsys.readouterr().out

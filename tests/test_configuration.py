@@ -92,8 +92,10 @@ def test_what_is_no_list_of_a_value_per_stage_is_named(name, value):
 @pytest.mark.parametrize("name", PER_STAGE)
 def test_a_list_of_the_wrong_length_is_named_with_its_length(name, length):
     values = (DEFAULTS[name] * 2)[:length]
-    said = rf"depth = \[.*\] makes {length} stages" if name == "depth" else rf"{name} \({length}\)"
-    with pytest.raises(ValueError, match=said):
+    message = (
+        rf"depth = \[.*\] lists {length} stages" if name == "depth" else rf"{name} \({length}\)"
+    )
+    with pytest.raises(ValueError, match=message):
         CvtConfig(**{name: values})
 
 
@@ -129,7 +131,7 @@ READERS = {
     ("changes", "message"),
     [
         ({"depth": [1, 0, 1]}, r"stage 2: depth\[1\] = 0"),
-        ({"depth": [1, 1]}, r"depth = \[1, 1\] makes 2 stages"),
+        ({"depth": [1, 1]}, r"depth = \[1, 1\] lists 2 stages"),
         ({"mlp_ratio": ["4", 4, 4]}, r"stage 1: mlp_ratio\[0\] = '4'"),
         ({"hidden_act": "relu"}, "hidden_act = 'relu'"),
         ({"num_heads": [1, 3, 5]}, r"num_heads\[2\] = 5"),
@@ -530,7 +532,7 @@ TWELVE = [f"class {i}" for i in range(12)]
 @pytest.mark.parametrize("order", [range(12), sorted(map(str, range(12))), range(11, -1, -1)])
 def test_labels_under_strings_and_in_any_order_keep_their_places(tmp_path, order):
     id2label = {str(i): TWELVE[int(i)] for i in order}
-    label2id = {name: i for i, name in id2label.items()}  # as transformers' tutorial makes it
+    label2id = {name: i for i, name in id2label.items()}  # as transformers' tutorial builds it
     later = CvtConfig(num_labels=12)
     later.id2label, later.label2id = id2label, label2id
     save(CvtConfig(num_labels=3), tmp_path / "three")

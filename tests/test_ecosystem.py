@@ -291,7 +291,7 @@ def test_sharded_folders_load(model, tmp_path):
     assert torch.equal(loaded(images()).logits, model(images()).logits)
 
 
-def test_a_saved_file_holds_every_tensor_and_says_its_format(model, folder):
+def test_a_saved_file_holds_every_tensor_and_its_format(model, folder):
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(model.state_dict())
@@ -374,7 +374,7 @@ def test_models_without_a_head_are_as_strict(folder, cls):
     [{"num_labels": 7}, {"id2label": {i: str(i) for i in range(7)}}],
     ids=["num_labels", "id2label"],
 )
-def test_another_number_of_classes_makes_a_new_head_and_says_so(model, folder, asked, caplog):
+def test_another_number_of_classes_gives_a_new_head_and_a_warning(model, folder, asked, caplog):
     with caplog.at_level(logging.WARNING):
         loaded = CvtForImageClassification.from_pretrained(folder, **asked)
     assert f"New classifier of 7 classes: {folder}" in caplog.text
@@ -424,7 +424,7 @@ def test_a_classifiers_folder_serves_models_without_a_head(model, folder, cls, c
 
 
 @pytest.mark.parametrize("cls", [CvtModel, CvtBackbone])
-def test_a_folder_without_a_head_makes_a_classifier_only_when_asked(
+def test_a_folder_without_a_head_gives_a_classifier_only_when_asked(
     model, folder, tmp_path, cls, caplog
 ):
     cls.from_pretrained(folder).save_pretrained(tmp_path / "base")
@@ -460,6 +460,6 @@ def test_a_folder_wins_over_a_published_name(model, tmp_path, monkeypatch):
     assert torch.equal(loaded(images()).logits, model(images()).logits)
 
 
-def test_a_published_name_out_of_reach_says_what_to_do(tmp_path):
+def test_a_published_name_out_of_reach_names_what_to_do(tmp_path):
     with pytest.raises(OSError, match="hf download microsoft/cvt-13"):
         CvtForImageClassification.from_pretrained("cvt-13", cache_dir=tmp_path)

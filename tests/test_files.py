@@ -66,7 +66,7 @@ def stopped_half_way(target):
         raise KeyboardInterrupt
 
 
-def test_a_stop_half_way_leaves_nothing(place):
+def test_an_interrupted_export_leaves_nothing(place):
     before = contents(place)
     with pytest.raises(KeyboardInterrupt):
         stopped_half_way("a.txt")
@@ -201,7 +201,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path, hidden):
 @pytest.mark.parametrize(
     ("free", "inodes", "why"), [(1, 99, "full, with 1 b"), (9**9, 3, "3 inodes")]
 )
-def test_what_a_library_does_not_say_the_disk_does(tmp_path, monkeypatch, free, inodes, why):
+def test_what_a_library_hides_the_disk_reports(tmp_path, monkeypatch, free, inodes, why):
     disk = SimpleNamespace(f_files=99, f_favail=inodes, f_bavail=free, f_frsize=1)
     monkeypatch.setattr(os, "statvfs", lambda path: disk)
     with (

@@ -30,7 +30,7 @@ PRELUDE = """
 import json, time
 from pathlib import Path
 pauses = []
-time.sleep = pauses.append  # between the hub library's attempts: noted instead of made
+time.sleep = pauses.append  # between the hub library's attempts: noted instead of slept
 import huggingface_hub, torch, transformers
 import cvt
 
@@ -261,7 +261,7 @@ def test_without_network_a_cached_checkpoint_loads_and_another_fails_soon_with_a
         for failure in answer[cache].values():
             assert_one_sentence(failure, caches[cache], reason, "microsoft/cvt-13")
             assert address in failure["message"]
-            assert failure["pauses"] < 10  # seconds; transformers alone makes 23 for each file
+            assert failure["pauses"] < 10  # seconds; transformers alone waits 23 for each file
     assert answer["pauses"] < 10
     assert_equal(answer["logits"], expected["logits"])
 
@@ -409,7 +409,7 @@ def test_a_pointer_that_is_not_read_does_no_harm(tmp_path):
         CvtForImageClassification.from_pretrained(tmp_path, use_safetensors=False)
 
 
-# ------------------------------------------------------------------------------ files made to harm
+# ------------------------------------------------------------------------------ malicious files
 
 
 class Runs:

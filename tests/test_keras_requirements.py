@@ -1,4 +1,4 @@
-"""What the Keras classes say where something that they need is absent or unfit.
+"""What the Keras classes raise where something that they need is absent or unfit.
 
 Each situation is a process of its own: none of it may be loaded beside the other tests.
 """
@@ -80,7 +80,7 @@ def run(script, backend="tensorflow", absent=(), **versions):
     ],
     ids=str,
 )
-def test_what_is_absent_or_unfit_is_told_every_time(situation, message):
+def test_what_is_absent_or_unfit_raises_every_time(situation, message):
     assert run(ASK, **situation) == [message, message]
 
 

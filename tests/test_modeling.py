@@ -133,7 +133,7 @@ def test_eager_attention_survives_from_pretrained_and_can_be_set_later(tmp_path)
 def test_a_batch_of_one_equals_a_row_of_a_batch(method, places):
     model = make(tiny(method, places))
     logits = model(images()).logits
-    assert logits.std() > 0.1  # or the comparison says nothing
+    assert logits.std() > 0.1  # or the comparison proves nothing
     for row in range(4):
         close(model(images()[row : row + 1]).logits, logits[row : row + 1])
 

@@ -183,7 +183,7 @@ def test_an_adapter_that_does_not_fit_is_refused(base, change, message):
         load_classifier("adapter")
 
 
-def test_what_is_no_adapter_to_merge_is_said(base, monkeypatch):
+def test_what_is_no_adapter_to_merge_raises(base, monkeypatch):
     adapted(of_transformers()).save_pretrained("adapter")
     settings(peft_type="PREFIX_TUNING")
     with pytest.raises(CheckpointError, match="PREFIX_TUNING cannot be merged into weights"):

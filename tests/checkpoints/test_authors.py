@@ -103,7 +103,7 @@ def test_gradients_are_the_authors(name):
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request):
-    """A published variant as `from_variant` makes it, without memory for its weights."""
+    """A published variant as `from_variant` builds it, without memory for its weights."""
     config = CvtConfig.from_variant(request.param)
     with torch.device("meta"):
         return CvtForImageClassification(config), golden(request.param)
@@ -169,7 +169,7 @@ def assert_uniform(tensor, bound):
     assert abs(tensor.std().item() / std - 1) < 6 / math.sqrt(2 * n)
 
 
-def test_linears_start_as_init_says_with_biases_of_zero(fresh):
+def test_linears_start_by_init_with_biases_of_zero(fresh):
     for linear in modules(fresh, nn.Linear, exclude=[fresh.classifier]):
         if fresh.config.init == "xavier":
             assert_uniform(linear.weight, math.sqrt(6 / sum(linear.weight.shape)))
@@ -187,7 +187,7 @@ def test_class_tokens_start_normal(fresh):
     assert_normal(torch.cat([stage.cls_token.flatten() for stage in modules(fresh, Stage)]))
 
 
-def test_convolutions_start_as_torch_makes_them(fresh):
+def test_convolutions_start_as_in_torch(fresh):
     for convolution in modules(fresh, nn.Conv2d):
         bound = convolution.weight[0].numel() ** -0.5
         assert_uniform(convolution.weight, bound)

@@ -221,7 +221,7 @@ def test_the_activation_that_a_config_names_is_kept(model, authors_file, tmp_pat
     assert done.model.config.hidden_act == "gelu"
 
 
-def test_what_an_authors_file_cannot_record_is_said(model, tmp_path, caplog):
+def test_what_an_authors_file_cannot_record_is_reported(model, tmp_path, caplog):
     model.config.hidden_act = "gelu"
     model.save_pretrained(tmp_path / "folder")
     convert(tmp_path / "folder", tmp_path / "weights.pth", to="authors")
@@ -243,7 +243,7 @@ def test_projections_without_weights_ask_for_a_config(tiny_variant, tmp_path):
         convert(tmp_path / "weights.pth", tmp_path / "folder")
 
 
-def test_a_new_head_is_made_only_if_asked_for(authors_file, model, tmp_path, caplog):
+def test_a_new_head_is_created_only_if_asked_for(authors_file, model, tmp_path, caplog):
     done = convert(authors_file, tmp_path / "folder", num_labels=3)
     assert done.model.classifier.out_features == 3
     assert "New classifier of 3 classes" in caplog.text
@@ -362,7 +362,7 @@ def test_transformers_names_need_their_activation(model, tmp_path):
     torch.testing.assert_close(logits(done.model), logits(model))
     stock = TransformersCvt(TransformersCvt.config_class(**TINY, num_labels=7))
     stock.load_state_dict(model.state_dict())
-    stock.config.save_pretrained(tmp_path)  # says nothing of it: transformers computes GELU
+    stock.config.save_pretrained(tmp_path)  # does not record it: transformers computes GELU
     done = convert(path, tmp_path / "gelu", config=tmp_path / "config.json")
     assert done.model.config.hidden_act == "gelu"
     torch.testing.assert_close(logits(done.model), logits(stock), rtol=0, atol=1e-5)

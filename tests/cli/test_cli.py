@@ -149,7 +149,7 @@ def test_predict_writes_the_same_to_csv_and_jsonl(cvt, model_folder, photos, tmp
         assert [row["rank"] for row in of_image] == ["1", "2", "3"]
 
 
-def test_predict_skips_broken_images_and_says_so(cvt, model_folder, photos, broken, tmp_path):
+def test_predict_skips_and_reports_broken_images(cvt, model_folder, photos, broken, tmp_path):
     output = tmp_path / "preds.csv"
     code, _, err = cvt("predict", *TORCH, model_folder, photos / "red", broken, "--output", output)
     assert code == 3
@@ -158,7 +158,7 @@ def test_predict_skips_broken_images_and_says_so(cvt, model_folder, photos, brok
     assert len(output.read_text().splitlines()) == 1 + 12 * 3
 
 
-def test_predict_overwrites_only_when_told_to(cvt, model_folder, photos, tmp_path):
+def test_predict_overwrites_only_by_force(cvt, model_folder, photos, tmp_path):
     output = tmp_path / "preds.csv"
     output.write_text("mine")
     arguments = ("predict", *TORCH, model_folder, photos / "red", "--output", output)
@@ -273,7 +273,7 @@ def test_images_of_too_many_pixels_are_skipped(cvt, model_folder, photos, comman
     assert "30 of 36 images skipped" in err
 
 
-def test_convert_says_what_it_wrote(cvt, model_folder, tmp_path):
+def test_convert_prints_what_it_wrote(cvt, model_folder, tmp_path):
     code, out, _ = cvt("convert", model_folder, tmp_path / "a.pth", "--to", "authors")
     assert code == 0
     assert "largest difference after reading it back: 0" in out
@@ -416,7 +416,7 @@ def test_recipes_are_listed_with_what_they_are_for(cvt):
 
 def test_a_recipe_is_printed_to_be_edited(cvt, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("photos.yaml").touch()  # the shell has made it, of `cvt recipes photos > photos.yaml`
+    Path("photos.yaml").touch()  # the shell has created it, for `cvt recipes photos > photos.yaml`
     code, out, _ = cvt("recipes", "photos")
     assert code == 0
     assert yaml.safe_load(out)["model"] == "cvt-13"
@@ -426,7 +426,7 @@ def test_a_recipe_is_printed_to_be_edited(cvt, tmp_path, monkeypatch):
     assert err.endswith("; is it photos?\n")
 
 
-# ------------------------------------------------------------------------------ names made to harm
+# ------------------------------------------------------------------------------ malicious names
 
 
 def test_names_reach_the_terminal_without_what_it_obeys(capsys):

@@ -172,7 +172,7 @@ def test_encoded_images_stay_encoded_and_have_names_that_tell_where_they_are(
 
 
 @pytest.mark.parametrize("write", [write_saved, write_parquet])
-def test_a_half_of_its_own_can_be_given_as_test_data(write, tmp_path):
+def test_a_split_of_its_own_can_be_given_as_test_data(write, tmp_path):
     data = write(tmp_path / "data")
     train, test, _ = open_training(data, write_folder(tmp_path / "other") / "val")
     assert content(train) == expected(TRAIN)
@@ -181,8 +181,8 @@ def test_a_half_of_its_own_can_be_given_as_test_data(write, tmp_path):
 
 def test_a_single_table_is_split_by_the_seed(tmp_path):
     table().to_parquet(tmp_path / "all.parquet")
-    halves = [open_training(tmp_path / "all.parquet", seed=seed)[:2] for seed in (0, 0, 1)]
-    found = [[content(half) for half in pair] for pair in halves]
+    splits = [open_training(tmp_path / "all.parquet", seed=seed)[:2] for seed in (0, 0, 1)]
+    found = [[content(split) for split in pair] for pair in splits]
     assert found[0] == found[1] != found[2]
     assert sorted(found[0][0] + found[0][1]) == expected(TRAIN)
     assert Counter(label for _, label in found[0][1]) == {"cat": 1, "dog": 1}
@@ -240,21 +240,21 @@ def test_data_that_is_none_is_named(data, error, message, tmp_path, monkeypatch)
 # ------------------------------------------------------------------------------ classes
 
 
-def test_halves_that_differ_in_their_classes_are_named(tmp_path):
+def test_splits_that_differ_in_their_classes_are_named(tmp_path):
     folder = write_folder(tmp_path / "data")
     (folder / "val/dog").rename(folder / "val/fox")
     with pytest.raises(ValueError, match=r"split of .*data only one has the class dog, fox"):
         open_training(folder)
 
 
-def test_a_class_of_a_table_without_images_in_one_half_is_named(tmp_path):
-    halves = {"train": table(), "test": table([2, 4])}
-    datasets.DatasetDict(halves).save_to_disk(tmp_path / "data")
+def test_a_class_of_a_table_without_images_in_one_split_is_named(tmp_path):
+    splits = {"train": table(), "test": table([2, 4])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match="classes without validation images: dog"):
         open_training(tmp_path / "data")
 
 
-def test_splits_that_are_neither_half_are_listed(tmp_path):
+def test_unused_splits_are_listed(tmp_path):
     datasets.DatasetDict({"train": table(), "other": table()}).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match="splits train, other and none of val"):
         open_training(tmp_path / "data")
@@ -292,7 +292,7 @@ def test_folders_that_cannot_be_trained_on_are_named(tmp_path):
         open_training(data)
 
 
-def test_a_missing_half_is_named(tmp_path):
+def test_a_missing_split_is_named(tmp_path):
     folder = write_folder(tmp_path / "data")
     (folder / "val").rename(folder / "holdout")
     with pytest.raises(ValueError, match="has a train folder and none of val"):
@@ -495,7 +495,7 @@ def test_links_are_followed_and_what_is_not_read_is_named_once(tmp_path, caplog,
     assert not caplog.messages
 
 
-def test_class_names_that_cannot_be_told_apart_or_written_are_refused(tmp_path):
+def test_class_names_that_are_equal_or_cannot_be_written_are_refused(tmp_path):
     for name in ("cat", "cat ", "dog"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(2):
@@ -507,7 +507,7 @@ def test_class_names_that_cannot_be_told_apart_or_written_are_refused(tmp_path):
         open_training(tmp_path / "data")
 
 
-def test_a_folder_called_digits_is_told_from_the_data_set(tmp_path, monkeypatch):
+def test_a_folder_called_digits_differs_from_the_data_set(tmp_path, monkeypatch):
     write_classes(tmp_path / "digits")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"for the folder write \./digits"):
@@ -564,7 +564,7 @@ def test_a_csv_file_lists_paths_and_labels(lines, tmp_path):
     assert content(images) == [(0, "cat"), (1, "dog")]
 
 
-def test_two_csv_files_are_the_two_halves(tmp_path):
+def test_two_csv_files_are_the_two_splits(tmp_path):
     write_csv(tmp_path / "data")
     lines = (tmp_path / "data/list.csv").read_text().splitlines()
     for name, half in (("a.csv", "train"), ("b.csv", "val")):
@@ -639,7 +639,7 @@ NUMBERS = datasets.List(datasets.Value("int64"))
         (table([1]).map(lambda row: {"label": None}), {}, "train#0: label is None, which is none"),
     ],
 )
-def test_columns_that_cannot_be_told_are_listed(rows, options, message, tmp_path):
+def test_ambiguous_columns_are_listed(rows, options, message, tmp_path):
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match=message):
         open_labelled(tmp_path / "data", **options)
@@ -656,7 +656,7 @@ def test_columns_that_cannot_be_told_are_listed(rows, options, message, tmp_path
         (table(other=([1], NUMBERS)), {}),
     ],
 )
-def test_columns_are_told_by_their_types_or_by_name(rows, options, tmp_path):
+def test_columns_are_recognised_by_type_or_by_name(rows, options, tmp_path):
     if rows.features["label"].dtype == "large_string":
         rows = table(label=datasets.Value("string")).cast_column("label", rows.features["label"])
     rows.save_to_disk(tmp_path / "data")
@@ -727,12 +727,12 @@ def test_a_small_buffer_shuffles_too(stream):
     assert sorted(shuffled(stream, 1, 0, 0, 1, 2)) == list(TRAIN)
 
 
-def test_a_rank_without_images_is_told_so(stream):
+def test_a_rank_without_images_raises(stream):
     with pytest.raises(ValueError, match="no image for rank 19 of 20"):
         next(iter(stream.shuffled(0, 19, 20)))
 
 
-def test_a_stream_needs_a_test_half_and_the_names_of_its_classes(names, tmp_path):
+def test_a_stream_needs_a_test_split_and_the_names_of_its_classes(names, tmp_path):
     shards = write_shards(tmp_path / "data")
     with pytest.raises(ValueError, match="numbers its classes, in cls"):
         open_training(shards)
@@ -911,7 +911,7 @@ def test_digits_are_the_same_in_memory_and_written_as_an_image_folder(tmp_path):
 OPENS = """
 import json, sys, time
 pauses = []
-time.sleep = pauses.append  # between the hub library's attempts: noted instead of made
+time.sleep = pauses.append  # between the hub library's attempts: noted instead of slept
 from cvt.data import open_labelled, open_training
 from cvt.data.decoding import decode
 
@@ -960,13 +960,13 @@ def test_data_sets_of_the_hub_are_downloaded_or_streamed(tmp_path):
     write_folder(root / "photos")
     (root / "script").mkdir()
     (root / "script/script.py").write_text("open('ran', 'w')")
-    halves = [[list(pair) for pair in expected(reds)] for reds in (TRAIN, TEST)]
+    splits = [[list(pair) for pair in expected(reds)] for reds in (TRAIN, TEST)]
     good = {
-        "hub:someone/tables": halves,
-        "hub:someone/photos": halves,
-        "stream:hub:someone/tables": halves,
-        "stream:hub:someone/photos": halves,
-        "hub:someone/tables@train": halves[0],
+        "hub:someone/tables": splits,
+        "hub:someone/photos": splits,
+        "stream:hub:someone/tables": splits,
+        "stream:hub:someone/photos": splits,
+        "hub:someone/tables@train": splits[0],
     }
     bad = {
         "hub:someone/nothing": "doesn't exist on the Hub or cannot be accessed",
@@ -983,10 +983,10 @@ def test_data_sets_of_the_hub_are_downloaded_or_streamed(tmp_path):
         assert message in answer[name]
     assert not list(tmp_path.rglob("ran"))
 
-    # The same without the hub: what was downloaded opens, the rest says so at once.
+    # The same without the hub: what was downloaded opens, the rest raises at once.
     for reason, variables in (("refused", {}), ("HF_HUB_OFFLINE", {"HF_HUB_OFFLINE": "1"})):
         answer = open_in_a_process(answer, tmp_path / "home", server.endpoint, **variables)
-        assert answer["hub:someone/tables"] == halves
+        assert answer["hub:someone/tables"] == splits
         for name in ("hub:someone/nothing", "stream:hub:someone/tables"):
             message = f"UnavailableError: the data set {name.rpartition(':')[2]} could not be read"
             assert answer[name].startswith(f"{message} from {server.endpoint}")

@@ -488,7 +488,7 @@ def test_ycck_jpeg():
     stored = [255 - value for value in inverted.convert("YCbCr").getpixel((0, 0))]
     data = encoded(Image.new("CMYK", (16, 16), (*stored, 0)), "JPEG", quality=100, subsampling=0)
     transform = data.index(b"Adobe") + 11
-    assert data[transform] == 0  # CMYK; 2 says YCCK
+    assert data[transform] == 0  # CMYK; 2 means YCCK
     data = data[:transform] + b"\2" + data[transform + 1 :]
     assert abs(pixels(data).astype(int) - colour).max() <= 2
 
@@ -1055,7 +1055,7 @@ def enlarged(name, width, height, **options):
 
 
 def preprocessed(processor, image):
-    """What the processor makes of an image, in steps of 1/255."""
+    """What the processor returns for an image, in steps of 1/255."""
     pixel_values = processor([image], return_tensors="np")["pixel_values"][0]
     return pixel_values * np.array(preprocessing.IMAGE_STD)[:, None, None] * 255
 
@@ -1150,7 +1150,7 @@ def test_for_another_kind_of_processor_images_are_decoded_whole():
     assert pixels_needed(ViTImageProcessor()) is None
 
 
-def test_a_stored_image_may_be_made_when_it_is_decoded():
+def test_a_stored_image_may_be_created_when_it_is_decoded():
     data = encoded(photo())
     assert (pixels(StoredImage("late", lambda: data)) == photo()).all()
     with pytest.raises(ImageError, match="late: cannot be decoded: division by zero"):

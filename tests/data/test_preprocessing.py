@@ -241,8 +241,8 @@ def test_settings_of_every_version_of_transformers_are_read(tmp_path, changes, b
     [
         ({"size": {"height": 224, "width": 192}}, "size = {'height': 224, 'width': 192}: a "),
         ({"size": {"longest_edge": 224}}, "size = {'longest_edge': 224}: a ConvNextImageProc"),
-        ({"size": "224"}, "size = '224': a ConvNextImageProcessor makes squares"),
-        ({"size": 0}, "size = 0: a ConvNextImageProcessor makes squares"),
+        ({"size": "224"}, "size = '224': a ConvNextImageProcessor returns squares"),
+        ({"size": 0}, "size = 0: a ConvNextImageProcessor returns squares"),
         ({"feature_extractor_type": "CvtFeatureExtractor"}, "feature_extractor_type = 'CvtFeat"),
         ({"image_processor_type": "AutoTokenizer"}, "image_processor_type = 'AutoTokenizer': tr"),
     ],
@@ -261,7 +261,7 @@ def test_a_local_folder_of_a_published_name_comes_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [None, stock_config])
-def test_a_folder_without_preprocessor_config_says_what_it_assumes(tmp_path, caplog, config):
+def test_a_folder_without_preprocessor_config_warns_of_its_assumption(tmp_path, caplog, config):
     if config is not None:
         config().save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, logger="cvt.data.decoding"):
@@ -273,7 +273,7 @@ def test_a_folder_without_preprocessor_config_says_what_it_assumes(tmp_path, cap
     assert image_processor(tmp_path, image_size=384).size.shortest_edge == 384
 
 
-def test_a_config_gives_224_unless_told_otherwise(caplog):
+def test_a_config_gives_224_by_default(caplog):
     config = CvtConfig(**TINY)
     expected = expected_settings(224)
     assert chosen(settings_of(image_processor(config)), expected) == expected
@@ -356,7 +356,7 @@ def test_code_in_a_folder_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["cvt-14", "someone/else", "", "missing/folder"])
-def test_an_unknown_source_is_told_what_there_is(source):
+def test_an_unknown_source_raises_with_the_known_ones(source):
     with pytest.raises(OSError, match=r"neither a model folder nor a published.*cvt-13.*w24"):
         image_processor(source)
 

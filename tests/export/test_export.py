@@ -19,7 +19,7 @@ from cvt.data import open_training
 from cvt.data.decoding import ImageError
 from cvt.export import export, quantization
 from cvt.export.parity import compare
-from cvt.export.quantization import preprocessed, two_halves
+from cvt.export.quantization import preprocessed, two_splits
 from cvt.runtime import capture, open_runtime
 from cvt.runtime.manifest import Manifest
 
@@ -170,8 +170,11 @@ def test_graphs_name_what_is_dynamic_and_the_classes(exported, classifier):
     assert model.graph.output[0].name == "logits"
     network = openvino.Core().read_model(exported["openvino"][0] / "model.xml")
     assert [network.input().any_name, network.output().any_name] == ["pixel_values", "logits"]
-    told = (model.metadata_props[0].value, network.get_rt_info(["model_info", "class_names"]).value)
-    assert [json.loads(names) for names in told] == [classifier.config.class_names] * 2
+    stored = (
+        model.metadata_props[0].value,
+        network.get_rt_info(["model_info", "class_names"]).value,
+    )
+    assert [json.loads(names) for names in stored] == [classifier.config.class_names] * 2
 
 
 @pytest.mark.parametrize(
@@ -287,12 +290,12 @@ def test_every_image_calibrates_int8(small, photos, monkeypatch):
 
 
 def test_calibration_takes_turns_through_the_whole_folder(photos):
-    calibrating, held_out = two_halves(photos, 6)
+    calibrating, held_out = two_splits(photos, 6)
     assert (len(calibrating), len(held_out)) == (6, 6)
     assert not set(calibrating) & set(held_out)
     for images in (calibrating, held_out):
         assert {image.parent.name for image in images} == {"blue", "green", "red"}
-    assert [len(images) for images in two_halves(photos, 300)] == [18, 18]
+    assert [len(images) for images in two_splits(photos, 300)] == [18, 18]
 
 
 def test_calibration_needs_two_images_that_can_be_decoded(small, tmp_path):
@@ -372,7 +375,7 @@ def test_logits_of_fewer_bits_may_differ_by_their_share_of_the_largest(precision
         ({"to": "tflite"}, "to = 'tflite': must be one of onnx, openvino, torch-export"),
         ({"precision": "int4"}, "precision = 'int4': must be one of fp32, bf16"),
         ({"to": "onnx", "precision": "bf16"}, "use fp16, or openvino"),
-        ({"precision": "int8", "calibration": "photos"}, "int8 is made for openvino and onnx"),
+        ({"precision": "int8", "calibration": "photos"}, "int8 exists for openvino and onnx"),
         ({"to": "onnx", "precision": "int8"}, "a folder of images .* is needed in int8"),
         ({"calibration": "photos"}, "has no use in fp32"),
         ({"dynamic": ("channels",)}, "dynamic = .*: may hold batch and size"),

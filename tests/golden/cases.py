@@ -46,7 +46,7 @@ AUTHORS_FIELDS = {
     "STRIDE_Q": "stride_q",
 }
 
-# The paper's models made narrow; heads are not 64 wide, so that the attention's scale tells.
+# The paper's models, narrower; heads are not 64 wide, so that the attention's scale matters.
 BASE: dict[str, tuple] = {
     "patch_sizes": (7, 3, 3, 3),
     "patch_stride": (4, 2, 2, 2),

@@ -10,7 +10,7 @@ time, tf-keras.
 TFCvtModel, whose file calls the weights otherwise; it has one stage, and no class token, which
 transformers names after the third. Every weight and every statistic of BatchNorm is drawn anew.
 Each folder holds what `save_pretrained` writes, and in `outputs.npz` the hidden states and the
-logits of the images that `cases.image` makes of the folder's name and `TF_IMAGES`.
+logits of the images that `cases.image` draws for the folder's name and `TF_IMAGES`.
 """
 
 import os
@@ -53,7 +53,7 @@ def write(cls: type, config: CvtConfig) -> None:
     folder = cases.TF_CLASSIFIER if cls is TFCvtForImageClassification else cases.TF_MODEL
     model = cls(config)
     images = cases.image(folder.name, cases.TF_IMAGES)
-    model(images)  # makes the weights
+    model(images)  # creates the weights
     random = np.random.RandomState(0)
     for variable in model.variables:
         variable.assign(draw(variable.name, tuple(variable.shape), random))

@@ -107,11 +107,11 @@ def expected(tokens, taps, bias, height, width, stride, moments):
     class_token, outputs, means, variances = tokens[:, :class_tokens], [], [], []
     for i in range(3):
         weight = taps[i].t().reshape(channels, 1, side, side)
-        made = F.conv2d(image, weight, bias[i], stride if i else 1, side // 2, groups=channels)
-        means.append(made.mean((0, 2, 3)))
-        variances.append((made - means[i][:, None, None]).square().mean((0, 2, 3)))
+        convolved = F.conv2d(image, weight, bias[i], stride if i else 1, side // 2, groups=channels)
+        means.append(convolved.mean((0, 2, 3)))
+        variances.append((convolved - means[i][:, None, None]).square().mean((0, 2, 3)))
         first = torch.zeros_like(class_token) if moments else class_token
-        outputs.append(torch.cat((first, made.flatten(2).transpose(1, 2)), dim=1))
+        outputs.append(torch.cat((first, convolved.flatten(2).transpose(1, 2)), dim=1))
     found = torch.stack((torch.stack(means), torch.stack(variances)))[: 2 * moments]
     return *outputs, class_token, found
 
@@ -284,7 +284,7 @@ def test_what_is_not_finite_stays_where_it_is_read():
 # ------------------------------------------------------------------------------ models
 
 
-def test_the_operators_give_what_they_say_when_compiled():
+def test_the_operators_give_the_same_when_compiled():
     arguments = (*SMALL.arguments(1), True)
     checks = ("test_faketensor",)  # the others do not depend on what implements them
     torch.library.opcheck(convolve, arguments, test_utils=checks)

@@ -65,7 +65,7 @@ def images(batch=4, height=40, width=24):
 
 
 def onnx_of_trace(model, pixels):
-    """What runs the ONNX graph that `torch.onnx.export(dynamo=False)` makes of a model's trace."""
+    """What runs the ONNX graph that `torch.onnx.export(dynamo=False)` gives for a model's trace."""
     import onnxruntime
 
     class FirstOutput(torch.nn.Module):
@@ -129,7 +129,7 @@ def random_case(seed, portable=True):
         ]
         patch = rng.choice(patches)
         size = [conv_size(s, *patch.values()) for s in size]
-        # The port makes every class token as wide as the last stage.
+        # In the port every class token is as wide as the last stage.
         class_token = (width == widths[-1] or not portable) and rng.random() < 0.5
         # As many queries as tokens, or a single one, which the residual connection broadcasts.
         targets = [size] if class_token else [size, [1, 1]]

@@ -159,13 +159,13 @@ def equal(one, other, at=""):
 # ------------------------------------------------------------------------------------- kill -9
 
 
-def _save_endlessly(folder, step, keep, told):
+def _save_endlessly(folder, step, keep, sender):
     from cvt.train.checkpointing import save_checkpoint
 
     while True:
         step += 1
         save_checkpoint(folder, step, _state(step), keep)
-        told.send(step)
+        sender.send(step)
 
 
 def _state(step):
@@ -184,17 +184,17 @@ def kill_during_saves(folder, kills, keep, seed):
 
     moments, torn, step = random.Random(seed), 0, 0
     for _ in range(kills):
-        heard, told = forks.Pipe(duplex=False)
-        process = forks.Process(target=_save_endlessly, args=(folder, step, keep, told))
+        receiver, sender = forks.Pipe(duplex=False)
+        process = forks.Process(target=_save_endlessly, args=(folder, step, keep, sender))
         process.start()
-        told.close()
-        step = heard.recv()  # the first save is done, whatever was left from the kill before
+        sender.close()
+        step = receiver.recv()  # the first save is done, whatever was left from the kill before
         time.sleep(moments.uniform(0, 0.03))
         process.kill()
         process.join()
         with contextlib.suppress(EOFError):
             while True:
-                step = heard.recv()
+                step = receiver.recv()
         torn += any(folder.glob(".step-*"))
         path, state = newest_checkpoint(folder)
         assert state["step"] in (step, step + 1), f"{path} after {step} were saved"

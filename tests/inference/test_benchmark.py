@@ -93,7 +93,7 @@ def test_every_combination_is_measured_or_has_a_reason(hasty, model_folder):
     assert [(r.batch_size, r.runtime, r.precision) for r in rows] == list(combinations)
     assert next(done) == len(rows) == 12
     for row in rows:
-        assert row.image_size == 32  # as the folder's preprocessing says
+        assert row.image_size == 32  # as in the folder's preprocessing
         if row.precision == "int8":
             assert row.median_ms is row.p95_ms is row.images_per_second is row.ratio is None
             assert "int8" in row.reason

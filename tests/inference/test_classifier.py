@@ -154,7 +154,7 @@ PNG = "iVBORw0KGgo" + "AbC+" * 253 + "="  # in base64
         ("name/" * 1000, "^a string of 5000 characters is no path"),
     ],
 )
-def test_a_bad_image_says_what_was_expected(clf, image, message):
+def test_a_bad_image_names_what_was_expected(clf, image, message):
     with pytest.raises(ImageError, match=message):
         clf(image)
     (record,) = clf.stream([image])
@@ -352,7 +352,7 @@ def test_a_cell_without_an_image_has_an_error(clf, paths):
 def test_tables_of_good_and_of_bad_images_are_one_data_set(clf, paths, tmp_path):
     for name, cells in (("good", [path.read_bytes() for path in paths]), ("bad", [b"no", b""])):
         answer = clf({"bytes": np.array(cells, dtype=object)})
-        columns = {  # as Ray Data makes a block of a batch
+        columns = {  # as Ray Data turns a batch into a block
             column: pyarrow.array(values, type=pyarrow.infer_type(values))
             for column, values in answer.items()
         }

@@ -102,7 +102,7 @@ def test_evaluate_and_predict_agree_in_every_bit(
     assert evaluation.top1 == sum(right) / len(right)
 
 
-def test_the_confusion_matrix_counts_what_predict_says(classifier, processor, images):
+def test_the_confusion_matrix_counts_predictions(classifier, processor, images):
     evaluation = evaluate(classifier, processor, images)
     best = [p.labels[0] for p in predict(classifier, processor, images.sources)]
     pairs = list(zip(images.labels, best, strict=True))
@@ -321,19 +321,19 @@ def test_a_share_may_be_broken_but_not_all(classifier, processor, photos, broken
         Evaluation.joined(parts[:1])
 
 
-def test_progress_is_told_of_every_image_of_the_share(classifier, processor, with_broken):
-    told = []
+def test_progress_is_called_for_every_image_of_the_share(classifier, processor, with_broken):
+    calls = []
     for rank in (0, 1):
         evaluate(
             classifier,
             processor,
             with_broken,
             8,
-            progress=lambda rank=rank: told.append(rank),
+            progress=lambda rank=rank: calls.append(rank),
             rank=rank,
             world=2,
         )
-    assert told == [0] * 22 + [1] * 16
+    assert calls == [0] * 22 + [1] * 16
 
 
 @pytest.mark.parametrize(
@@ -582,7 +582,7 @@ def test_an_evaluation_is_written_whole(classifier, processor, with_broken, brok
         write_evaluation(evaluation, tmp_path / "out")
 
 
-def test_names_made_to_harm_are_no_formulas_in_the_tables(tmp_path):
+def test_malicious_names_are_no_formulas_in_the_tables(tmp_path):
     evaluation = by_hand(["=1+1", "-2", "a\x1b\u202e"], [(0, 1, 0.5), (2, 2, 0.6)])
     write_evaluation(evaluation, tmp_path / "out")
     safe = ["'=1+1", "'-2", r"a\x1b\u202e"]
@@ -639,7 +639,7 @@ def test_the_command_writes_figures_and_page(cli, model_folder, photos, tmp_path
     assert "of the model's" not in answer.output
 
 
-def test_the_command_says_which_classes_are_not_tested(cli, model_folder, photos, tmp_path):
+def test_the_command_prints_which_classes_are_not_tested(cli, model_folder, photos, tmp_path):
     data = tmp_path / "data" / "red"
     data.mkdir(parents=True)
     (data / "a.png").write_bytes((photos / "red" / "00.png").read_bytes())

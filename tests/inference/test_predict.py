@@ -142,8 +142,8 @@ def test_images_are_read_as_they_are_needed(classifier, processor, photos, worke
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_open_image_that_cannot_be_loaded_is_reported(classifier, processor, photos, workers):
     content = (photos / "red" / "00.png").read_bytes()
-    halves = [Image.open(io.BytesIO(content[:size])) for size in (len(content), len(content) // 2)]
-    sources = [StoredImage(f"image {i}", image) for i, image in enumerate(halves)]
+    images = [Image.open(io.BytesIO(content[:size])) for size in (len(content), len(content) // 2)]
+    sources = [StoredImage(f"image {i}", image) for i, image in enumerate(images)]
     good, bad = classify(classifier, processor, sources, workers=workers)
     assert good.error is None
     assert bad.error == "image 1: cannot be decoded: image file is truncated"
@@ -183,14 +183,14 @@ def lose_a_connection(start):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no sockets of files")
 @pytest.mark.parametrize("start", [answer_nothing, int], ids=["ours", "torch"])
-def test_a_worker_whose_main_process_has_gone_is_silent(start, capfd):
+def test_a_worker_whose_main_process_has_ended_prints_nothing(start, capfd):
     process = multiprocessing.get_context("fork").Process(target=lose_a_connection, args=[start])
     process.start()
     process.join(60)
     assert process.exitcode == 0
-    said = capfd.readouterr().err
-    assert "another error" in said
-    assert ("resource_sharer" in said) == (start is not answer_nothing)
+    message = capfd.readouterr().err
+    assert "another error" in message
+    assert ("resource_sharer" in message) == (start is not answer_nothing)
 
 
 def test_a_batch_of_broken_images_is_reported(classifier, processor, broken):

@@ -46,7 +46,7 @@ def interrupt(target, paths, settings=SETTINGS):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_names_made_to_harm_are_written_safely_and_read_back(suffix, tmp_path):
+def test_malicious_names_are_written_safely_and_read_back(suffix, tmp_path):
     harmful = ["=1+1", "'=1+1", "-1", "\x1b[31mred", "\\x1b[31mred", "a\u202eb", "@SUM(A1)"]
     paths = [Path(name) for name in harmful]
     target = tmp_path / f"a.{suffix}"
@@ -85,7 +85,7 @@ def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(suffix, tmp_path,
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_all_behind_a_damaged_record_is_made_again(suffix, tmp_path):
+def test_all_behind_a_damaged_record_is_recomputed(suffix, tmp_path):
     target = tmp_path / f"out.{suffix}"
     growing = interrupt(target, PATHS[:1] + PATHS[3:])
     content = bytearray(growing.read_bytes())
@@ -120,7 +120,7 @@ def test_only_the_same_settings_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
-def test_a_folder_of_the_users_is_not_gone_on_with(tmp_path, content):
+def test_a_folder_of_the_user_is_not_resumed(tmp_path, content):
     part = tmp_path / "out.csv.part"
     part.mkdir()
     (part / "mine").touch()

@@ -43,7 +43,7 @@ def classified(rows, model_folder):
 
 @pytest.fixture(scope="module")
 def expected(classifier, processor, photos):
-    """What `predict` says of every third image."""
+    """What `predict` returns for every third image."""
     paths = list(find_images([photos]))[::3]
     return {str(found.path): found for found in predict(classifier, processor, paths, topk=1)}
 

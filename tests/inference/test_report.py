@@ -219,7 +219,7 @@ def test_a_font_that_has_the_characters_is_found(monkeypatch, caplog):
     assert not caplog.messages
 
 
-def test_names_made_to_harm_reach_the_page_as_text(tmp_path):
+def test_malicious_names_reach_the_page_as_text(tmp_path):
     evaluation = evaluation_of(3)
     evaluation.labels[0], evaluation.labels[2] = "cat\u202egnp", "\x1b[31m"
     write_report(evaluation, tmp_path / "a.html", "a\u202eb")

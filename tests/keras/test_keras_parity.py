@@ -239,7 +239,7 @@ def test_features_are_read_by_name_by_number_and_as_a_tuple():
     equal(output[0], expected[0])
 
 
-def test_the_config_says_what_is_returned_unless_the_call_does():
+def test_the_config_decides_what_is_returned_unless_the_call_does():
     fields = {"output_hidden_states": True, "output_attentions": True, "return_dict": False}
     theirs, ours = pair(mixed(**fields))
     pixels = images(batch=2, height=16, width=20)

@@ -172,7 +172,7 @@ def test_a_saved_loss_is_that_of_its_problem(problem):
 
 
 @pytest.mark.parametrize("label", [-1, CLASSES])
-def test_a_label_of_no_class_is_named_and_in_a_graph_makes_the_loss_nan(label):
+def test_a_label_of_no_class_is_named_and_in_a_graph_gives_a_nan_loss(label):
     model = make()
     images, labels = data()
     labels[0] = label

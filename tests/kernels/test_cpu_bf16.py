@@ -68,7 +68,7 @@ def test_chunked_attention_drops_weights():
     assert context.shape == (3, 5, 2, 4)
 
 
-def test_a_gradient_behind_a_class_token_is_made_dense():
+def test_a_gradient_behind_a_class_token_becomes_dense():
     seen = []
     norm = cpu_bf16.DenseGradientBatchNorm(3).bfloat16()
     dense = norm(random(2, 3, 4, 4))

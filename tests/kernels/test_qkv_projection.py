@@ -49,7 +49,7 @@ class Operators(TorchDispatchMode):
 
 
 def convolutions(compute):
-    """How many times `compute()` makes three convolutions at once."""
+    """How many times `compute()` runs three convolutions at once."""
     with Operators() as operators:
         compute()
     return operators.calls[CONVOLVE]
@@ -92,7 +92,7 @@ def assert_the_same(model, pixels):
 
 
 def random_model(seed):
-    """A random classifier, all of whose projections can be made in one pass, and pixels for it."""
+    """A random classifier, whose projections can all be computed in one pass, and its pixels."""
     rng = random.Random(seed)
     fields, (batch, *shape) = random_case(seed, portable=False)
     stages = range(len(fields["depth"]))
@@ -435,7 +435,7 @@ def test_projections_of_other_shapes_are_left_alone(seed):
     assert_the_same(model.double(), pixels.double())
 
 
-def test_only_projections_that_fit_are_made_at_once():
+def test_only_projections_that_fit_are_computed_at_once():
     model = applied(make(mixed()))  # convolutions in the first stage of three
     assert convolutions(lambda: model(images())) == 1
 

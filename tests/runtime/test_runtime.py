@@ -69,7 +69,7 @@ def program(model, dynamic, image_size):
 
 
 def write_export(folder, kind, model, dynamic=("batch", "size"), image_size=(32, 32)):
-    """The least that makes an exported folder."""
+    """The least that an exported folder has."""
     graph = program(model, dynamic, image_size)
     path = folder / EXPORTS[kind]
     if kind == "onnx":
@@ -295,7 +295,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
             "device = meta:0: the onnxruntime .* cannot",
         ),
         ({"device": "cuda", "runtime": "openvino"}, "device = cuda: .* computes on a CPU"),
-        ({"precision": "int8"}, "precision = int8: is for exports; `cvt export` makes one"),
+        ({"precision": "int8"}, "precision = int8: is for exports; `cvt export` writes one"),
         ({"precision": "bf16", "runtime": "onnxruntime"}, "precision = bf16: ONNX Runtime has"),
     ],
 )
@@ -351,7 +351,7 @@ def test_a_name_that_means_no_model_is_not_found(tmp_path):
 
 
 class Wrapper(nn.Module):
-    """A model without a configuration, as distributed training makes them."""
+    """A model without a configuration, as distributed training wraps them."""
 
     def __init__(self, model):
         super().__init__()
@@ -650,9 +650,7 @@ def test_what_is_no_manifest_is_a_value_error_that_names_the_file(tmp_path, text
         ("config.json", "num_channels", 4),
     ],
 )
-def test_a_graph_for_other_pixels_than_is_said_of_it_is_refused(
-    tmp_path, model, kind, file, field, value
-):
+def test_a_graph_for_other_pixels_than_listed_is_refused(tmp_path, model, kind, file, field, value):
     write_export(tmp_path, kind, model, ("batch",))
     path = tmp_path / file
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
@@ -680,7 +678,7 @@ def test_a_damaged_graph_is_a_value_error_that_names_it(exported, name, tmp_path
 
 
 class Harmful:
-    """A pickle that makes a folder when it is read."""
+    """A pickle that creates a folder when it is read."""
 
     def __init__(self, path):
         self.path = str(path)

@@ -38,7 +38,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def little():
-    """The processor of a small model, which makes 16 x 16 pixels."""
+    """The processor of a small model, which returns 16 x 16 pixels."""
     return image_processor(CvtConfig(), image_size=16)
 
 
@@ -188,7 +188,7 @@ def test_illegal_arguments_are_refused(photos, little, options, message):
         image_dataset(photos, little, **options)
 
 
-def test_a_folder_of_halves_is_no_folder_of_classes(tmp_path, little):
+def test_a_folder_of_splits_is_no_folder_of_classes(tmp_path, little):
     for half in ("train", "val"):
         (tmp_path / half / "cat").mkdir(parents=True)
     with pytest.raises(ValueError, match="has the splits train, val: name one of them"):

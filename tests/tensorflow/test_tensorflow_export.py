@@ -147,7 +147,7 @@ def test_the_labels_go_along(exported):
     assert [name.decode() for name in loaded.class_names.numpy()] == NAMES
 
 
-# Run where neither this package nor what made the exports is: pixels from, logits into a file.
+# Run where neither this package nor what wrote the exports is: pixels from, logits into a file.
 SERVE = {
     "saved-model": """
 absent("cvt", "torch", "keras")
@@ -252,7 +252,7 @@ def test_the_commands_and_the_classifier_answer_as_with_the_model(cvt, exported,
         assert [each["score"] for each in found] == pytest.approx(scores, abs=1e-5)
 
 
-# Each in a process of its own, so that everything is said that is said once.
+# Each in a process of its own, so that warnings that are printed once are seen.
 OPEN = """
 import sys
 from cvt.runtime import open_runtime
@@ -261,7 +261,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_libraries_keep_silent_and_threads_are_set(command, exported, small):
+def test_libraries_print_nothing_and_threads_are_set(command, exported, small):
     out, err = command[1]
     lines = [f"loading {small}", "converting to litert in fp32", "comparing with the torch model"]
     assert err.splitlines() == lines
@@ -271,7 +271,7 @@ def test_libraries_keep_silent_and_threads_are_set(command, exported, small):
     assert out.splitlines() == [f"{name} fp32 on cpu, 1 thread" for name in RUNTIMES.values()]
 
 
-def test_the_error_stream_comes_back_whatever_threads_keep_it_silent(capfd):
+def test_the_error_stream_comes_back_whatever_threads_silence_it(capfd):
     def write(number):
         with silence_stderr():
             os.write(2, b"library")
@@ -297,9 +297,9 @@ def test_threads_are_no_longer_set_when_tensorflow_has_begun(exported, opened):
     [
         ("saved-model", "bf16", "a SavedModel is in fp32; use openvino or torch-export"),
         ("saved-model", "fp16", "a SavedModel is in fp32; use litert, onnx or openvino"),
-        ("saved-model", "int8", "int8 is made for openvino and onnx"),
+        ("saved-model", "int8", "int8 exists for openvino and onnx"),
         ("litert", "bf16", "LiteRT has no weights in bf16; use fp16, or openvino"),
-        ("litert", "int8", "int8 is made for openvino and onnx"),
+        ("litert", "int8", "int8 exists for openvino and onnx"),
     ],
 )
 def test_a_precision_that_a_format_lacks_is_refused_with_what_to_use(
@@ -340,7 +340,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
 def test_an_export_is_opened_as_what_it_is_alone(exported, small, to):
     name, (other,) = RUNTIMES[to], {*RUNTIMES.values()} - {RUNTIMES[to]}
     for source, arguments, message in (
-        (small, {"runtime": name}, f"is for exports; `cvt export` makes one, with --to {to}"),
+        (small, {"runtime": name}, f"is for exports; `cvt export` writes one, with --to {to}"),
         (exported[to], {"runtime": other}, f"is an export for {name}"),
         (exported[to], {"device": "cuda"}, f"the runtime {name} computes on a CPU"),
         (exported[to], {"precision": "bf16"}, "is an export in fp32"),
@@ -382,11 +382,11 @@ def test_a_damaged_export_is_a_value_error_that_names_it(exported, tmp_path, fil
 
 
 @pytest.mark.parametrize("to", FILES)
-def test_an_export_that_takes_other_pixels_than_is_said_is_refused(exported, tmp_path, to):
+def test_an_export_that_takes_other_pixels_than_listed_is_refused(exported, tmp_path, to):
     folder = tmp_path / "export"
     shutil.copytree(exported[to], folder)
-    said = json.loads((folder / "export.json").read_text())
-    (folder / "export.json").write_text(json.dumps(said | {"dynamic": ["batch"]}))
+    manifest = json.loads((folder / "export.json").read_text())
+    (folder / "export.json").write_text(json.dumps(manifest | {"dynamic": ["batch"]}))
     with pytest.raises(
         ValueError, match=r"config\.json differ: \(any, 3, any, any\) and \(any, 3, 32"
     ):

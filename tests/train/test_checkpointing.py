@@ -122,7 +122,7 @@ damages = pytest.mark.parametrize(("damage", "why"), DAMAGES.values(), ids=DAMAG
 
 
 @damages
-def test_a_damaged_checkpoint_is_passed_over_and_named(folder, caplog, damage, why):
+def test_a_damaged_checkpoint_is_skipped_and_named(folder, caplog, damage, why):
     damage(folder / "step-00000020")
     with caplog.at_level(logging.WARNING):
         path, state = newest_checkpoint(folder)
@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_never_outlives_a_whole_one(folder, damage, why, ke
         equal(newest_checkpoint(folder)[1], state_at(10))
 
 
-def test_where_none_is_whole_the_fault_of_each_is_told(folder):
+def test_where_none_is_complete_the_fault_of_each_is_reported(folder):
     truncate(folder / "step-00000010")
     empty(folder / "step-00000020")
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole") as raised:
@@ -154,7 +154,7 @@ def test_where_none_is_whole_the_fault_of_each_is_told(folder):
     assert "step-00000020: manifest.json cannot be read" in str(raised.value)
 
 
-def test_where_there_is_none_it_says_so(tmp_path):
+def test_where_there_is_none_it_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         newest_checkpoint(tmp_path)
 

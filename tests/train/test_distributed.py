@@ -109,7 +109,7 @@ def test_averaged_weights_are_evaluated_as_they_are_kept(folder, words):
     check_evaluation(folder, output, "ema")
 
 
-def test_what_is_said_is_said_once(two):
+def test_warnings_are_printed_once(two):
     output, _ = two
     first, second = printed(output)
     for text in ("skipped:", "not counted:", "epoch   1 ", "best top-1"):
@@ -162,7 +162,7 @@ def test_a_process_without_a_readable_image_does_not_keep_the_other_waiting(fold
     assert all(0.3 < loss < 3 for loss in losses(output))
 
 
-def test_processes_that_cannot_share_the_batches_are_told_so(folder, one):
+def test_processes_that_cannot_share_the_batches_raise(folder, one):
     processes = ranks(3, ["--resume", "--output", str(one)], folder / "three")
     assert exit_codes(processes) == [1, 1, 1]
     assert "3 processes cannot share" in processes[0].printed
@@ -192,7 +192,7 @@ def no_space_for_the_second_checkpoint():
     saved, trainer.save_checkpoint = trainer.save_checkpoint, save
 
 
-def test_a_full_disk_ends_all_processes_and_is_told_by_the_first(folder, words):
+def test_a_full_disk_ends_all_processes_and_is_reported_by_the_first(folder, words):
     output = folder / "full"
     processes = ranks(
         2, [*words, "save_steps=2", "--output", str(output)], output,

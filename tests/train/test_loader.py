@@ -219,7 +219,7 @@ def test_erasing_puts_noise_on_its_share(ramp):
     assert all(len(pixels.unique()) == len(pixels) > 3 for pixels in inside)  # a number each
 
 
-def test_crops_are_resized_as_the_recipe_says():
+def test_crops_are_resized_by_the_recipe():
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
     image, processor = Image.fromarray(noise), image_processor(CvtConfig(), image_size=16)
     mean, std = np.array(processor.image_mean), np.array(processor.image_std)

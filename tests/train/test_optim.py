@@ -102,7 +102,7 @@ def test_the_learning_rate_is_timms_bit_for_bit(updates, warmup):
     assert rates(recipe, steps_per_epoch, 45) == expected
 
 
-def test_one_epoch_says_nothing(caplog):
+def test_one_epoch_warns_of_nothing(caplog):
     rates(Recipe(epochs=1, lr=1.0, lr_updates="epoch", warmup_epochs=0), 3, 3)
     assert not caplog.records
 

@@ -93,7 +93,7 @@ HARMFUL = {
 
 
 @pytest.mark.parametrize(("text", "fault"), HARMFUL.values(), ids=HARMFUL)
-def test_a_file_made_to_harm_is_refused_in_one_sentence(tmp_path, text, fault):
+def test_a_malicious_file_is_refused_in_one_sentence(tmp_path, text, fault):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(
         ValueError, match=rf"a\.yaml is not yaml: .*{fault}|a\.yaml {fault}"
@@ -159,7 +159,7 @@ def test_the_learning_rate_follows_the_batch_unless_it_is_given():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_packaged_recipe_says_what_to_expect(name):
+def test_every_packaged_recipe_states_what_to_expect(name):
     load_recipe(name)
     header = [line for line in RECIPES[name].read_text().splitlines() if line.startswith("#")]
     assert len(header[0]) <= 80  # a line of `cvt recipes`

@@ -80,14 +80,14 @@ def recipe(photos, config_folder):
 
 
 class Watcher(NullProgress):
-    """Keeps what is said, and sends a signal after so many steps."""
+    """Keeps the log, and sends a signal after so many steps."""
 
     def __init__(self, stop_after=None, signal=signal.SIGTERM, during="epoch"):
-        self.said, self.rows, self.steps = [], [], 0
+        self.lines, self.rows, self.steps = [], [], 0
         self.stop_after, self.signal, self.during = stop_after, signal, during
 
     def log(self, text):
-        self.said.append(text)
+        self.lines.append(text)
 
     def epoch(self, row):
         self.rows.append(row)
@@ -160,17 +160,17 @@ def test_tensorboard_reads_the_events(recipe, tmp_path):
     assert top1 == pytest.approx([row["val_top1"] for row in history])
 
 
-def test_what_a_run_says_names_the_batch_and_the_learning_rate(recipe, tmp_path):
+def test_a_run_logs_the_batch_and_the_learning_rate(recipe, tmp_path):
     watcher = Watcher()
     settings = recipe(epochs=1, accumulate=2, lr=None, lr_base=0.01, lr_base_size=128)
     train(settings, tmp_path / "run", progress=watcher)
-    said = " ".join(watcher.said)
-    assert "30 images of 3 classes" in said
-    assert "1 steps of 16 images = 8 x 2 x 1 (batch_size, accumulate, processes)" in said
-    assert "learning rate 0.00125 = 0.01 x 16 / 128" in said
+    message = " ".join(watcher.lines)
+    assert "30 images of 3 classes" in message
+    assert "1 steps of 16 images = 8 x 2 x 1 (batch_size, accumulate, processes)" in message
+    assert "learning rate 0.00125 = 0.01 x 16 / 128" in message
 
 
-def test_speed_is_told_for_every_epoch_and_what_would_help_once(recipe, tmp_path, monkeypatch):
+def test_speed_is_logged_for_every_epoch_and_advice_once(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "MAX_WAITING_SHARE", 0.0)
     watcher = Watcher()
     with pytest.raises(Stopped):
@@ -181,7 +181,7 @@ def test_speed_is_told_for_every_epoch_and_what_would_help_once(recipe, tmp_path
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert all(float(row["images_per_second"]) > 0 for row in rows)
     assert all(0 < float(row["waiting"]) < 1 for row in rows)
-    (advice,) = [line for line in watcher.said if "waiting for images" in line]
+    (advice,) = [line for line in watcher.lines if "waiting for images" in line]
     assert "of the time in epoch 2 " in advice
     assert advice.endswith(f"more workers help (now 0, on {os.cpu_count()} cores)")
 
@@ -264,7 +264,7 @@ def test_ctrl_c_saves_too_and_exits_130(recipe, tmp_path):
         train(recipe(), tmp_path / "run", progress=watcher)
     assert stop.value.code == 130
     assert 0 < final_state(tmp_path / "run")["step"] <= 2
-    assert "--resume continues" in watcher.said[-1]
+    assert "--resume continues" in watcher.lines[-1]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -315,14 +315,14 @@ def test_a_test_folder_is_held_out_and_evaluated_once_at_the_end(recipe, tmp_pat
     images = image_folder(tmp_path / "data/test")
     found = evaluate(model, load_processor(tmp_path / "run/best", model.config), images)
     assert (metrics["images"], metrics["top1"]) == (len(images), found.top1)
-    assert [said for said in seen.said if "held-out" in said] == [
+    assert [line for line in seen.lines if "held-out" in line] == [
         f"12 held-out test images: top-1 {100 * found.top1:.2f} %, loss {found.loss:.4f}; "
         f"more in {tmp_path / 'run/test'}"
     ]
     assert not (tmp_path / "run/split.csv").exists()
     again = Watcher()
     resume(tmp_path / "run", progress=again)
-    assert not any("held-out" in said for said in again.said)
+    assert not any("held-out" in line for line in again.lines)
 
 
 def test_a_split_that_the_run_draws_is_kept(recipe, tmp_path, photos, cvt):
@@ -384,7 +384,7 @@ def test_an_edited_args_yaml_is_noticed(recipe, tmp_path):
     assert load_recipe(args).workers == 1
 
 
-def test_a_run_is_neither_overwritten_nor_made_up(recipe, tmp_path):
+def test_a_run_is_neither_overwritten_nor_invented(recipe, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"run exists already, with no run to resume"):
@@ -420,12 +420,12 @@ def test_weights_that_are_not_finite_are_never_saved(recipe, tmp_path, monkeypat
     assert final_state(tmp_path / "run")["step"] == 3
 
 
-def test_a_run_that_evaluates_to_nothing_finite_says_what_to_try(recipe, tmp_path):
+def test_a_run_that_evaluates_to_nothing_finite_names_what_to_try(recipe, tmp_path):
     with pytest.raises(FloatingPointError, match=r"\.png: .* in step 1, epoch 1.*Try a lower lr"):
         train(recipe(steps=1, lr=1e18, warmup_epochs=0), tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_says_where_and_what_to_try(recipe, tmp_path):
+def test_a_loss_that_is_not_finite_names_the_step_and_what_to_try(recipe, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step \d+, epoch 1, at learning rate .*lower lr"):
         train(recipe(lr=1e30, warmup_epochs=0), tmp_path / "run")
     state = final_state(tmp_path / "run")  # the last good state is kept
@@ -453,7 +453,7 @@ def test_an_unreadable_image_is_left_out_counted_and_named(damaged, recipe, tmp_
     settings = recipe(data=str(data), mixup=0.5, **changes)
     train(settings, tmp_path / "run", progress=watcher)
     for path in broken:
-        assert sum(f"skipped: {path}" in line for line in watcher.said) == 1
+        assert sum(f"skipped: {path}" in line for line in watcher.lines) == 1
         assert str(path) in (tmp_path / "run/corrupt.txt").read_text()
     names = {str(path.relative_to(data)) for path in broken}
     assert final_state(tmp_path / "run")["corrupt"].keys() == names
@@ -549,11 +549,11 @@ def test_images_of_too_many_pixels_are_named_before_the_first_epoch(photos, reci
         image.save(tmp_path / "data" / name)
     watcher = Watcher()
     train(recipe(data=data, max_pixels=9999, epochs=1), tmp_path / "run", progress=watcher)
-    named = [line for line in watcher.said if line.startswith("not used in ")]
+    named = [line for line in watcher.lines if line.startswith("not used in ")]
     assert len(named) == 4
     assert f"{data}/red/00.png: is 100 x 100 pixels; at most 9999 are decoded" in "".join(named)
-    assert watcher.said.index(named[-1]) < watcher.said.index(
-        next(line for line in watcher.said if line.startswith("skipped"))
+    assert watcher.lines.index(named[-1]) < watcher.lines.index(
+        next(line for line in watcher.lines if line.startswith("skipped"))
     )
 
 
@@ -739,7 +739,7 @@ def test_a_fine_tuned_resolution_has_its_preprocessing_on_both_sides(recipe, tmp
     assert pixels[0, 0, 0, 188] < 0 < pixels[0, 0, 0, 196]
 
 
-def test_fine_tuning_keeps_the_body_and_makes_a_new_head(model_folder):
+def test_fine_tuning_keeps_the_body_and_creates_a_new_head(model_folder):
     trained = CvtForImageClassification.from_pretrained(model_folder)
     model, sentence = classifier_for(model_folder, ["ant", "bee"])
     assert sentence == "a new, random classifier: the start has none of the 2 classes"
@@ -769,8 +769,8 @@ def test_fine_tuning_keeps_the_body_and_makes_a_new_head(model_folder):
 )  # fmt: skip
 def test_a_head_is_reused_by_class_name(model_folder, classes, rows, sentence):
     trained = CvtForImageClassification.from_pretrained(model_folder).classifier
-    model, said = classifier_for(model_folder, classes)
-    assert re.search(sentence, said), said
+    model, message = classifier_for(model_folder, classes)
+    assert re.search(sentence, message), message
     assert (model.config.class_names, model.config.num_labels) == (classes, len(classes))
     for i, row in enumerate(rows):
         same = (model.classifier.weight[i] == trained.weight).all(dim=1).tolist()

@@ -167,7 +167,7 @@ def test_every_batch_of_a_step_draws_numbers_of_its_own(recipe, tmp_path, monkey
     assert found[1] == found[2]
 
 
-def test_nothing_is_mixed_after_the_epochs_that_the_recipe_says(recipe, plain, tmp_path):
+def test_nothing_is_mixed_after_the_epochs_of_the_recipe(recipe, plain, tmp_path):
     mixed = losses(recipe(mixup=1.0, mixup_off_epoch=2), tmp_path / "run")
     assert [loss == pytest.approx(plain, abs=1e-5) for loss in mixed] == [False, False, True]
 
@@ -247,7 +247,7 @@ def test_epochs_of_cool_down_follow_at_the_lowest_rate(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_memory_is_saved_as_the_recipe_says(recipe, tmp_path, monkeypatch, on):
+def test_memory_is_saved_by_the_recipe(recipe, tmp_path, monkeypatch, on):
     """Checkpointed blocks compute twice; convolutions are channels-last."""
     forward, calls, layouts = Attention.forward, [], set()
     embed = ConvEmbedding.forward

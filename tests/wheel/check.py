@@ -6,7 +6,7 @@ It needs an index of packages, and nothing else from the network: `cvt-13` is a 
 weights in a cache of the hub. The commands and the Python are the README's own. What would take
 long or needs other hardware is changed by `SHORTER`, what a clone alone can do is left out by
 `SKIPPED`; an entry that the README does not have is an error. FOLDER, which must not exist, keeps
-all that is made; else it is removed.
+all files; else it is removed.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What the README's commands are run on, made in the working folder of the wheel's environment."""
+"""What the README's commands run on, written to the working folder of the wheel's environment."""
 
 import os
 from pathlib import Path

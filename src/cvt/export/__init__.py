@@ -25,7 +25,7 @@ import torch
 
 from cvt.checkpoints import image_size_of, load_classifier, load_processor
 from cvt.export.parity import LoadedProgram, compare, random_batches, shapes
-from cvt.export.quantization import quantized, real_batches, two_halves
+from cvt.export.quantization import quantized, real_batches, two_splits
 from cvt.export.tensorflow import (
     demand_backend,
     write_labels,
@@ -125,7 +125,7 @@ def export(
         if to in BY_KERAS:
             demand_backend(to)
         calibrating, held_out = (
-            ([], []) if calibration is None else two_halves(Path(calibration), calibration_images)
+            ([], []) if calibration is None else two_splits(Path(calibration), calibration_images)
         )
         progress(f"loading {source}")
         model = load_classifier(source, verify=verify).float().eval()

@@ -19,7 +19,7 @@ Graph = TypeVar("Graph")  # of ONNX or of OpenVINO
 LARGEST_BATCH = 32
 
 
-def two_halves(folder: Path, most: int) -> tuple[list[Path], list[Path]]:
+def two_splits(folder: Path, most: int) -> tuple[list[Path], list[Path]]:
     """Images to calibrate with and others to check with, taken in turns from the whole folder.
 
     Args:
