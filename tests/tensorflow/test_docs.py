@@ -22,17 +22,13 @@ from cvt.runtime.torch_runtime import TorchRuntime
 from cvt.train.recipe import FIELDS, load_recipe, packaged_recipes
 
 ROOT = Path(__file__).parents[2]
+# By name in either tree, so that a page without its translation fails.
+NAMES = {path.name for path in ROOT.glob("docs/[ez][nh]/*.md")}
 TRANSLATED = {
-    page: page.replace(".md", ".zh-CN.md")
-    for page in (
-        "README.md",
-        "docs/training.md",
-        "docs/inference.md",
-        "docs/keras.md",
-        "docs/gpu.md",
-    )
+    "README.md": "README.zh-CN.md",
+    **{f"docs/en/{name}": f"docs/zh/{name}" for name in sorted(NAMES)},
 }
-PAGES = ["README.md", "README.zh-CN.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+PAGES = [*TRANSLATED, *TRANSLATED.values(), "docs/architecture.md"]
 ALL_PAGES = [*PAGES, "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md"]
 COMMENT = re.compile(r"(?:^|(?<=\s))# (.*)$", re.MULTILINE)  # in sh and Python blocks
 CVT = typer.main.get_command(app)
@@ -60,12 +56,11 @@ def parts(page):
     """Headings by level, code without comments, table shapes, links: equal in both languages."""
     prose = without_code(page)
     links = set(re.findall(r"\]\(([^)]+)\)", prose))
-    translated = {Path(name).name for pair in TRANSLATED.items() for name in pair}
     return {
         "headings": [len(level) for level in re.findall(r"^(#+) ", prose, flags=re.MULTILINE)],
         "code": [without_comments(block) for block in code_blocks(page)],
         "tables": [line.count("|") for line in prose.splitlines() if line.startswith("|")],
-        "links": sorted(link for link in links if Path(link).name not in translated),
+        "links": sorted({re.sub(r"(?<=README)\.zh-CN|\b(en|zh)(?=/)", "", link) for link in links}),
         "names": sorted({s for s in re.findall(r"`([^`]+)`", prose) if not re.search(r"\s", s)}),
     }
 
@@ -74,7 +69,7 @@ def parts(page):
 @pytest.mark.parametrize("page", TRANSLATED)
 def test_a_page_is_the_same_in_both_languages(page, part):
     english, chinese = parts(page)[part], parts(TRANSLATED[page])[part]
-    assert english
+    assert english or part != "headings"
     assert english == chinese
 
 
@@ -145,7 +140,7 @@ def test_every_option_that_is_named_exists(page):
 
 
 def test_every_setting_that_the_training_page_names_exists():
-    prose = without_code("docs/training.md")
+    prose = without_code("docs/en/training.md")
     for name, value in re.findall(r"`([a-z_]+)=([^`]+)`", prose):
         load_recipe(None, {name: value})
     assert set(re.findall(r"`([a-z]+_[a-z_]+)`", prose)) <= FIELDS.keys() | NO_SETTINGS
@@ -184,7 +179,7 @@ def test_every_name_in_cvt_exists(page):
 
 
 def test_the_inference_page_lists_every_runtime():
-    rows = re.findall(r"^\| `(\w+)` .*PyTorch|^\| `(\w+)` \| O", read("docs/inference.md"), re.M)
+    rows = re.findall(r"^\| `(\w+)` .*PyTorch|^\| `(\w+)` \| O", read("docs/en/inference.md"), re.M)
     assert tuple(filter(None, (name for row in rows for name in row))) == RUNTIMES
 
 
@@ -207,7 +202,7 @@ def test_the_inference_page_has_the_words_of_every_pixel_error(pixels):
     runtime.image_size = (32, 32) if pixels.shape[-1] == 64 else None  # as of an export
     with pytest.raises(PixelError) as raised:
         runtime(pixels)
-    assert f" | {raised.value} |" in read("docs/inference.md")
+    assert f" | {raised.value} |" in read("docs/en/inference.md")
 
 
 def test_architecture_names_every_module():

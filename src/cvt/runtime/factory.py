@@ -25,7 +25,7 @@ from cvt.runtime.torch_runtime import DTYPES, CompiledRuntime, FusedRuntime, Tor
 ON_A_CPU = ("openvino", *OF_EXPORTS)  # these compute nowhere else
 # Images from which on it pays to convert a model for OpenVINO. For cvt-13 on two cores that took 11
 # seconds longer than to fuse it, and an image, of batches of 32, then 3 ms less in fp32 and 7 ms in
-# bf16 (docs/inference.md): the gain begins at 3700 and at 1600 images.
+# bf16 (docs/en/inference.md): the gain begins at 3700 and at 1600 images.
 MANY = 2000
 
 
