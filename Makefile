@@ -46,10 +46,11 @@ bench: $(VENV)/train.stamp  ## the training step beside transformers'; leaves be
 # Offline, with warnings as errors. The examples of the reference are the same in both languages.
 SPHINX = $(BIN)/python -m sphinx -q -W --keep-going -c docs
 
-docs: $(VENV)/docs.stamp  ## the site in English and Chinese, docs/_build/html; runs the examples of the reference
+docs: $(VENV)/docs.stamp  ## the site in English and Chinese; runs the examples of the reference
 	$(MAKE) --jobs $(JOBS) --output-sync docs-en docs-zh
 	$(MAKE) docs-examples
 	cp docs/index.html docs/_build/html/
+	@echo "open docs/_build/html/index.html"
 
 docs-en docs-zh: docs-%: $(VENV)/docs.stamp
 	$(SPHINX) -t $* -d docs/_build/$* docs/$* docs/_build/html/$*

@@ -34,7 +34,7 @@ extensions = [
 locale_dirs = [str(HERE / "locale")]
 exclude_patterns = ["**.ipynb_checkpoints"]
 templates_path = ["_templates"]
-nitpicky = False
+
 
 # Markdown and notebooks
 myst_enable_extensions = ["attrs_block", "attrs_inline", "colon_fence", "deflist"]
@@ -58,6 +58,9 @@ doctest_global_setup = """
 import os, tempfile
 _start, _folder = os.getcwd(), tempfile.TemporaryDirectory()
 os.chdir(_folder.name)
+from transformers.utils import logging as _logging
+_logging.disable_progress_bar()
+_logging.set_verbosity_error()
 """
 doctest_global_cleanup = "os.chdir(_start); _folder.cleanup()"
 
