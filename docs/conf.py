@@ -28,7 +28,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
-    "chinese_search",
+    "site_search",
     "pages",
 ]
 locale_dirs = [str(HERE / "locale")]
@@ -73,7 +73,13 @@ html_sidebars = {"index": [], "commands": []}
 html_show_sourcelink = False
 html_copy_source = False
 html_last_updated_fmt = None
+html_favicon = "_static/logo.svg"
 html_theme_options = {
+    "logo": {
+        "image_light": "_static/logo.svg",
+        "image_dark": "_static/logo.svg",
+        "text": "cvt-vision",
+    },
     "navbar_align": "left",
     "navbar_end": ["language", "theme-switcher"],
     "navbar_persistent": ["search-button-field"],

@@ -65,7 +65,7 @@ def parts(page):
         "headings": [len(level) for level in re.findall(r"^(#+) ", prose, flags=re.MULTILINE)],
         "code": [without_comments(block) for block in code_blocks(page)],
         "tables": [line.count("|") for line in prose.splitlines() if line.startswith("|")],
-        "links": sorted({re.sub(r"(?<=README)\.zh-CN|\b(en|zh)(?=/)", "", link) for link in links}),
+        "links": sorted({re.sub(r"(?<=README)\.zh-CN|\b(?:en|zh)/", "", link) for link in links}),
         "names": sorted({s for s in re.findall(r"`([^`]+)`", prose) if not re.search(r"\s", s)}),
     }
 

@@ -1,12 +1,13 @@
-"""Search of Chinese pages, by pairs of characters: no dictionary of words is needed."""
+"""Search of Chinese, by pairs of characters, which needs no dictionary; and of parts of names."""
 
 import re
 
 from sphinx.application import Sphinx
+from sphinx.search.en import SearchEnglish
 from sphinx.search.zh import SearchChinese
 
 CHINESE = "\u3400-\u9fff"
-# What `pieces` does, for the query in the browser.
+# The same for the query in the browser; only pairs, which are narrower than characters.
 SPLITTER = """
 function splitQuery(query) {
   const pieces = [];
@@ -20,14 +21,22 @@ function splitQuery(query) {
 
 
 def pieces(text: str) -> list[str]:
-    """Words in Latin letters, and every Chinese character and pair of neighbours."""
+    """Words, the parts of words like `warmup_epochs`, Chinese characters and pairs of those."""
     found = []
-    for run in re.findall(rf"[{CHINESE}]+|[a-zA-Z0-9_]+", text):
+    for run in re.findall(rf"[{CHINESE}]+|[^\W{CHINESE}]+", text):
         if re.match(rf"[{CHINESE}]", run):
             found += [*run, *(run[i : i + 2] for i in range(len(run) - 1))]
         else:
-            found.append(run)
+            found += dict.fromkeys([run, *filter(None, run.split("_"))])
     return found
+
+
+class SearchByParts(SearchEnglish):
+    """Sphinx' English search, which finds `warmup_epochs` by `warmup`, too."""
+
+    def split(self, input: str) -> list[str]:
+        """Split a text into the terms of the index."""
+        return pieces(input)
 
 
 class SearchByPairs(SearchChinese):
@@ -49,5 +58,6 @@ class SearchByPairs(SearchChinese):
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the search with Sphinx."""
+    app.add_search_language(SearchByParts)
     app.add_search_language(SearchByPairs)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
