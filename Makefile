@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test test-tensorflow test-oldest test-wheel lint bench clean
+.PHONY: demo test test-tensorflow test-oldest test-wheel lint bench docs docs-en docs-zh docs-examples clean
 
 demo: $(VENV)/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
 	$(BIN)/cvt demo --output runs/demo
@@ -43,8 +43,23 @@ lint: $(VENV)/dev.stamp  ## ruff, mypy and the import layers
 bench: $(VENV)/train.stamp  ## the training step beside transformers'; leaves benchmarks/results/*.csv
 	$(BIN)/python benchmarks/training.py
 
+# Offline, with warnings as errors. The examples of the reference are the same in both languages.
+SPHINX = $(BIN)/python -m sphinx -q -W --keep-going -c docs
+
+docs: $(VENV)/docs.stamp  ## the site in English and Chinese; runs the examples of the reference
+	$(MAKE) --jobs $(JOBS) --output-sync docs-en docs-zh
+	$(MAKE) docs-examples
+	cp docs/index.html docs/_build/html/
+	@echo "open docs/_build/html/index.html"
+
+docs-en docs-zh: docs-%: $(VENV)/docs.stamp
+	$(SPHINX) -t $* -d docs/_build/$* docs/$* docs/_build/html/$*
+
+docs-examples: $(VENV)/docs.stamp
+	$(SPHINX) -b doctest -t en -d docs/_build/en docs/en docs/_build/examples
+
 clean:  ## remove what the targets above made, but never runs/
-	rm -rf .venv .venv-oldest build dist
+	rm -rf .venv .venv-oldest build dist docs/_build
 
 # One stamp an extra: the environment is made again only when the dependencies change.
 $(VENV)/%.stamp: pyproject.toml

@@ -15,6 +15,16 @@ class CvtBackbone(BackboneMixin, CvtPreTrainedModel):
 
     `out_features` or `out_indices` in the config choose the stages, `stage1` to the last;
     `channels` and `strides` describe the maps.
+
+    Example:
+        >>> import torch
+        >>> from cvt import CvtBackbone, CvtConfig
+        >>> config = CvtConfig.from_variant("cvt-13", out_features=["stage1", "stage2", "stage3"])
+        >>> backbone = CvtBackbone(config).eval()
+        >>> backbone.channels, backbone.strides
+        ([64, 192, 384], [4, 8, 16])
+        >>> [tuple(each.shape) for each in backbone(torch.zeros(1, 3, 64, 96)).feature_maps]
+        [(1, 64, 16, 24), (1, 192, 8, 12), (1, 384, 4, 6)]
     """
 
     _keys_to_ignore_on_load_unexpected = CvtModel._keys_to_ignore_on_load_unexpected

@@ -324,6 +324,16 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Raises:
         ValueError: a field is illegal; names the field, its stage and the value.
+
+    Example:
+        >>> from cvt import CvtConfig
+        >>> config = CvtConfig.from_variant("cvt-13", num_labels=5)
+        >>> config.embed_dim, config.depth, config.hidden_act
+        ([64, 192, 384], [1, 2, 10], 'quick_gelu')
+        >>> CvtConfig(embed_dim=[64, 192, 100])
+        Traceback (most recent call last):
+            ...
+        ValueError: stage 3: embed_dim[2] = 100 is not divisible by num_heads[2] = 6
     """
 
     model_type = "cvt"
@@ -473,6 +483,11 @@ class CvtConfig(BackboneConfigMixin, PreTrainedConfig):
 
         Raises:
             ValueError: there is no such variant, or a field is illegal.
+
+        Example:
+            >>> from cvt import CvtConfig
+            >>> CvtConfig.from_variant("cvt-21").depth
+            [1, 4, 16]
         """
         if name not in VARIANTS:
             raise ValueError(f"no CvT variant is called {name!r}; there are {', '.join(VARIANTS)}")

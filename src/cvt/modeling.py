@@ -316,6 +316,14 @@ class CvtModelOutput(ModelOutput):
         cls_token_value: its class token, (B, 1, C); None where the last stage has none.
         hidden_states: the output of every stage, (B, C, H, W) each.
         attentions: the attention weights of every block, (B, heads, queries, keys) each.
+
+    Example:
+        >>> import torch
+        >>> from cvt import CvtConfig, CvtModel
+        >>> model = CvtModel(CvtConfig.from_variant("cvt-digits")).eval()
+        >>> output = model(torch.zeros(1, 3, 16, 16), output_attentions=True)
+        >>> len(output.attentions), output.attentions[-1].shape  # 7 blocks; 4 heads, 5 tokens
+        (7, torch.Size([1, 4, 5, 2]))
     """
 
     last_hidden_state: Tensor | None = None
@@ -420,7 +428,18 @@ class CvtPreTrainedModel(PreTrainedModel):
 
 
 class CvtModel(CvtPreTrainedModel):
-    """CvT without a head."""
+    """CvT without a head.
+
+    Example:
+        >>> import torch
+        >>> from cvt import CvtConfig, CvtModel
+        >>> model = CvtModel(CvtConfig.from_variant("cvt-digits")).eval()
+        >>> output = model(torch.zeros(2, 3, 32, 32), output_hidden_states=True)
+        >>> [tuple(state.shape) for state in output.hidden_states]
+        [(2, 32, 16, 16), (2, 64, 8, 8), (2, 128, 4, 4)]
+        >>> output.cls_token_value.shape
+        torch.Size([2, 1, 128])
+    """
 
     _keys_to_ignore_on_load_unexpected = [r"^layernorm\.", r"^classifier\."]
 
@@ -453,7 +472,19 @@ class CvtModel(CvtPreTrainedModel):
 
 
 class CvtForImageClassification(CvtPreTrainedModel):
-    """CvT with a linear classifier on the class token, or on the mean token where there is none."""
+    """CvT with a linear classifier on the class token, or on the mean token where there is none.
+
+    Example:
+        >>> import torch
+        >>> from cvt import CvtConfig, CvtForImageClassification
+        >>> config = CvtConfig.from_variant("cvt-digits", num_labels=10)
+        >>> model = CvtForImageClassification(config)
+        >>> images, labels = torch.zeros(4, 3, 16, 16), torch.tensor([3, 1, 4, 1])
+        >>> output = model(images, labels=labels)
+        >>> output.logits.shape
+        torch.Size([4, 10])
+        >>> output.loss.backward()
+    """
 
     def __init__(self, config: CvtConfig) -> None:
         super().__init__(config)

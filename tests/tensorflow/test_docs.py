@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -23,7 +24,11 @@ from cvt.train.recipe import FIELDS, load_recipe, packaged_recipes
 
 ROOT = Path(__file__).parents[2]
 # By name in either tree, so that a page without its translation fails.
-NAMES = {path.name for path in ROOT.glob("docs/[ez][nh]/*.md")}
+NAMES = {
+    path.relative_to(ROOT / "docs" / language).as_posix()
+    for language in ("en", "zh")
+    for path in ROOT.glob(f"docs/{language}/**/*.md")
+}
 TRANSLATED = {
     "README.md": "README.zh-CN.md",
     **{f"docs/en/{name}": f"docs/zh/{name}" for name in sorted(NAMES)},
@@ -60,7 +65,7 @@ def parts(page):
         "headings": [len(level) for level in re.findall(r"^(#+) ", prose, flags=re.MULTILINE)],
         "code": [without_comments(block) for block in code_blocks(page)],
         "tables": [line.count("|") for line in prose.splitlines() if line.startswith("|")],
-        "links": sorted({re.sub(r"(?<=README)\.zh-CN|\b(en|zh)(?=/)", "", link) for link in links}),
+        "links": sorted({re.sub(r"(?<=README)\.zh-CN|\b(?:en|zh)/", "", link) for link in links}),
         "names": sorted({s for s in re.findall(r"`([^`]+)`", prose) if not re.search(r"\s", s)}),
     }
 
@@ -203,6 +208,32 @@ def test_the_inference_page_has_the_words_of_every_pixel_error(pixels):
     with pytest.raises(PixelError) as raised:
         runtime(pixels)
     assert f" | {raised.value} |" in read("docs/en/inference.md")
+
+
+PUBLIC = ("cvt", "checkpoints", "data", "export", "kernels", "keras", "runtime", "train")
+
+
+def public_names():
+    """The public classes and functions: where each is, and the object."""
+    for package in PUBLIC:
+        module = import_module("cvt" if package == "cvt" else f"cvt.{package}")
+        listed = {"export": ["export"], "runtime": ["available", "open_runtime"]}
+        for name in listed.get(package, getattr(module, "__all__", ())):
+            thing = getattr(module, name)
+            if not isinstance(thing, str) and not inspect.ismodule(thing):
+                yield f"{module.__name__}.{name}", thing
+
+
+@pytest.mark.parametrize(
+    ("name", "thing"), [pytest.param(*each, id=each[0]) for each in public_names()]
+)
+def test_a_public_name_is_in_the_reference_with_an_example(name, thing):
+    pages = "".join(read(path.relative_to(ROOT)) for path in ROOT.glob("docs/en/reference/*.md"))
+    assert re.search(
+        rf"^\.\. [\w:]+:: (?:[\w.]+\.)?{name.rpartition('.')[2]}\b", pages, re.MULTILINE
+    )
+    is_union = name == "cvt.data.Images"  # of two classes, which have examples
+    assert is_union or ">>> " in inspect.getdoc(thing)
 
 
 def test_architecture_names_every_module():

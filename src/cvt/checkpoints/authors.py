@@ -111,6 +111,15 @@ def load_authors(
 
     Raises:
         CheckpointError: the file cannot be read or does not fit; lists every fault.
+
+    Example:
+        >>> import cvt, torch
+        >>> from cvt.checkpoints import load_authors, transformers_to_authors
+        >>> config = cvt.CvtConfig.from_variant("cvt-digits", num_labels=10)
+        >>> weights = cvt.CvtForImageClassification(config).state_dict()
+        >>> torch.save(transformers_to_authors(weights), "digits.pth")
+        >>> load_authors("digits.pth", config=config).config.num_labels
+        10
     """
     file = read_file(path, config=config, hidden_act=hidden_act)
     if file.is_headless and num_labels is None and (config is None or file.config.num_labels):

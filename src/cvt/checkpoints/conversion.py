@@ -28,6 +28,14 @@ class Conversion:
         model: the converted model, in eval mode.
         image_size: height and width, in pixels, that its preprocessing is set for, if it has one.
         largest_difference: between its logits and those of the result read back from disk.
+
+    Example:
+        >>> import cvt
+        >>> from cvt.checkpoints import convert
+        >>> model = cvt.CvtForImageClassification(cvt.CvtConfig.from_variant("cvt-digits"))
+        >>> model.save_pretrained("source")
+        >>> convert("source", "converted", image_size=32).image_size
+        32
     """
 
     model: CvtForImageClassification
@@ -70,6 +78,16 @@ def convert(
         CheckpointError: the source cannot be used; lists every fault. Nothing is written.
         ValueError: an argument does not fit the checkpoint. Nothing is written.
         FileExistsError: `dest` exists and `force` is not given.
+
+    Example:
+        >>> import cvt
+        >>> from cvt.checkpoints import convert
+        >>> model = cvt.CvtForImageClassification(cvt.CvtConfig.from_variant("cvt-digits"))
+        >>> model.save_pretrained("folder")
+        >>> _ = cvt.image_processor(model.config, 16).save_pretrained("folder")
+        >>> done = convert("folder", "authors.pth", to="authors")
+        >>> done.largest_difference
+        0.0
     """
     if to not in ("transformers", "authors"):
         raise ValueError(f"to = {to!r}: must be transformers or authors")

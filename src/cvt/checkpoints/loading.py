@@ -41,6 +41,14 @@ def load_classifier(
     Raises:
         FileNotFoundError: `source` is none of these.
         ValueError: its weights do not fit; lists every fault.
+
+    Example:
+        >>> import cvt
+        >>> from cvt.checkpoints import load_classifier
+        >>> config = cvt.CvtConfig.from_variant("cvt-digits", num_labels=10)
+        >>> cvt.CvtForImageClassification(config).save_pretrained("my-cvt")
+        >>> load_classifier("my-cvt", num_labels=3).config.num_labels  # a new classifier
+        3
     """
     source = model_source(source)
     if source.kind == "file":
@@ -122,6 +130,11 @@ def load_config(source: str | Path | ModelSource) -> CvtConfig:
 
     Raises:
         FileNotFoundError: `source` is none of these.
+
+    Example:
+        >>> from cvt.checkpoints import load_config
+        >>> load_config("cvt-w24").embed_dim
+        [192, 768, 1024]
     """
     source = model_source(source)
     if source.kind == "file":
@@ -147,6 +160,12 @@ def load_processor(
         image_size: height and width in pixels; else the source's, else that of the
             published file of this name, else 224, with a warning.
         crop_pct: see `cvt.image_processor`; else the source's.
+
+    Example:
+        >>> from cvt.checkpoints import image_size_of, load_config, load_processor
+        >>> processor = load_processor("cvt-13-384", load_config("cvt-13-384"))
+        >>> image_size_of(processor)
+        384
     """
     source = model_source(source)
     if source.kind == "adapter" and not (source.path / "preprocessor_config.json").is_file():
@@ -166,6 +185,12 @@ def image_size_of(processor: Any) -> int:
 
     Raises:
         ValueError: it returns others.
+
+    Example:
+        >>> import cvt
+        >>> from cvt.checkpoints import image_size_of
+        >>> image_size_of(cvt.image_processor("cvt-21-384"))
+        384
     """
     size = processor.size
     if size.shortest_edge or (size.height and size.height == size.width):

@@ -58,6 +58,11 @@ def authors_to_transformers(state_dict: Mapping[str, Weight]) -> dict[str, Weigh
 
     Raises:
         ValueError: names that no CvT of the authors has; lists all of them.
+
+    Example:
+        >>> from cvt.checkpoints import authors_to_transformers
+        >>> list(authors_to_transformers({"stage2.blocks.9.norm1.weight": 1}))
+        ['cvt.encoder.stages.2.layers.9.layernorm_before.weight']
     """
     return _refusing(*rename_known(state_dict))
 
@@ -67,6 +72,11 @@ def transformers_to_authors(state_dict: Mapping[str, Weight]) -> dict[str, Weigh
 
     Raises:
         ValueError: names that no CvT of transformers has; lists all of them.
+
+    Example:
+        >>> from cvt.checkpoints import transformers_to_authors
+        >>> transformers_to_authors({"classifier.bias": 1, "layernorm.bias": 2})
+        {'head.bias': 1, 'norm.bias': 2}
     """
     return _refusing(*_renamed(_prefixed(state_dict), _TABLE))
 

@@ -46,7 +46,17 @@ PLAIN_GLOBALS: list[Any] = [
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and every fault found in it."""
+    """A checkpoint that cannot be used; the message names the file and every fault found in it.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from cvt.checkpoints import read_weights
+        >>> _ = Path("empty.pth").write_bytes(b"")
+        >>> read_weights("empty.pth")
+        Traceback (most recent call last):
+            ...
+        cvt.checkpoints.reading.CheckpointError: empty.pth is empty
+    """
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -62,6 +72,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: the file is empty, truncated, a pointer of git-lfs, asks for code to be
             run, holds no weights, or holds several models.
         OSError: the file cannot be opened.
+
+    Example:
+        >>> import cvt, torch
+        >>> from cvt.checkpoints import read_weights
+        >>> model = cvt.CvtForImageClassification(cvt.CvtConfig.from_variant("cvt-digits"))
+        >>> torch.save({"epoch": 3, "state_dict": model.state_dict()}, "run.pth")
+        >>> read_weights("run.pth")["layernorm.weight"].shape
+        torch.Size([128])
     """
     path = Path(path)
     content = unwrapped(load_content(path), path)

@@ -24,6 +24,11 @@ class ModelSource:
         kind: a `file` of weights, a model `folder`, a folder with an `adapter` of PEFT, a
             `published` checkpoint on the hub, or a `variant`, which has no weights.
         published: the published checkpoint, by its name or by the name of the authors' file.
+
+    Example:
+        >>> from cvt.checkpoints import model_source
+        >>> model_source("cvt-13").published.image_size
+        224
     """
 
     name: str
@@ -63,6 +68,11 @@ def model_source(name: str | Path | ModelSource) -> ModelSource:
         CheckpointError: a folder holds both a model and an adapter.
         FileNotFoundError: the name means none of these.
         TypeError: it is no name.
+
+    Example:
+        >>> from cvt.checkpoints import model_source
+        >>> model_source("microsoft/cvt-13").kind, model_source("cvt-digits").kind
+        ('published', 'variant')
     """
     if isinstance(name, ModelSource):
         return name

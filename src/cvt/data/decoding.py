@@ -76,7 +76,15 @@ _JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd7])")
 
 
 class ImageError(ValueError):
-    """An image that cannot be used; the message names the file."""
+    """An image that cannot be used; the message names the file.
+
+    Example:
+        >>> from cvt.data import decode
+        >>> decode(b"not an image")
+        Traceback (most recent call last):
+            ...
+        cvt.data.decoding.ImageError: <bytes>: is not an image of a known format (...
+    """
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,12 @@ class StoredImage:
     Attributes:
         name: how messages and results call it.
         content: the bytes of an image file, decoded pixels, or what gives them when it is called.
+
+    Example:
+        >>> from PIL import Image
+        >>> from cvt.data import StoredImage, decode
+        >>> decode(StoredImage("row 7", Image.new("L", (4, 2)))).mode
+        'RGB'
     """
 
     name: str
@@ -162,6 +176,14 @@ def decode(
     Raises:
         ImageError: the image cannot be read or is refused; names the file.
         TypeError: `source` is none of these.
+
+    Example:
+        >>> from PIL import Image
+        >>> from cvt.data import decode
+        >>> Image.new("CMYK", (64, 48)).save("photo.jpg")
+        >>> image = decode("photo.jpg")
+        >>> image.mode, image.size
+        ('RGB', (64, 48))
     """
     if isinstance(source, str) and is_content(source):  # which no message repeats
         raise ImageError(

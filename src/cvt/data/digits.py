@@ -32,6 +32,13 @@ def write_digits(root: str | Path) -> None:
     Raises:
         FileExistsError: `root` is there already.
         ImportError: scikit-learn is not installed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from cvt.data import write_digits
+        >>> write_digits("digits-png")
+        >>> sorted(each.name for each in Path("digits-png").iterdir())
+        ['test', 'train']
     """
     pictures, labels, splits = _digits()
     with staged(root) as folder:

@@ -64,6 +64,18 @@ def open_training(
             classes, or the data is malformed.
         OSError: a file is missing or cannot be read, or the hub cannot be reached.
         ImportError: a library that this kind of data needs is not installed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from cvt.data import open_training
+        >>> for label in "cat", "dog":
+        ...     Path("photos", label).mkdir(parents=True)
+        ...     for number in range(10):
+        ...         Image.new("RGB", (8, 8)).save(f"photos/{label}/{number}.png")
+        >>> splits = open_training("photos", seed=0)
+        >>> len(splits.train), len(splits.validation)
+        (16, 4)
     """
     options = _Options(_names(classes), image_column, label_column)
     splits = _splits(data, options)
@@ -153,6 +165,12 @@ def open_labelled(
         ValueError: the data is malformed.
         OSError: a file is missing or cannot be read, or the hub cannot be reached.
         ImportError: a library that this kind of data needs is not installed.
+
+    Example:
+        >>> from cvt.data import open_labelled
+        >>> images = open_labelled("digits")
+        >>> len(images), images.classes
+        (360, ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9'])
     """
     options = _Options(_names(classes), image_column, label_column)
     splits = _splits(data, options)

@@ -98,6 +98,15 @@ def images_below(folder: Path) -> Iterator[Path]:
 
     Each folder is read when its turn comes; no more is kept than the names in those on the way.
     Links to folders are followed. What may be an image and is not read is logged at the end.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from cvt.data import images_below
+        >>> Path("album/2026").mkdir(parents=True)
+        >>> Image.new("RGB", (8, 8)).save("album/2026/1.png")
+        >>> [path.name for path in images_below(Path("album"))]
+        ['1.png']
     """
     skipped = Skipped(folder)
     for name in _names_below(folder, "", skipped):
@@ -191,6 +200,17 @@ def image_folder(root: str | Path) -> LabelledImages:
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it has no class folders, or some without images; names all of those.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from cvt.data import image_folder
+        >>> for path in Path("pets/cat/1.png"), Path("pets/dog/2.png"):
+        ...     path.parent.mkdir(parents=True)
+        ...     Image.new("RGB", (8, 8)).save(path)
+        >>> images = image_folder("pets")
+        >>> images.classes, images.labels
+        (['cat', 'dog'], ['cat', 'dog'])
     """
     root = Path(root)
     if not root.is_dir():
@@ -237,6 +257,15 @@ def oversized(
 
     Returns:
         A sentence for each that names it.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from cvt.data import LabelledImages, oversized
+        >>> Image.new("RGB", (40, 30)).save("large.png")
+        >>> images = LabelledImages([Path("large.png")], ["cat"])
+        >>> len(list(oversized(images, max_pixels=1000))), len(list(oversized(images, None)))
+        (1, 0)
     """
     files = (images.sources[i] for i in range(rank, len(images), world))
     with ThreadPoolExecutor() as pool:

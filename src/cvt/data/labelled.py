@@ -47,6 +47,13 @@ class LabelledImages:
         sources: the images; one that is not a file is read on access.
         labels: the name of the class of every image.
         classes: the names of the classes in the order of a classifier's outputs.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from cvt.data import LabelledImages
+        >>> images = LabelledImages([Path("a.png"), Path("b.png")], ["dog", "cat"])
+        >>> len(images), images.classes, images[1][1]
+        (2, ['cat', 'dog'], 'cat')
     """
 
     def __init__(
@@ -105,6 +112,21 @@ class StreamedImages:
         length: how many images one pass has, where that is known without reading them all.
         rows: what is streamed.
         sample: returns the image and the name of the class of a row.
+
+    Example:
+        >>> from datasets import IterableDataset
+        >>> from PIL import Image
+        >>> from cvt.data import StoredImage, StreamedImages
+        >>> rows = IterableDataset.from_generator(lambda: ({"n": n} for n in range(3)))
+        >>> image = Image.new("RGB", (8, 8))
+        >>> images = StreamedImages(
+        ...     ["even", "odd"],
+        ...     length=3,
+        ...     rows=rows,
+        ...     sample=lambda row: (StoredImage("", image), "odd" if row["n"] % 2 else "even"),
+        ... )
+        >>> [label for _, label in images]
+        ['even', 'odd', 'even']
     """
 
     classes: list[str]
@@ -175,6 +197,12 @@ class Splits(NamedTuple):
         train: those to train on.
         validation: those by which the best epoch is chosen.
         test: those that are held out until the end; None where there are none.
+
+    Example:
+        >>> from cvt.data import open_training
+        >>> splits = open_training("digits")
+        >>> len(splits.train), len(splits.validation), splits.test
+        (1437, 360, None)
     """
 
     train: Images
@@ -198,6 +226,12 @@ def split(images: LabelledImages, seed: int) -> tuple[LabelledImages, LabelledIm
 
     Raises:
         ValueError: a class has a single image.
+
+    Example:
+        >>> from cvt.data import open_labelled, split
+        >>> train, validation = split(open_labelled("digits"), seed=0)
+        >>> len(train) + len(validation)
+        360
     """
     class_indices: dict[str, list[int]] = {name: [] for name in images.classes}
     for i, label in enumerate(images.labels):

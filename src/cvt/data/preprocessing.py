@@ -66,6 +66,13 @@ def image_processor(
         OSError: `source` is neither published nor a folder, or the folder's files cannot be read.
         TypeError: `source` is of another type.
         ValueError: a setting is illegal, or does not fit the model.
+
+    Example:
+        >>> import cvt
+        >>> from PIL import Image
+        >>> processor = cvt.image_processor("cvt-13")  # needs no network
+        >>> processor(Image.new("RGB", (640, 480)), return_tensors="pt").pixel_values.shape
+        torch.Size([1, 3, 224, 224])
     """
     if backend not in (None, "torchvision", "pil"):
         raise ValueError(f"backend = {backend!r}: must be torchvision or pil")

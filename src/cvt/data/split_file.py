@@ -21,6 +21,13 @@ def write_split(path: str | Path, train: LabelledImages, validation: LabelledIma
 
     Raises:
         OSError: the file cannot be written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from cvt.data import open_labelled, split, write_split
+        >>> write_split("split.csv", *split(open_labelled("digits"), seed=0))
+        >>> Path("split.csv").read_text().splitlines()[0]
+        'path,split'
     """
     with (
         staged(path, overwrite=True) as beside,
@@ -38,6 +45,12 @@ def read_split(path: str | Path) -> dict[str, str]:
     Raises:
         ValueError: it is no such file; names the line.
         OSError: the file cannot be read.
+
+    Example:
+        >>> from cvt.data import open_labelled, read_split, split, write_split
+        >>> write_split("drawn.csv", *split(open_labelled("digits"), seed=0))
+        >>> sorted(set(read_split("drawn.csv").values()))
+        ['train', 'validation']
     """
     found: dict[str, str] = {}
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -72,6 +85,15 @@ def without_trained(images: LabelledImages, path: str | Path) -> tuple[LabelledI
     Raises:
         ValueError: the file is malformed.
         OSError: it cannot be read.
+
+    Example:
+        >>> from cvt.data import open_labelled, split, without_trained, write_split
+        >>> images = open_labelled("digits")
+        >>> train, validation = split(images, seed=0)
+        >>> write_split("of-run.csv", train, validation)
+        >>> left, trained = without_trained(images, "of-run.csv")
+        >>> len(left) == len(validation), trained
+        (True, 0)
     """
     splits = read_split(path)
     names = [images.name(i) for i in range(len(images))]

@@ -113,6 +113,17 @@ def export(
         FileExistsError: `output` exists and may not be overwritten.
         FileNotFoundError: `source` is no model, or the calibration folder has no images.
         ImportError: a library is missing; names what to install.
+
+    Example:
+        >>> import cvt
+        >>> from cvt.export import export
+        >>> config = cvt.CvtConfig.from_variant("cvt-digits", depth=[1, 1, 1])
+        >>> cvt.CvtForImageClassification(config).save_pretrained("digits-model")
+        >>> _ = cvt.image_processor(config, 16).save_pretrained("digits-model")
+        >>> export("digits-model", "exported", "torch-export").file
+        'model.pt2'
+        >>> cvt.Classifier("exported").runtime.name
+        'torch'
     """
     _check_arguments(to, precision, dynamic, calibration, min_agreement)
     libraries = LIBRARIES[to] + (("nncf",) if precision == "int8" else ())

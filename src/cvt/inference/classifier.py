@@ -78,6 +78,18 @@ class Classifier:
         TypeError: an argument is of a wrong type; names it.
         ValueError: an argument is illegal, or a loaded model comes without its processor.
         ImportError: the runtime is not installed.
+
+    Example:
+        >>> import cvt, numpy
+        >>> config = cvt.CvtConfig.from_variant("cvt-digits", num_labels=10)
+        >>> model = cvt.CvtForImageClassification(config)
+        >>> processor = cvt.image_processor(config, image_size=32)
+        >>> classifier = cvt.Classifier(model, runtime="torch", processor=processor)
+        >>> image = numpy.zeros((48, 64, 3), "uint8")
+        >>> [sorted(prediction) for prediction in classifier(image, top_k=2)]
+        [['label', 'score'], ['label', 'score']]
+        >>> len(list(classifier.stream([image] * 3, workers=0)))
+        3
     """
 
     def __init__(

@@ -57,6 +57,18 @@ def explain(
     Raises:
         ValueError: as by `Explainer` and by its call.
         cvt.data.decoding.ImageError: an image cannot be decoded; names it.
+
+    Example:
+        >>> import cvt, numpy
+        >>> config = cvt.CvtConfig.from_variant("cvt-digits", num_labels=10)
+        >>> model = cvt.CvtForImageClassification(config)
+        >>> processor = cvt.image_processor(config, image_size=32)
+        >>> photo = numpy.random.default_rng(0).random((48, 64, 3))
+        >>> explanation = cvt.explain(model, photo, class_name=7, processor=processor)
+        >>> explanation.method, explanation.stage, explanation.class_id
+        ('gradcam', 3, 7)
+        >>> explanation.overlay().size  # that of the photo
+        (64, 48)
     """
     explainer = Explainer(model, **how)
     if isinstance(images, list | tuple):
@@ -86,6 +98,18 @@ class Explainer:
     Raises:
         TypeError: the model is a fused one, or no model; names which to use.
         ValueError: the model is an export, or has no classes; names which to use.
+
+    Example:
+        >>> import cvt, numpy
+        >>> config = cvt.CvtConfig.from_variant("cvt-digits", num_labels=10)
+        >>> model = cvt.CvtForImageClassification(config)
+        >>> processor = cvt.image_processor(config, image_size=32)
+        >>> explainer = cvt.Explainer(model, processor=processor)
+        >>> photo = numpy.random.default_rng(0).random((48, 64, 3))
+        >>> explainer(photo, stage=1).grid.shape  # a value for each token of 32 x 32 pixels
+        (16, 16)
+        >>> explainer(photo, method="attention").attention.shape  # blocks, heads, h, w
+        (4, 4, 2, 2)
     """
 
     def __init__(

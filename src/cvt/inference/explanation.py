@@ -44,6 +44,18 @@ class Explanation:
         attention: of the method `attention`, the attention of the class token to the keys,
             (blocks, heads, h, w). Of every head it sums to 1 with `class_token`.
         class_token: likewise, its attention to itself, (blocks, heads).
+
+    Example:
+        >>> import cvt, numpy
+        >>> config = cvt.CvtConfig.from_variant("cvt-digits", num_labels=10)
+        >>> model = cvt.CvtForImageClassification(config)
+        >>> processor = cvt.image_processor(config, image_size=32)
+        >>> photo = numpy.random.default_rng(0).random((48, 64, 3))
+        >>> explanation = cvt.explain(model, photo, method="rollout", processor=processor)
+        >>> heat = explanation.heat_map()  # over the whole photo
+        >>> heat.shape, float(heat.max())
+        ((48, 64), 1.0)
+        >>> explanation.save("photo.png")  # or photo.npz, the arrays
     """
 
     name: str

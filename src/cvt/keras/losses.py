@@ -98,6 +98,15 @@ class Accuracy(keras.metrics.MeanMetricWrapper):
 
     The form of the labels may change between batches; the metric "accuracy" of Keras keeps the form
     of the first batch.
+
+    Example:
+        >>> import numpy
+        >>> from cvt.keras import Accuracy
+        >>> accuracy = Accuracy()
+        >>> logits = numpy.array([[0.1, 0.9], [0.2, 0.8]])
+        >>> _ = accuracy.update_state(numpy.array([1, 0]), logits)
+        >>> float(accuracy.result())
+        0.5
     """
 
     def __init__(self, name: str = "accuracy", dtype: Any = None) -> None:
@@ -116,6 +125,13 @@ class ClassificationLoss(keras.losses.Loss):
             cross-entropy for class indices (B,) or (B, 1), and binary cross-entropy for (B, K).
         num_labels: K.
         kwargs: arguments of `keras.losses.Loss`.
+
+    Example:
+        >>> import numpy
+        >>> from cvt.keras import ClassificationLoss
+        >>> loss = ClassificationLoss("single_label_classification", num_labels=2)
+        >>> float(loss(numpy.array([0, 1]), numpy.zeros((2, 2), "float32")))  # log 2
+        0.693147...
     """
 
     def __init__(self, problem_type: str | None, num_labels: int | None, **kwargs: Any) -> None:

@@ -75,6 +75,14 @@ class TFCvtModelOutput(Output):
         cls_token_value: the class token, (B, 1, C); None if the last stage has none.
         hidden_states: the output of every stage, in the same format.
         attentions: the attention weights of every block, (B, heads, queries, keys) each.
+
+    Example:
+        >>> import numpy
+        >>> from cvt import CvtConfig, TFCvtModel
+        >>> model = TFCvtModel(CvtConfig.from_variant("cvt-digits"))
+        >>> output = model(numpy.zeros((1, 3, 16, 16), "float32"), output_hidden_states=True)
+        >>> len(output.hidden_states)
+        3
     """
 
     last_hidden_state: Any = None
@@ -91,6 +99,14 @@ class TFImageClassifierOutput(Output):
         logits: the logits, (B, K).
         hidden_states: as in `TFCvtModelOutput`.
         attentions: as in `TFCvtModelOutput`.
+
+    Example:
+        >>> import numpy
+        >>> from cvt import CvtConfig, TFCvtForImageClassification
+        >>> model = TFCvtForImageClassification(CvtConfig.from_variant("cvt-digits"))
+        >>> output = model(numpy.zeros((1, 3, 16, 16), "float32"), labels=numpy.array([7]))
+        >>> output.loss.shape, output.logits.shape
+        (TensorShape([]), TensorShape([1, 1000]))
     """
 
     loss: Any = None
@@ -241,7 +257,15 @@ class TFCvtPreTrainedModel(keras.Model):
 
 @register
 class TFCvtModel(TFCvtPreTrainedModel):
-    """CvT without a classifier; its arguments are those of `TFCvtPreTrainedModel`."""
+    """CvT without a classifier; its arguments are those of `TFCvtPreTrainedModel`.
+
+    Example:
+        >>> import numpy
+        >>> from cvt import CvtConfig, TFCvtModel
+        >>> model = TFCvtModel(CvtConfig.from_variant("cvt-digits"))
+        >>> model(numpy.zeros((2, 3, 16, 16), "float32")).last_hidden_state.shape
+        TensorShape([2, 128, 2, 2])
+    """
 
     def __init__(
         self,
@@ -307,6 +331,15 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
     Losses and metrics receive the logits, (B, K), so those of Keras work (`from_logits=True`), and
     `predict` returns the logits. Without a loss, `compile` selects that of `config.problem_type`.
     The arguments are those of `TFCvtPreTrainedModel`.
+
+    Example:
+        >>> import numpy
+        >>> from cvt import CvtConfig, TFCvtForImageClassification
+        >>> model = TFCvtForImageClassification(CvtConfig.from_variant("cvt-digits", num_labels=10))
+        >>> model.compile(optimizer="adamw", metrics=["accuracy"])  # then model.fit(images, labels)
+        >>> output = model(numpy.zeros((2, 3, 16, 16), "float32"), labels=numpy.array([3, 1]))
+        >>> output.logits.shape
+        TensorShape([2, 10])
     """
 
     def __init__(

@@ -26,6 +26,15 @@ def apply_cpu_bf16(model: PreTrainedModel) -> None:
 
     Args:
         model: any of `cvt.modeling`; changed in place.
+
+    Example:
+        >>> import cvt, torch
+        >>> from cvt.kernels import apply_cpu_bf16
+        >>> model = cvt.CvtForImageClassification(cvt.CvtConfig.from_variant("cvt-digits"))
+        >>> apply_cpu_bf16(model)
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     model(torch.rand(2, 3, 16, 16)).logits.dtype
+        torch.bfloat16
     """
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("cpu_bf16")

@@ -44,6 +44,17 @@ def apply_triton(model: nn.Module) -> None:
 
     Args:
         model: any of `cvt.modeling`; changed in place.
+
+    Example:
+        >>> import cvt, torch
+        >>> from cvt.kernels import apply_triton
+        >>> config = cvt.CvtConfig.from_variant("cvt-digits")
+        >>> model = cvt.CvtForImageClassification(config).eval()
+        >>> pixels = torch.rand(2, 3, 16, 16)
+        >>> before = model(pixels).logits
+        >>> apply_triton(model)
+        >>> torch.allclose(model(pixels).logits, before, atol=1e-5)
+        True
     """
     for module in model.modules():
         if isinstance(module, SelfAttention):

@@ -14,6 +14,13 @@ def recompute_activations(model: nn.Module) -> None:
 
     Args:
         model: any of `cvt.modeling`; changed in place.
+
+    Example:
+        >>> import cvt, torch
+        >>> from cvt.kernels import recompute_activations
+        >>> model = cvt.CvtForImageClassification(cvt.CvtConfig.from_variant("cvt-digits"))
+        >>> recompute_activations(model)
+        >>> model(torch.rand(2, 3, 16, 16), labels=torch.tensor([3, 1])).loss.backward()
     """
     for module in model.modules():
         if isinstance(module, Block):

@@ -22,7 +22,13 @@ LIBRARIES = {
 
 
 def available(runtime: str) -> bool:
-    """Whether what a runtime needs is installed; imports nothing."""
+    """Whether what a runtime needs is installed; imports nothing.
+
+    Example:
+        >>> from cvt.runtime import available
+        >>> available("fused")
+        True
+    """
     return is_installed(*LIBRARIES.get(runtime, ()))
 
 
@@ -61,6 +67,16 @@ def open_runtime(
         ValueError: an argument is illegal, or the runtime cannot do what is asked; weights are
             offloaded, or pointers of git-lfs.
         ImportError: the runtime is not installed; names what to install.
+
+    Example:
+        >>> import cvt, torch
+        >>> from cvt.runtime import open_runtime
+        >>> config = cvt.CvtConfig.from_variant("cvt-digits", num_labels=10)
+        >>> runtime = open_runtime(cvt.CvtForImageClassification(config), "fused", threads=1)
+        >>> runtime.describe
+        'fused fp32 on cpu, 1 thread'
+        >>> runtime(torch.zeros(2, 3, 16, 16)).shape
+        torch.Size([2, 10])
     """
     from cvt.files import check_path
     from cvt.runtime.factory import open_export, open_model

@@ -13,7 +13,18 @@ from cvt.data.preprocessing import LARGEST
 
 
 class PixelError(ValueError):
-    """Pixels that a runtime does not take; the message names what was expected."""
+    """Pixels that a runtime does not take; the message names what was expected.
+
+    Example:
+        >>> import cvt, torch
+        >>> from cvt.runtime import open_runtime
+        >>> config = cvt.CvtConfig.from_variant("cvt-digits")
+        >>> runtime = open_runtime(cvt.CvtForImageClassification(config), "torch")
+        >>> runtime(torch.zeros(3, 32, 32))
+        Traceback (most recent call last):
+            ...
+        cvt.runtime.base.PixelError: pixels have shape (3, 32, 32): expected (batch, 3, ...
+    """
 
 
 class Runtime(ABC):

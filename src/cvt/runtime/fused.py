@@ -434,6 +434,16 @@ def fuse(
         TypeError: not a CvT of this package, or parts of it were replaced.
         ValueError: the model is in training mode, weights of it are offloaded, or `dtype` is no
             floating point type.
+
+    Example:
+        >>> import cvt, torch
+        >>> config = cvt.CvtConfig.from_variant("cvt-digits", num_labels=10)
+        >>> model = cvt.CvtForImageClassification(config).eval()
+        >>> fast = cvt.fuse(model)
+        >>> pixels = torch.rand(2, 3, 16, 16)
+        >>> with torch.no_grad():
+        ...     torch.allclose(fast(pixels).logits, model(pixels).logits, atol=1e-5)
+        True
     """
     if not isinstance(model, CvtModel | CvtForImageClassification | CvtBackbone):
         raise TypeError(

@@ -50,6 +50,16 @@ class Recipe:
     Raises:
         ValueError: settings have the wrong type, are out of their limits or contradict each other;
             lists all of them.
+
+    Example:
+        >>> from cvt.train import Recipe
+        >>> recipe = Recipe(data="photos", epochs=20, batch_size=32)
+        >>> recipe.optimizer
+        'adamw'
+        >>> Recipe(epochs=0)
+        Traceback (most recent call last):
+            ...
+        ValueError: epochs...
     """
 
     data: str = setting(
@@ -413,6 +423,12 @@ def load_recipe(file: str | Path | None = None, changes: Mapping[str, Any] | Non
     Raises:
         OSError: there is no such recipe, or the file cannot be read.
         ValueError: keys are unknown, or values do not fit; lists all of them.
+
+    Example:
+        >>> from cvt.train import load_recipe
+        >>> recipe = load_recipe("digits", {"epochs": 3})
+        >>> recipe.model, recipe.epochs
+        ('cvt-digits', 3)
     """
     return Recipe(**read_settings(file, changes))
 

@@ -65,6 +65,14 @@ def train(recipe: Recipe, output: str | Path, progress: Progress | None = None) 
         ValueError: the data or the recipe cannot be used, or too many images are unreadable.
         FloatingPointError: the loss became NaN or infinite; names the step and what to try.
         Stopped: SIGTERM or SIGINT; the state is saved.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from cvt.train import load_recipe, train
+        >>> recipe = load_recipe("digits", {"epochs": 1, "steps": 2, "workers": 0})
+        >>> best = train(recipe, "runs/two-steps")
+        >>> best["epoch"], Path("runs/two-steps/best/model.safetensors").exists()
+        (1, True)
     """
     check_path(output, "output")
     output = Path(output)
@@ -99,6 +107,11 @@ def resume(
         FileNotFoundError: there is no run in `output`.
         ValueError: no checkpoint is whole, the images are not the run's, a setting may not differ
             or was edited in args.yaml; else as `train`.
+
+    Example:
+        >>> from cvt.train import resume
+        >>> resume("runs/two-steps")["epoch"]  # that of `train`: complete, so nothing is left to do
+        1
     """
     check_path(output, "output")
     output = Path(output)
