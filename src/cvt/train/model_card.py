@@ -53,7 +53,7 @@ def trained_card(
         )
         for metric, (kind, name) in METRICS.items()
         if (value := row.get(f"{weights}_{metric}")) is not None
-        and not (metric == "top5" and config.num_labels <= 5)
+        and not (metric == "top5" and len(config.class_names) <= 5)
     ]
     head: dict[str, Any] = {"datasets": [dataset] if dataset else None}
     if start and not recipe.from_scratch:
@@ -99,13 +99,12 @@ def model_card(
         metrics=["accuracy"],
         **head,
     )
-    classes = printable(", ".join(config.class_names[:20])) + (
-        ", ..." if config.num_labels > 20 else ""
-    )
+    names = config.class_names
+    classes = printable(", ".join(names[:20])) + (", ..." if len(names) > 20 else "")
     package = {"adapter": "'cvt-vision[train]'", "export": "'cvt-vision[export]'"}
     sections = [
         f"# {title}",
-        f"Classifies images into {config.num_labels} classes: {classes}.",
+        f"Classifies images into {len(names)} classes: {classes}.",
         f"""## Use
 
 ```sh

@@ -265,7 +265,7 @@ def _in_a_sentence(fault: str) -> Iterator[None]:
         cause: BaseException | None = error
         while cause and not isinstance(cause, HTTPError):
             cause = cause.__cause__
-        status = getattr(getattr(cause, "response", None), "status_code", None)
+        status = getattr(getattr(cause, "response", None), "status_code", 0)
         advice = {401: "run `hf auth login`; ", 403: "you may not write there; "}.get(status, "")
         report = " ".join(str(cause or error).split())
         raise OSError(f"{fault}: {advice}{report}") from error
