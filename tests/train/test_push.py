@@ -302,6 +302,7 @@ def test_what_others_could_not_use_is_refused(run, change, message):
         ("checkpoints", "someone/colours", "checkpoints is no model: it has no weights"),
         ("best", "colours", "colours: must be USER/NAME, or USER/NAME@BRANCH"),
         ("best", "cvt-13", "cvt-13: must be USER/NAME"),
+        ("best", "cvt-13@a/b", "cvt-13@a/b: must be USER/NAME"),
         ("best", "a/b/c", "a/b/c: must be USER/NAME"),
     ],
 )

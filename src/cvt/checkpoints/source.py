@@ -17,7 +17,7 @@ MODEL_FILES = (
     "README.md", "config.json", "preprocessor_config.json", "processor_config.json",
     "checksums.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
     ADAPTER, "adapter_model.safetensors",
-    "export.json", "labels.txt", "model", "model/*", "model.onnx", "model.onnx.data", "model.xml",
+    "export.json", "labels.txt", "model/*", "model.onnx", "model.onnx.data", "model.xml",
     "model.bin", "model.pt2", "model.tflite",
 )  # fmt: skip
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")

@@ -43,8 +43,8 @@ def cvt(
 ) -> None:
     """CvT, the Convolutional vision Transformer: train, evaluate, predict, export, convert.
 
-    A MODEL is a published name (cvt-13, cvt-13-384, ...), a model folder, a folder with a PEFT
-    adapter, or a file of weights, as the authors' .pth.
+    A MODEL is a published name (cvt-13, cvt-13-384, ...), USER/NAME or USER/NAME@REVISION of the
+    hub, a model folder, a folder with a PEFT adapter, or a file of weights, as the authors' .pth.
     """
 
 

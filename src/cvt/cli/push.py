@@ -21,7 +21,7 @@ def push(
         str | None, typer.Option(help="Licence of the model, as the hub names it: apache-2.0, ...")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be uploaded; contact nothing.")
+        bool, typer.Option("--dry-run", help="Show what would be uploaded; upload nothing.")
     ] = False,
     force: Annotated[
         bool, typer.Option(help="Upload to a repository that another program wrote.")

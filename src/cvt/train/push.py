@@ -73,7 +73,7 @@ def push(
         private: create a repository that only its owner sees.
         licence: of the model, as the hub calls it, such as apache-2.0.
         overwrite: upload into a repository whose files are not this package's.
-        dry_run: contact nothing.
+        dry_run: upload nothing.
 
     Raises:
         FileExistsError: the repository has files that this package has not written.
@@ -82,7 +82,7 @@ def push(
             this machine in it, or `name` is none.
     """
     target = Repository.parse(name)
-    if target is None or "/" not in name:
+    if target is None or not name.startswith(target.hub_id):
         raise ValueError(f"{name}: must be USER/NAME, or USER/NAME@BRANCH")
     source = uploadable(Path(folder))
     files = {file: source.path / file for file in files_of(source.path)}
@@ -104,11 +104,11 @@ def uploadable(folder: Path) -> ModelSource:
         FileNotFoundError: there is no such folder, or no model in it.
         ValueError: it is another thing, or the weights do not fit; names what to do.
     """
-    if not folder.is_dir():
-        what = "a file; `cvt convert` writes a folder" if folder.is_file() else "no folder here"
-        raise FileNotFoundError(f"{folder} is {what}; what is uploaded is a model's folder")
     if (folder / "args.yaml").is_file() and not (folder / "config.json").is_file():
         folder = folder / "best"
+    if not folder.is_dir():
+        what = "a file; `cvt convert` writes a folder" if folder.is_file() else "no folder here"
+        raise FileNotFoundError(f"{folder} is {what}; the folder of a model can be uploaded")
     source = model_source(folder)
     check_checksums(folder)
     if source.is_export:
