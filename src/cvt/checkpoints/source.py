@@ -90,7 +90,7 @@ def model_source(name: str | Path | ModelSource) -> ModelSource:
         return ModelSource(text, "published", path, *about)
     if found:
         folder = hub.snapshot(text, MODEL_FILES)
-        if not (weight_files(folder) or Path(folder, "export.json").is_file()):
+        if not any([*folder.glob("*.safetensors"), *folder.glob("export.json")]):
             hub.snapshot(f"{found.hub_id}@{folder.name}", PICKLED)  # as older models have only
         return ModelSource(text, folder_kind(folder), folder, found.hub_id, folder.name)
     if text in VARIANTS:
