@@ -167,12 +167,13 @@ def data_names(data: str) -> tuple[str | None, str]:
 
 
 def completed(card: ModelCard, hub_id: str, licence: str | None) -> ModelCard:
-    """The card for a repository: with its name in the usage, and the licence.
+    """The card for a repository: with its name in the usage, the licence, and this package's tag.
 
     What the user has written into it stays.
     """
     for field, value in {"library_name": LIBRARY, "pipeline_tag": "image-classification"}.items():
         card.data[field] = card.data.get(field) or value
+    card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or []), LIBRARY]))
     if licence:
         card.data["license"] = licence
     licence = card.data.get("license")

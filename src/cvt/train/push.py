@@ -22,7 +22,7 @@ from cvt.checkpoints import ModelSource, load_classifier, load_config, model_sou
 from cvt.checkpoints.adapters import read_adapter, settings
 from cvt.checkpoints.source import MODEL_FILES
 from cvt.files import check_checksums
-from cvt.hub import Repository, published
+from cvt.hub import Repository, repository
 from cvt.runtime.manifest import Manifest
 from cvt.train.model_card import LIBRARY, completed, model_card
 
@@ -116,7 +116,7 @@ def uploadable(folder: Path) -> ModelSource:
     elif source.kind == "adapter":
         read_adapter(folder)
         base = settings(folder).get("base_model_name_or_path") or ""
-        if not (published(base) or Repository.parse(base)) or Path(folder, base).exists():
+        if not repository(base) or Path(folder, base).exists():
             raise ValueError(
                 f"{folder} is an adapter of {base or 'no named model'}, which is not on the hub: "
                 "push that first and set base_model_name_or_path in adapter_config.json to its "
@@ -244,10 +244,10 @@ def _existing(api: HfApi, target: Repository) -> ModelInfo | None:
         return None
 
 
-def is_ours(repository: ModelInfo, names: set[str]) -> bool:
-    """Whether a repository is empty, or this package's by its card."""
-    card = repository.card_data
-    return names <= {".gitattributes"} or (card is not None and card.library_name == LIBRARY)
+def is_ours(existing: ModelInfo, names: set[str]) -> bool:
+    """Whether a repository is empty, or this package's by the tag in its card."""
+    card = existing.card_data
+    return names <= {".gitattributes"} or (card is not None and LIBRARY in (card.tags or []))
 
 
 @contextmanager
