@@ -150,13 +150,19 @@ base = AutoModelForImageClassification.from_pretrained(
     "{base_model}", num_labels={config.num_labels}, ignore_mismatched_sizes=True
 )
 model = PeftModel.from_pretrained(base, "{PLACE}")"""
-    caveat = (
-        "Its CvT computes exact GELU and an epsilon of 1e-05, whatever config.json has; these "
-        f"weights were trained with {config.hidden_act} and {config.layer_norm_eps:g}, so scores "
-        "differ from those above. After `cvt.register_auto_classes()` they are the same."
-    )
-    if (config.hidden_act, config.layer_norm_eps) == ("gelu", 1e-5):
-        caveat = "It computes what this package does: exact GELU."
+    differences = []
+    if config.hidden_act != "gelu":
+        differences.append(f"exact GELU instead of {config.hidden_act}")
+    if config.layer_norm_eps != 1e-5:
+        differences.append(f"an epsilon of 1e-05 instead of {config.layer_norm_eps:g}")
+    caveat = "It computes what this package does: exact GELU."
+    if differences:
+        caveat = (
+            f"Its CvT computes {' and '.join(differences)}, whatever config.json has. These weights "
+            "were trained with the latter, so scores differ from those above; after "
+            "`cvt.register_auto_classes()`, transformers loads this package's class, and they are "
+            "the same."
+        )
     return f"## In transformers\n\n```python\n{code}\n```\n\n{caveat}"
 
 
