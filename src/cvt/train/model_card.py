@@ -158,8 +158,8 @@ model = PeftModel.from_pretrained(base, "{PLACE}")"""
     caveat = "It computes what this package does: exact GELU."
     if differences:
         caveat = (
-            f"Its CvT computes {' and '.join(differences)}, whatever config.json has. These weights "
-            "were trained with the latter, so scores differ from those above; after "
+            f"Its CvT computes {' and '.join(differences)}, whatever config.json has. These "
+            "weights were trained with the latter, so scores differ from those above; after "
             "`cvt.register_auto_classes()`, transformers loads this package's class, and they are "
             "the same."
         )
