@@ -142,9 +142,7 @@ def _reason(
         RevisionNotFoundError,
     )
 
-    chain: list[BaseException] = [
-        error
-    ]  # transformers may hide the error of the hub or of the connection
+    chain: list[BaseException] = [error]  # transformers may hide that of the hub or connection
     while following := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(following)
     if not failure and any(isinstance(each, UnavailableError) for each in chain):

@@ -34,7 +34,7 @@ def trained_card(
         is_adapter: whether it is the folder of the run's adapter.
     """
     start = hub.repository(recipe.model)
-    model = recipe.model if start else Path(recipe.model).name
+    model = recipe.model if start else printable(Path(recipe.model).name)
     dataset, data = data_names(recipe.data)
     shown = dataclasses.replace(recipe, model=model, data=data, val_data=None, classes=None)
     settings = yaml.safe_dump(dataclasses.asdict(shown), sort_keys=False, allow_unicode=True)
@@ -169,7 +169,7 @@ model = PeftModel.from_pretrained(base, "{PLACE}")"""
 def data_names(data: str) -> tuple[str | None, str]:
     """The data set on the hub that a recipe's `data` names, if any, and a name without a path."""
     found = re.match(r"(?:stream:)?hub:([\w.-]+(?:/[\w.-]+)?)", data)
-    return (found[1], found[1]) if found else (None, Path(data).name or "images")
+    return (found[1], found[1]) if found else (None, printable(Path(data).name) or "images")
 
 
 def completed(card: ModelCard, hub_id: str, licence: str | None) -> ModelCard:
