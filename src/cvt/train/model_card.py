@@ -40,26 +40,11 @@ def trained_card(
     settings = yaml.safe_dump(dataclasses.asdict(shown), sort_keys=False, allow_unicode=True)
     metrics = {name: value for name, value in row.items() if name.startswith(("val_", "ema_"))}
     table = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items() if v is not None)
-    weights = "ema" if row.get("ema_top1") is not None else "val"
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=dataset or "image-folder",
-            dataset_name=data,
-            dataset_split="validation",
-            metric_type=kind,
-            metric_name=name,
-            metric_value=round(value, 4),
-        )
-        for metric, (kind, name) in METRICS.items()
-        if (value := row.get(f"{weights}_{metric}")) is not None
-        and not (metric == "top5" and len(config.class_names) <= 5)
-    ]
     head: dict[str, Any] = {"datasets": [dataset] if dataset else None}
     if start and not recipe.from_scratch:
         head["base_model"] = start.hub_id
         head["base_model_relation"] = "adapter" if is_adapter else "finetune"
-    if results:
+    if results := eval_results(config, row, dataset or "image-folder", data):
         head |= {"model_name": f"CvT for {data}", "eval_results": results}
     origin = "random weights" if recipe.from_scratch else f"`{model}`"
     training = f"""## Training
@@ -77,6 +62,32 @@ By cvt-vision {version_of("cvt-vision")}, with this recipe:
 ```"""
     kind = "adapter" if is_adapter else "folder"
     return model_card(config, f"CvT, trained from {origin}", training, kind, **head)
+
+
+def eval_results(config: CvtConfig, row: Row, dataset: str, name: str) -> list[EvalResult]:
+    """The metrics of an epoch for the model-index: of the averaged weights, where those are saved.
+
+    Args:
+        config: of the classifier.
+        row: the metrics.
+        dataset: the data set on the hub, or its kind.
+        name: of the data.
+    """
+    weights = "ema" if row.get("ema_top1") is not None else "val"
+    few = {"top5"} if len(config.class_names) <= 5 else set()
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset,
+            dataset_name=name,
+            dataset_split="validation",
+            metric_type=kind,
+            metric_name=metric_name,
+            metric_value=round(value, 4),
+        )
+        for metric, (kind, metric_name) in METRICS.items()
+        if metric not in few and (value := row.get(f"{weights}_{metric}")) is not None
+    ]
 
 
 def model_card(
