@@ -282,8 +282,6 @@ def faults(
 @pytest.mark.parametrize(
     ("fault", "hub_id", "reason"),
     [
-        ("no repository", "microsoft/cvt-21", "Repository Not Found"),
-        ("no revision", "microsoft/cvt-13", "Revision Not Found"),
         ("overloaded", "microsoft/cvt-13-384", "'503 Service Unavailable'"),
         ("broken off", "microsoft/cvt-13", "closed connection"),
     ],
@@ -294,6 +292,25 @@ def test_a_failed_download_is_reported_in_one_sentence(fault, hub_id, reason, fa
     assert list(answer[fault]) == list(kinds)
     for failure in answer[fault].values():
         assert_one_sentence(failure, cache, reason, hub_id)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            "no repository",
+            "no model microsoft/cvt-21: there is no such folder here, and {} does not ",
+        ),
+        ("no revision", "{} has no revision v2"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_named(fault, message, faults):
+    answer, server, _ = faults
+    place = f"{server.endpoint}/microsoft/{'cvt-13' if fault == 'no revision' else 'cvt-21'}"
+    assert list(answer[fault]) == list(CLASSES)
+    for failure in answer[fault].values():
+        assert failure["message"].startswith(message.format(place))
+        assert "\n" not in failure["message"]
 
 
 def test_a_download_that_breaks_off_leaves_nothing_behind_and_the_next_one_resumes(

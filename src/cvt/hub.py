@@ -1,13 +1,15 @@
-"""The published CvT checkpoints, as data, and what transformers loads for their names.
+"""Models on the Hugging Face hub: the published CvT checkpoints, as data, and what names mean.
 
 Names and resolutions: github.com/microsoft/CvT, README. Hub ids: the `microsoft` organisation on
 the Hugging Face hub. Top-1 in percent, ImageNet-1k validation: table 2 of the paper.
 """
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -42,59 +44,146 @@ PUBLISHED = {
 }
 
 
+_WORD = r"\w(?:[\w.-]*\w)?"
+NAME = re.compile(rf"((?:{_WORD}/)?{_WORD})(?:@(.+))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of the hub, and its branch, tag or commit; None is its main branch."""
+
+    hub_id: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> "Repository | None":
+        """What USER/NAME, USER/NAME@REVISION or a published name means; None if it is neither."""
+        match = NAME.fullmatch(name)
+        if match and match[1] in PUBLISHED:
+            return cls(PUBLISHED[match[1]].hub_id, match[2])
+        return cls(match[1], match[2]) if match and "/" in match[1] else None
+
+
+def repository(name: str | os.PathLike | None) -> Repository | None:
+    """The repository that the name of a model means; None if it means none.
+
+    A file or a folder on this machine comes first, as it does in transformers.
+
+    Raises:
+        ValueError: a revision is asked for, and the model is a folder on this machine.
+    """
+    if name is None or os.path.isdir(name) or (os.path.isfile(name) and "/" in os.fspath(name)):
+        return None
+    found = Repository.parse(os.fspath(name))
+    if found and found.revision and os.path.isdir(found.hub_id):
+        raise ValueError(f"{name}: {found.hub_id} is a folder here, which has no revisions")
+    return found
+
+
 def published(name: str | os.PathLike | None) -> Published | None:
     """The published checkpoint that `name` means, by its short name or its hub id.
 
     A folder of that name on this machine comes first, as it does in transformers: then None.
     """
-    if name is None or os.path.isdir(name):
-        return None
+    found = repository(name)
     by_hub_id = {checkpoint.hub_id: checkpoint for checkpoint in PUBLISHED.values()}
-    return PUBLISHED.get(str(name)) or by_hub_id.get(str(name))
+    return by_hub_id.get(found.hub_id) if found else None
 
 
-class UnavailableError(OSError):
-    """A published checkpoint is neither on this machine nor within reach."""
+class UnavailableError(FileNotFoundError):
+    """A model is neither on this machine nor within reach on the hub."""
 
 
 @contextmanager
 def resolved(name: str | os.PathLike, kwargs: dict[str, Any]) -> Iterator[str | os.PathLike]:
-    """What transformers is to load for `name`: a published checkpoint's hub id, or the name itself.
+    """What transformers is to load for `name`: the id of a repository, or the name itself.
 
-    `kwargs` are those for its `from_pretrained`. Where the hub does not answer they get
-    `local_files_only`, without which every file is tried for 23 seconds, or without end.
+    `kwargs` are those for its `from_pretrained`; they get the `revision` that the name has. Where
+    the hub does not answer they get `local_files_only`, without which every file is tried for 23
+    seconds, or without end.
 
     Raises:
-        UnavailableError: a published checkpoint is neither here nor within reach; names what to do.
+        UnavailableError: the model is neither here nor within reach; names what to do.
+        ValueError: `kwargs` have another revision than the name.
     """
-    from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError  # of the connection; not all are an OSError
 
-    checkpoint = published(name)
-    if checkpoint is None:
+    found = repository(name)
+    if found is None:
         yield name
         return
+    if found.revision:
+        if kwargs.get("revision") not in (None, "main", found.revision):  # transformers' default
+            raise ValueError(f"revision = {kwargs['revision']!r}: {name} has another")
+        kwargs["revision"] = found.revision
     failure = None if kwargs.get("local_files_only") else unreachable()
     if failure:
         kwargs["local_files_only"] = True
     try:
-        yield checkpoint.hub_id
+        yield found.hub_id
     except (OSError, HTTPError) as error:
-        cause: BaseException | None = failure or error
-        if isinstance(cause, UnavailableError):  # the configuration's error, which has everything
-            raise
-        # The error of the hub or of the connection; transformers may hide it behind a guess.
-        while cause and not isinstance(cause, HTTPError):
-            cause = cause.__cause__ or cause.__context__
-        reason = " ".join(str(cause or failure or error).split())
-        cache = kwargs.get("cache_dir") or constants.HF_HUB_CACHE
-        raise UnavailableError(
-            f"{checkpoint.hub_id} is not on this machine and could not be downloaded from "
-            f"{constants.ENDPOINT}. Where there is network, run `hf download {checkpoint.hub_id}` "
-            f"and copy the folder models--{checkpoint.hub_id.replace('/', '--')} from its cache "
-            f"into {cache} here; behind a mirror, set HF_ENDPOINT. The hub library "
-            f"reported: {reason}"
-        ) from error
+        asked = Repository(found.hub_id, kwargs.get("revision"))
+        if message := _reason(asked, error, failure, kwargs.get("cache_dir")):
+            raise UnavailableError(message) from error
+        raise
+
+
+def _reason(
+    asked: Repository, error: Exception, failure: Exception | None, cache: str | None
+) -> str:
+    """Why a repository cannot be had, in a sentence; empty if the error is of another kind."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    chain: list[BaseException] = [error]  # transformers may hide that of the hub or connection
+    while following := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(following)
+    if not failure and any(isinstance(each, UnavailableError) for each in chain):
+        return ""  # the configuration's error, which has everything
+    cause = failure or next((each for each in chain if isinstance(each, HTTPError)), None)
+    hub_id, place = asked.hub_id, f"{constants.ENDPOINT}/{asked.hub_id}"
+    if isinstance(cause, GatedRepoError):
+        return f"{hub_id} is gated: ask for access at {place}, then run `hf auth login`"
+    if isinstance(cause, RepositoryNotFoundError):
+        return (
+            f"no model {hub_id}: there is no such folder here, and {place} does not exist or is "
+            "private; where you have access, run `hf auth login`"
+        )
+    if isinstance(cause, RevisionNotFoundError):
+        return f"{place} has no revision {asked.revision}"
+    is_absent = any(isinstance(each, LocalEntryNotFoundError) for each in chain)
+    if isinstance(cause, RemoteEntryNotFoundError) or not (cause or is_absent):
+        return ""
+    report = " ".join(str(cause or error).split())
+    return (
+        f"{hub_id} is not on this machine and could not be downloaded from "
+        f"{constants.ENDPOINT}. Where there is network, run `hf download {hub_id}` "
+        f"and copy the folder models--{hub_id.replace('/', '--')} from its cache "
+        f"into {cache or constants.HF_HUB_CACHE} here; behind a mirror, set HF_ENDPOINT. The hub "
+        f"library reported: {report}"
+    )
+
+
+def snapshot(name: str | os.PathLike, patterns: Sequence[str]) -> Path:
+    """The folder in the hub library's cache with the files of a repository that match `patterns`.
+
+    Files that are there are not asked for again. The folder is named after the commit.
+
+    Raises:
+        UnavailableError: the repository is neither here nor within reach; names what to do.
+    """
+    from huggingface_hub import snapshot_download
+
+    options: dict[str, Any] = {}
+    with resolved(name, options) as hub_id:
+        return Path(snapshot_download(str(hub_id), allow_patterns=list(patterns), **options))
 
 
 def unreachable() -> Exception | None:

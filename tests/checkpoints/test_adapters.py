@@ -144,8 +144,8 @@ def test_the_base_is_found_from_here_from_the_adapter_and_by_its_published_name(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", r"adapter is an adapter of nowhere, which is no published model and no folder"),
-        ("someone/cvt", r"set base_model_name_or_path in adapter/adapter_config\.json to"),
+        ("nowhere", r"nowhere, which is no model on the hub and no folder here: set base_model_na"),
+        ("someone/cvt", r"adapter is an adapter without its base: someone/cvt is not on this mach"),
         (None, r"adapter is an adapter that does not name its base: set base_model_name_or_path"),
         ("adapter", r"adapter is an adapter of adapter, which is no"),  # not for ever
     ],

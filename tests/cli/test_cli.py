@@ -76,6 +76,7 @@ COMMANDS = {
         "model", "--runtimes", "--precisions", "--batch-sizes", "--image-sizes", "--threads",
         "--device", "--seconds", "--output", "--no-verify", "--force",
     ],
+    "push": ["folder", "name", "--private", "--license", "--dry-run", "--force"],
     "info": ["model", "--image-size", "--batch-size", "--json"],
     "recipes": ["name"],
     "demo": ["--output", "--epochs"],

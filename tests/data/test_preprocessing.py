@@ -355,10 +355,15 @@ def test_code_in_a_folder_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
         image_processor(tmp_path)
 
 
-@pytest.mark.parametrize("source", ["cvt-14", "someone/else", "", "missing/folder"])
+@pytest.mark.parametrize("source", ["cvt-14", "", "a/missing/folder"])
 def test_an_unknown_source_raises_with_the_known_ones(source):
     with pytest.raises(OSError, match=r"neither a model folder nor a published.*cvt-13.*w24"):
         image_processor(source)
+
+
+def test_a_repository_out_of_reach_is_named():
+    with pytest.raises(OSError, match=r"someone/else is not on this machine and could not be down"):
+        image_processor("someone/else")
 
 
 @pytest.mark.parametrize("source", [None, 13, stock_config()])

@@ -423,7 +423,7 @@ def test_absent_files_are_named(absent, error, message, model, tmp_path):
     ("name", "message"),
     [
         ("cvt-13", r"microsoft/cvt-13 is not on this machine.+`hf download microsoft/cvt-13`"),
-        ("someone/cvt", "couldn't connect"),
+        ("someone/cvt", "someone/cvt is not on this machine and could not be downloaded"),
         ("no such model", "no such model"),
         ("/no/such/folder", "/no/such/folder"),
     ],

@@ -23,9 +23,10 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def base_of(folder: str | Path) -> str | Path:
-    """The model that an adapter was trained on: a published name, a folder or a file.
+    """The model that an adapter was trained on: a name on the hub, a folder or a file.
 
-    A relative path is looked for from here, as PEFT does, and from the adapter's folder.
+    A relative path is looked for from here, as PEFT does, and from the adapter's folder; a folder
+    there comes before a model on the hub, unless that is a published one.
 
     Raises:
         CheckpointError: the adapter does not name it.
@@ -35,13 +36,15 @@ def base_of(folder: str | Path) -> str | Path:
     change = f"set base_model_name_or_path in {Path(folder, ADAPTER)} to its folder or name"
     if not name:
         raise CheckpointError(f"{folder} is an adapter that does not name its base: {change}")
-    if hub.published(name):
-        return name
-    for path in (Path(name), Path(folder, name)):
-        if path.exists() and path.resolve() != Path(folder).resolve():
-            return path
+    if not hub.published(name):
+        for path in (Path(name), Path(folder, name)):
+            if path.exists() and path.resolve() != Path(folder).resolve():
+                return path
+    if found := hub.repository(name):
+        revision = settings(folder).get("revision")  # of the base, by PEFT's documentation
+        return f"{found.hub_id}@{revision}" if revision else name
     raise FileNotFoundError(
-        f"{folder} is an adapter of {name}, which is no published model and no folder here: "
+        f"{folder} is an adapter of {name}, which is no model on the hub and no folder here: "
         f"{change}"
     )
 

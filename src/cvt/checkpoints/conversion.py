@@ -11,6 +11,7 @@ from cvt.checkpoints.authors import nonfinite
 from cvt.checkpoints.loading import image_size_of, load_classifier, load_processor
 from cvt.checkpoints.names import authors_to_transformers, transformers_to_authors
 from cvt.checkpoints.reading import CheckpointError, read_weights
+from cvt.checkpoints.source import model_source
 from cvt.data.class_names import read_labels
 from cvt.files import staged, write_checksums
 from cvt.modeling import CvtForImageClassification
@@ -93,15 +94,16 @@ def convert(
         raise ValueError(f"to = {to!r}: must be transformers or authors")
     with staged(dest, overwrite=force) as written:  # refuses an existing `dest` before the work
         changes: dict[str, Any] = {"num_labels": num_labels, "hidden_act": hidden_act}
+        named = model_source(source)
         model = load_classifier(
-            source, config=config, allow_nonfinite=allow_nonfinite, verify=verify, **changes
+            named, config=config, allow_nonfinite=allow_nonfinite, verify=verify, **changes
         ).eval()
         if bad := [] if allow_nonfinite else nonfinite(model.state_dict()):
             raise CheckpointError(f"{source} has NaN or infinity in {', '.join(bad)}")
         if labels is not None:
             model.config.class_names = read_labels(labels, len(model.config.class_names))
         if to == "transformers":
-            processor = load_processor(source, model.config, image_size)
+            processor = load_processor(named, model.config, image_size)
             image_size = image_size_of(processor)
             again = _write_folder(model, processor, written)
         else:

@@ -7,10 +7,12 @@ from typing import Any
 
 from cvt.checkpoints import adapters
 from cvt.checkpoints.authors import load_authors, read_file
+from cvt.checkpoints.reading import CheckpointError
 from cvt.checkpoints.source import ModelSource, model_source, unknown_model
 from cvt.configuration import CvtConfig
 from cvt.data.preprocessing import image_processor
 from cvt.files import check_checksums
+from cvt.hub import UnavailableError
 from cvt.libraries import require
 from cvt.modeling import CvtForImageClassification
 from cvt.strict_loading import CLASSIFIER
@@ -30,8 +32,9 @@ def load_classifier(
     """A trained classifier.
 
     Args:
-        source: an authors' .pth file, a model folder, a folder with an adapter of PEFT, or the name
-            of a published checkpoint; or what `model_source` returned for it.
+        source: an authors' .pth file, a model folder, a folder with an adapter of PEFT, the name
+            of a published checkpoint, or USER/NAME or USER/NAME@REVISION of the hub; or what
+            `model_source` returned for it.
         config: a config.json for an authors' file that is no published variant.
         num_labels: create a new, random classifier for so many classes if the source's has others.
         hidden_act: the activation, if not the source's own.
@@ -69,7 +72,7 @@ def load_classifier(
         )
     given = {"num_labels": num_labels, "hidden_act": hidden_act}
     given = {name: value for name, value in given.items() if value is not None}
-    return CvtForImageClassification.from_pretrained(source.name, verify=verify, **given)
+    return CvtForImageClassification.from_pretrained(str(source.path), verify=verify, **given)
 
 
 def load_adapted(
@@ -102,9 +105,15 @@ def load_adapted(
         check_checksums(folder)
     weights, config = adapters.read_adapter(folder), adapters.config_of(folder)
     own = adapters.activation_of(folder)
+    try:
+        source = model_source(adapters.base_of(folder))
+    except UnavailableError as error:
+        raise FileNotFoundError(f"{folder} is an adapter without its base: {error}") from error
+    if source.path.resolve() == folder.resolve():  # a repository that names itself
+        raise CheckpointError(f"{folder} is an adapter that names itself as its base")
     with adapters.silence_new_head_warning():
         base = load_classifier(
-            adapters.base_of(folder),
+            source,
             num_labels=adapters.classes_of(weights),
             hidden_act=hidden_act or own,
             verify=verify,
@@ -143,7 +152,8 @@ def load_config(source: str | Path | ModelSource) -> CvtConfig:
         return adapters.config_of(source.path) or load_adapted(source.path).config
     if source.kind == "folder":
         return CvtConfig.from_pretrained(source.path)
-    return CvtConfig.from_variant(source.published.variant if source.published else source.name)
+    assert source.variant
+    return CvtConfig.from_variant(source.variant)
 
 
 def load_processor(
@@ -171,7 +181,7 @@ def load_processor(
     if source.kind == "adapter" and not (source.path / "preprocessor_config.json").is_file():
         return load_processor(adapters.base_of(source.path), config, image_size, crop_pct)
     if source.kind != "file":
-        return image_processor(source.name, image_size=image_size, crop_pct=crop_pct)
+        return image_processor(str(source.path), image_size=image_size, crop_pct=crop_pct)
     image_size = image_size or source.image_size
     if image_size is None:
         logger.warning(

@@ -8,10 +8,19 @@ from cvt import hub
 from cvt.checkpoints.reading import CheckpointError
 from cvt.configuration import VARIANTS
 from cvt.files import check_path
-from cvt.hub import PUBLISHED, Published
+from cvt.hub import PUBLISHED
 from cvt.strict_loading import ADAPTER, weight_files
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", ADAPTER)
+# What a repository of the hub holds of a model, an adapter or an export; all else in it is left.
+MODEL_FILES = (
+    "README.md", "config.json", "preprocessor_config.json", "processor_config.json",
+    "checksums.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
+    ADAPTER, "adapter_model.safetensors",
+    "export.json", "labels.txt", "model/*", "model.onnx", "model.onnx.data", "model.xml",
+    "model.bin", "model.pt2", "model.tflite",
+)  # fmt: skip
+PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
 BY_FILE = {checkpoint.authors_file: checkpoint for checkpoint in PUBLISHED.values()}
 
 
@@ -21,34 +30,35 @@ class ModelSource:
 
     Attributes:
         name: as it was given.
-        kind: a `file` of weights, a model `folder`, a folder with an `adapter` of PEFT, a
-            `published` checkpoint on the hub, or a `variant`, which has no weights.
-        published: the published checkpoint, by its name or by the name of the authors' file.
+        kind: a `file` of weights, a model `folder` or an exported one, a folder with an `adapter`
+            of PEFT, a `published` checkpoint on the hub, or a `variant`, which has no weights.
+        path: the file or the folder on this machine, also of a model that was downloaded from the
+            hub; else the name.
+        hub_id: the repository on the hub, if it comes from there.
+        revision: of the repository: the commit of the files in `path`; of a published checkpoint
+            what was asked for, if anything.
+        variant: of a published checkpoint, or the variant itself.
+        image_size: height and width, in pixels, that a published checkpoint is for, also where
+            it is known by the name of the authors' file only.
 
     Example:
         >>> from cvt.checkpoints import model_source
-        >>> model_source("cvt-13").published.image_size
+        >>> model_source("cvt-13").image_size
         224
     """
 
     name: str
     kind: Literal["file", "folder", "adapter", "published", "variant"]
-    published: Published | None = None
+    path: Path
+    hub_id: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    image_size: int | None = None
 
     @property
-    def path(self) -> Path:
-        """The file or the folder."""
-        return Path(self.name)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it is a file or a folder."""
-        return self.kind in ("file", "folder", "adapter")
-
-    @property
-    def image_size(self) -> int | None:
-        """Height and width, in pixels, that a published checkpoint is for; None for others."""
-        return self.published.image_size if self.published else None
+    def is_export(self) -> bool:
+        """Whether it is an exported folder."""
+        return Path(self.path, "export.json").is_file()
 
     @property
     def has_weights(self) -> bool:
@@ -61,13 +71,14 @@ class ModelSource:
 def model_source(name: str | Path | ModelSource) -> ModelSource:
     """What the name of a model means; of a `ModelSource`, itself.
 
-    A file or a folder on this machine comes before a published checkpoint of the same name, and
-    that before a variant.
+    A file or a folder on this machine comes before a model on the hub, USER/NAME or
+    USER/NAME@REVISION, which is downloaded, and that before a variant.
 
     Raises:
         CheckpointError: a folder holds both a model and an adapter.
-        FileNotFoundError: the name means none of these.
+        FileNotFoundError: the name means none of these, or the hub does not have it.
         TypeError: it is no name.
+        ValueError: a folder on this machine is asked for a revision.
 
     Example:
         >>> from cvt.checkpoints import model_source
@@ -77,36 +88,45 @@ def model_source(name: str | Path | ModelSource) -> ModelSource:
     if isinstance(name, ModelSource):
         return name
     check_path(name, "source")
-    if Path(name).is_file():
-        return ModelSource(str(name), "file", BY_FILE.get(Path(name).name))
-    if Path(name).is_dir():
-        return ModelSource(str(name), "adapter" if is_adapter(name) else "folder")
-    if checkpoint := hub.published(name):
-        return ModelSource(str(name), "published", checkpoint)
-    if str(name) in VARIANTS:
-        return ModelSource(str(name), "variant")
+    text, path = str(name), Path(name)
+    if path.is_file():
+        known = BY_FILE.get(path.name)
+        return ModelSource(text, "file", path, image_size=known.image_size if known else None)
+    if path.is_dir():
+        return ModelSource(text, folder_kind(path), path)
+    found = hub.repository(text)
+    if found and (checkpoint := hub.published(text)):
+        about = (checkpoint.hub_id, found.revision, checkpoint.variant, checkpoint.image_size)
+        return ModelSource(text, "published", path, *about)
+    if found:
+        folder = hub.snapshot(text, MODEL_FILES)
+        if not any([*folder.glob("*.safetensors"), *folder.glob("export.json")]):
+            hub.snapshot(f"{found.hub_id}@{folder.name}", PICKLED)  # as older models have only
+        return ModelSource(text, folder_kind(folder), folder, found.hub_id, folder.name)
+    if text in VARIANTS:
+        return ModelSource(text, "variant", path, variant=text)
     raise unknown_model(name)
 
 
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter.
+def folder_kind(folder: Path) -> Literal["folder", "adapter"]:
+    """Whether a folder holds a model, or an adapter.
 
     Raises:
-        CheckpointError: it holds a model of its own, too.
+        CheckpointError: it holds both.
     """
     if not Path(folder, ADAPTER).is_file():
-        return False
+        return "folder"
     if weight_files(folder):
         raise CheckpointError(
             f"{folder} holds both a model and an adapter: move {ADAPTER} and the adapter's "
             "weights to a folder of their own"
         )
-    return True
+    return "adapter"
 
 
 def unknown_model(name: str | Path) -> FileNotFoundError:
     """The error for a name that means no model."""
     return FileNotFoundError(
-        f"no model {name}: it is no file, no folder and none of "
+        f"no model {name}: it is no file, no folder, no USER/NAME of the hub and none of "
         + ", ".join(dict.fromkeys([*PUBLISHED, *VARIANTS]))
     )

@@ -14,6 +14,7 @@ from cvt.cli.explain import explain
 from cvt.cli.export import export
 from cvt.cli.info import info
 from cvt.cli.predict import predict
+from cvt.cli.push import push
 from cvt.cli.recipes import recipes
 from cvt.cli.train import train
 from cvt.text import printable
@@ -21,7 +22,6 @@ from cvt.text import printable
 app = typer.Typer(
     name="cvt",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -43,12 +43,15 @@ def cvt(
 ) -> None:
     """CvT, the Convolutional vision Transformer: train, evaluate, predict, export, convert.
 
-    A MODEL is a published name (cvt-13, cvt-13-384, ...), a model folder, a folder with a PEFT
-    adapter, or a file of weights, as the authors' .pth.
+    A MODEL is a published name (cvt-13, cvt-13-384, ...), USER/NAME or USER/NAME@REVISION of the
+    hub, a model folder, a folder with a PEFT adapter, or a file of weights, as the authors' .pth.
     """
 
 
-for command in (predict, train, evaluate, explain, export, benchmark, convert, info, recipes, demo):
+VERBS = (
+    predict, train, evaluate, explain, export, benchmark, convert, push, info, recipes, demo,
+)  # fmt: skip
+for command in VERBS:
     app.command()(command)
 
 

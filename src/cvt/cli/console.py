@@ -22,6 +22,7 @@ from rich.text import Text
 from cvt.text import printable
 
 if TYPE_CHECKING:
+    from cvt.checkpoints import ModelSource
     from cvt.runtime.base import Runtime
 
 
@@ -60,7 +61,7 @@ def quiet_libraries() -> None:
 
 
 def open_classifier(
-    model: str,
+    model: "str | ModelSource",
     runtime: str,
     precision: str | None,
     device: str,
@@ -71,7 +72,7 @@ def open_classifier(
     """Open a model by the options of a command, and print what runs it.
 
     Args:
-        model: a name, a folder or a file.
+        model: a name, a folder or a file; or what `model_source` returned for it.
         runtime: as in `cvt.runtime.open_runtime`.
         precision: likewise.
         device: likewise.
@@ -82,13 +83,13 @@ def open_classifier(
     Returns:
         The runtime and the image processor.
     """
-    from cvt.checkpoints import load_processor
+    from cvt.checkpoints import load_processor, model_source
     from cvt.runtime import open_runtime
 
-    how = (runtime, precision, device, threads)
-    classifier = open_runtime(model, *how, images=images, verify=verify)
+    source, how = model_source(model), (runtime, precision, device, threads)
+    classifier = open_runtime(source, *how, images=images, verify=verify)
     err.print(f"runtime: {classifier.describe}")
-    return classifier, load_processor(model, classifier.config)
+    return classifier, load_processor(source, classifier.config)
 
 
 def bars() -> Progress:

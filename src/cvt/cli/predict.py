@@ -57,6 +57,7 @@ def predict(
         raise typer.BadParameter(f"{output} must end in .csv or .jsonl", param_hint="--output")
     if resume and output is None:
         raise typer.BadParameter("needs an --output", param_hint="--resume")
+    from cvt.checkpoints import model_source
     from cvt.cli.console import err, open_classifier, quiet_libraries
     from cvt.inference.predict import find_images, scores_per_image
     from cvt.inference.predict import predict as predict_files
@@ -68,12 +69,14 @@ def predict(
     with PredictionFile(output, resume, force) if output else nullcontext() as file:
         first = list(islice(paths, MANY))  # to count them; the rest is read later
         paths = chain(first, paths)
-        how = (runtime, precision, device, threads)
-        classifier, processor = open_classifier(model, *how, len(first), not no_verify)
+        source, how = model_source(model), (runtime, precision, device, threads)
+        classifier, processor = open_classifier(source, *how, len(first), not no_verify)
         topk = scores_per_image(topk, classifier.config)
         decoding = {"exact_decoding": exact_decoding, "max_pixels": max_pixels}
         if file:
-            paths = file.missing(paths, run_settings(model, classifier, topk, **decoding))
+            paths = file.missing(
+                paths, run_settings(str(source.path), classifier, topk, **decoding)
+            )
             if file.count:
                 err.print(f"{file.count} images are classified already")
         settings = (topk, batch_size, workers, exact_decoding, max_pixels)

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 REDUCED = 1.5  # times the pixels that preprocessing resizes to, a JPEG decoded smaller must keep
 
+FILES = ("config.json", "preprocessor_config.json", "processor_config.json")  # that are read
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 IMAGE_SIZE = 224  # where neither the caller nor the source gives one
@@ -49,8 +50,8 @@ def image_processor(
     from 384 pixels up it squashes the image to a square. Bicubic, ImageNet's mean and deviation.
 
     Args:
-        source: a published checkpoint (short name or hub id; needs no network), a model folder or
-            a `CvtConfig`.
+        source: a published checkpoint (short name or hub id; needs no network), USER/NAME or
+            USER/NAME@REVISION of the hub, a model folder or a `CvtConfig`.
         image_size: height and width of the result, in pixels. By default what the checkpoint was
             published with, or that of the folder, else 224.
         crop_pct: share of the resized short side that is kept, above 0 and at most 1. By default
@@ -63,7 +64,7 @@ def image_processor(
         `pixel_values`, (batch, 3, image_size, image_size).
 
     Raises:
-        OSError: `source` is neither published nor a folder, or the folder's files cannot be read.
+        OSError: `source` is neither a model on the hub nor a folder, or its files cannot be read.
         TypeError: `source` is of another type.
         ValueError: a setting is illegal, or does not fit the model.
 
@@ -77,6 +78,8 @@ def image_processor(
     if backend not in (None, "torchvision", "pil"):
         raise ValueError(f"backend = {backend!r}: must be torchvision or pil")
     changes = {**_checked_changes(image_size, crop_pct), **kwargs}
+    if isinstance(source, str | os.PathLike) and not hub.published(source):
+        source = hub.snapshot(source, FILES) if hub.repository(source) else source
     config, default_size = _model(source)
     if config is not None and config.num_channels != 3:
         raise ValueError(
@@ -300,13 +303,12 @@ def _model(source: "str | os.PathLike | CvtConfig") -> "tuple[CvtConfig | None, 
         fields, _ = PreTrainedConfig.get_config_dict(source)
         if fields.get("model_type") == CvtConfig.model_type:
             config = CvtConfig.from_dict(fields)
-    files = ("preprocessor_config.json", "processor_config.json")
-    if any(os.path.isfile(os.path.join(source, file)) for file in files):
+    if any(os.path.isfile(os.path.join(source, file)) for file in FILES[1:]):
         return config, None
     logger.warning(
         "%s has no %s: CvT's own preprocessing is assumed, at %d pixels unless image_size is given",
         source,
-        files[0],
+        FILES[1],
         IMAGE_SIZE,
     )
     return config, IMAGE_SIZE

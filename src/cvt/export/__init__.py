@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from cvt.checkpoints import image_size_of, load_classifier, load_processor
+from cvt.checkpoints import image_size_of, load_classifier, load_processor, model_source
 from cvt.export.parity import LoadedProgram, compare, random_batches, shapes
 from cvt.export.quantization import quantized, real_batches, two_splits
 from cvt.export.tensorflow import (
@@ -139,8 +139,9 @@ def export(
             ([], []) if calibration is None else two_splits(Path(calibration), calibration_images)
         )
         progress(f"loading {source}")
-        model = load_classifier(source, verify=verify).float().eval()
-        processor = load_processor(source, model.config, image_size)
+        named = model_source(source)
+        model = load_classifier(named, verify=verify).float().eval()
+        processor = load_processor(named, model.config, image_size)
         size = (image_size_of(processor),) * 2
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)

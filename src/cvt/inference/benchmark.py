@@ -166,7 +166,8 @@ def benchmark(
         FileNotFoundError: `source` is none of these.
         ValueError: an argument or the model is illegal, or no combination runs; names the reason.
     """
-    exported = Path(source, "export.json").is_file()
+    named = model_source(source)
+    exported = named.is_export
     runtimes = runtimes or (["auto"] if exported else [r for r in RUNTIMES if r != "compiled"])
     wanted: Sequence[str | None] = precisions or ([None] if exported else ["fp32", "bf16"])
     for name, values, known in (
@@ -185,9 +186,8 @@ def benchmark(
         check_counts(threads=threads)
     check_device(device)
 
-    named = model_source(source)
     config = load_config(named)
-    model = source if exported else _classifier(named, config, verify)
+    model = named if exported else _classifier(named, config, verify)
     combinations: dict[tuple[str, str], Runtime | str] = {}  # or why there is none
     for runtime, precision in itertools.product(runtimes, wanted):
         try:
@@ -213,7 +213,7 @@ def benchmark(
 
 def _classifier(source: ModelSource, config: CvtConfig, verify: bool) -> CvtForImageClassification:
     """The model itself; of a name, one like it with random weights, which are as fast."""
-    if source.is_local:
+    if source.kind not in ("published", "variant"):
         return load_classifier(source, verify=verify).eval()
     return CvtForImageClassification(config).eval()
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cvt.checkpoints import load_processor
+from cvt.checkpoints import ModelSource, load_processor, model_source
 from cvt.data.decoding import ImageError, Source, StoredImage, decode, is_content
 from cvt.inference.predict import Prediction, Result, find_images, predict
 from cvt.libraries import require
@@ -55,8 +55,8 @@ class Classifier:
         ds.write_parquet("labels")
 
     Args:
-        model: a published name, a model folder, an authors' file, an exported folder, or a loaded
-            model.
+        model: a published name, USER/NAME or USER/NAME@REVISION of the hub, a model folder, an
+            authors' file, an exported folder, or a loaded model.
         runtime: what runs it, see `cvt.runtime.open_runtime`.
         precision: likewise.
         device: likewise.
@@ -123,8 +123,12 @@ class Classifier:
             allow_urls=allow_urls,
             verify=verify,
         )
-        self.runtime = open_runtime(model, runtime, precision, device, threads, verify=verify)
-        self.processor = processor or load_processor(str(model), self.runtime.config)
+        source = model if isinstance(model, CvtForImageClassification) else model_source(model)
+        self.runtime = open_runtime(source, runtime, precision, device, threads, verify=verify)
+        if processor is None:
+            assert isinstance(source, ModelSource)
+            processor = load_processor(source, self.runtime.config)
+        self.processor = processor
         self.batch_size, self.allow_urls = batch_size, allow_urls
         self.exact, self.max_pixels = exact, max_pixels
 

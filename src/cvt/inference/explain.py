@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cvt.checkpoints import model_source
 from cvt.configuration import CvtConfig, StageConfig
 from cvt.data.decoding import ImageError, decode
 from cvt.data.preprocessing import check_range, pixels_needed, visible_box
@@ -256,7 +257,7 @@ def write_explanations(
 
 def _check_model(model: Any) -> None:
     if isinstance(model, str | os.PathLike):
-        if Path(model, "export.json").is_file():
+        if model_source(os.fspath(model)).is_export:
             raise ValueError(
                 f"{model} is an export, which has neither gradients nor attention weights: give "
                 "the model that it was exported from"

@@ -7,6 +7,7 @@ from cvt.libraries import is_installed
 from cvt.limits import check_counts
 
 if TYPE_CHECKING:
+    from cvt.checkpoints import ModelSource
     from cvt.modeling import CvtForImageClassification
     from cvt.runtime.base import Runtime
 
@@ -33,7 +34,7 @@ def available(runtime: str) -> bool:
 
 
 def open_runtime(
-    source: "str | Path | CvtForImageClassification",
+    source: "str | Path | ModelSource | CvtForImageClassification",
     runtime: str = "auto",
     precision: str | None = None,
     device: str = "auto",
@@ -45,8 +46,9 @@ def open_runtime(
     """Make a classifier ready to run.
 
     Args:
-        source: a published name, a model folder, an authors' file, an exported folder, or a loaded
-            classifier, which is put in eval mode and otherwise left as it is.
+        source: a published name, USER/NAME or USER/NAME@REVISION of the hub, a model folder, an
+            authors' file, an exported folder, or what `model_source` returned for one of them; or
+            a loaded classifier, which is put in eval mode and otherwise left as it is.
         runtime: one of `RUNTIMES`, of an export one of `OF_EXPORTS`, too, or `auto`: of an export
             its own; of a model the fastest that is installed and computes in `precision`, which is
             `fused` on a GPU, `openvino` on a CPU, and `fused` there where OpenVINO does not compute
@@ -78,7 +80,7 @@ def open_runtime(
         >>> runtime(torch.zeros(2, 3, 16, 16)).shape
         torch.Size([2, 10])
     """
-    from cvt.files import check_path
+    from cvt.checkpoints import ModelSource, model_source
     from cvt.runtime.factory import open_export, open_model
 
     for name, value, choices in (
@@ -92,8 +94,8 @@ def open_runtime(
     if threads is not None:
         check_counts(threads=threads)
     if isinstance(source, str | Path):
-        check_path(source, "source")
-    if isinstance(source, str | Path) and Path(source, "export.json").is_file():
-        return open_export(Path(source), runtime, precision, device, threads, verify)
+        source = model_source(source)
+    if isinstance(source, ModelSource) and source.is_export:
+        return open_export(source.path, runtime, precision, device, threads, verify)
     chosen = (runtime, precision or "fp32", device, threads)
     return open_model(source, *chosen, images=images, verify=verify)

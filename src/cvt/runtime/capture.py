@@ -99,7 +99,10 @@ def onnx_graph(program: ExportedProgram) -> "onnx.ModelProto":
             verbose=False,
         )
     assert converted is not None
-    return converted.model_proto
+    graph = converted.model_proto
+    for node in graph.graph.node:  # a stack trace each, with paths of this machine
+        del node.metadata_props[:]
+    return graph
 
 
 def openvino_graph(program: ExportedProgram) -> "openvino.Model":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cvt.checkpoints import load_classifier
+from cvt.checkpoints import ModelSource, load_classifier
 from cvt.configuration import CvtConfig
 from cvt.files import pointer_fault
 from cvt.modeling import CvtForImageClassification
@@ -30,7 +30,7 @@ MANY = 2000
 
 
 def open_model(
-    source: str | Path | CvtForImageClassification,
+    source: ModelSource | CvtForImageClassification,
     runtime: str,
     precision: str,
     device: str,

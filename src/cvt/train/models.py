@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from cvt.checkpoints import load_classifier, load_config, load_processor, model_source
+from cvt import hub
+from cvt.checkpoints import (
+    ModelSource,
+    load_classifier,
+    load_config,
+    load_processor,
+    model_source,
+)
 from cvt.configuration import CvtConfig
 from cvt.data.preprocessing import image_processor
 from cvt.inference.class_matching import class_rows
@@ -16,12 +23,13 @@ from cvt.train.recipe import Recipe
 
 
 def classifier_for(
-    name: str | Path, classes: list[str], from_scratch: bool = False
+    name: str | Path | ModelSource, classes: list[str], from_scratch: bool = False
 ) -> tuple[CvtForImageClassification, str]:
     """A classifier of these classes: trained weights where `name` has some, else random ones.
 
     Args:
-        name: a published checkpoint, an authors' file, a variant, or a folder with a config.json.
+        name: a model on the hub, an authors' file, a variant, or a folder with a config.json; or
+            what `model_source` returned for one of them.
         classes: their names, in the order of the classifier.
         from_scratch: random weights in any case.
 
@@ -85,9 +93,8 @@ def adapt_head(model: Any, classes: list[str]) -> str:
     return sentence
 
 
-def processor_for(recipe: Recipe, config: CvtConfig) -> Any:
+def processor_for(source: ModelSource, recipe: Recipe, config: CvtConfig) -> Any:
     """The start's image processor, at the recipe's size; CvT's own for random weights."""
-    source = model_source(recipe.model)
     if source.has_weights and not recipe.from_scratch:
         return load_processor(source, config, recipe.image_size, recipe.crop_pct)
     return image_processor(config, image_size=recipe.image_size, crop_pct=recipe.crop_pct)
@@ -128,27 +135,29 @@ def trainable(model: CvtForImageClassification, recipe: Recipe) -> Any:
             modules_to_save=["classifier"],
         )
         adapted = get_peft_model(model, adapters)
-        adapted.peft_config["default"].base_model_name_or_path = base_name(recipe)
+        settings = adapted.peft_config["default"]
+        settings.base_model_name_or_path, settings.revision = base_of(recipe)
         return adapted
     for module in frozen(model, recipe):
         module.requires_grad_(False)
     return model
 
 
-def base_name(recipe: Recipe) -> str | None:
-    """How a run's adapters name the model that they were trained on; None if that is random.
+def base_of(recipe: Recipe) -> tuple[str | None, str | None]:
+    """How a run's adapters name the model that they were trained on, and its revision on the hub.
 
-    A resumed run names it as before, wherever the model is by then.
+    Both are None if that is random. A resumed run names it as before, wherever the model is by
+    then.
     """
     if recipe.from_scratch:
-        return None
+        return None, None
+    if found := hub.repository(recipe.model):
+        return found.hub_id, found.revision
     try:
         source = model_source(recipe.model)
     except FileNotFoundError:  # it was moved since the run began
-        return str(recipe.model)
-    if source.kind == "published" and source.published:
-        return source.published.hub_id
-    return str(recipe.model) if source.has_weights else None
+        return str(recipe.model), None
+    return (str(recipe.model) if source.has_weights else None), None
 
 
 def frozen(model: Any, recipe: Recipe) -> list[nn.Module]:

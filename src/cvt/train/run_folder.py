@@ -36,7 +36,7 @@ from cvt.inference.metrics import Evaluation
 from cvt.inference.report import plot_confusion, plot_curves, plot_mistakes
 from cvt.libraries import version_of
 from cvt.text import printable
-from cvt.train.model_card import model_card
+from cvt.train.model_card import trained_card
 from cvt.train.plan import Plan
 from cvt.train.progress import Row
 from cvt.train.recipe import Recipe
@@ -131,9 +131,9 @@ def write_model(
             settings.base_model_name_or_path = base
             write_checksums(beside / "adapter")
         write_checksums(beside)
-        card = model_card(model.config, recipe, row)
         for place in (beside, *beside.glob("adapter")):  # there it replaces PEFT's own card
-            (place / "README.md").write_text(card, "utf-8")
+            card = trained_card(model.config, recipe, row, is_adapter=place != beside)
+            (place / "README.md").write_text(str(card), "utf-8")
 
 
 def write_pictures(output: Path, evaluation: Evaluation) -> None:

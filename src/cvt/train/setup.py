@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 
+from cvt.checkpoints import model_source
 from cvt.data import Images, LabelledImages, Splits, StreamedImages, open_training
 from cvt.data.preprocessing import processor_of
 from cvt.kernels import apply_cpu_bf16, apply_triton, recompute_activations
@@ -257,11 +258,12 @@ def _model(
     """The classifier to train and its image processor."""
     if state:
         return rebuilt(state["config"]), processor_of(state["processor"], str(output))
-    model, sentence = classifier_for(recipe.model, classes, recipe.from_scratch)
+    start = model_source(recipe.model)
+    model, sentence = classifier_for(start, classes, recipe.from_scratch)
     if sentence:
         progress.log(sentence)
     model = regularised(model, recipe)
-    return model, processor_for(recipe, model.config)
+    return model, processor_for(start, recipe, model.config)
 
 
 def _prepared(

@@ -1,0 +1,271 @@
+"""Uploading a model to the Hugging Face hub, with its model card."""
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    ModelInfo,
+    constants,
+)
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+
+from cvt.checkpoints import ModelSource, load_classifier, load_config, model_source
+from cvt.checkpoints.adapters import read_adapter, settings
+from cvt.checkpoints.source import MODEL_FILES
+from cvt.files import check_checksums
+from cvt.hub import Repository, repository
+from cvt.runtime.manifest import Manifest
+from cvt.train.model_card import LIBRARY, completed, model_card
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What `push` uploads.
+
+    Attributes:
+        folder: the model's; of a run folder, its `best`.
+        repository: the repository on the hub, and its branch.
+        files: size in bytes of each file, by its name in the folder and in the repository.
+        card: the model card, README.md.
+        replaced: files of the repository that had this name before; None where nothing was asked.
+        deleted: files that an earlier model has left there, and that are deleted.
+        url: of the commit; None of a dry run.
+    """
+
+    folder: Path
+    repository: Repository
+    files: dict[str, int]
+    card: str
+    replaced: list[str] | None = None
+    deleted: list[str] | None = None
+    url: str | None = None
+
+
+def push(
+    folder: str | Path,
+    name: str,
+    *,
+    private: bool = False,
+    licence: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Upload:
+    """Upload a model folder, the best model of a run, an adapter or an export, in one commit.
+
+    The repository is created if there is none. The files of a model are uploaded and nothing else:
+    no checkpoint of training, no optimizer state. A repository that this package wrote before gets
+    the new files, and loses those of the old model that the new one does not have.
+
+    Args:
+        folder: of the model, or of the run.
+        name: USER/NAME, or USER/NAME@BRANCH; the branch is created if there is none.
+        private: create a repository that only its owner sees.
+        licence: of the model, as the hub calls it, such as apache-2.0.
+        overwrite: upload into a repository whose files are not this package's.
+        dry_run: upload nothing.
+
+    Raises:
+        FileExistsError: the repository has files that this package has not written.
+        OSError: the hub cannot be reached, or refuses; the folder is no model.
+        ValueError: the folder is no model that can be uploaded, a file is damaged or has a path of
+            this machine in it, or `name` is none.
+    """
+    target = Repository.parse(name)
+    if target is None or not name.startswith(target.hub_id):
+        raise ValueError(f"{name}: must be USER/NAME, or USER/NAME@BRANCH")
+    source = uploadable(Path(folder))
+    files = {file: source.path / file for file in files_of(source.path)}
+    card = str(completed(card_of(source), target.hub_id, licence))
+    check_paths(files, card, source.path)
+    contents: dict[str, Path | bytes] = {**files, CARD: card.encode()}
+    sizes = {
+        file: len(content) if isinstance(content, bytes) else content.stat().st_size
+        for file, content in sorted(contents.items())
+    }
+    upload = Upload(source.path, target, sizes, card)
+    return upload if dry_run else _commit(upload, contents, private, overwrite)
+
+
+def uploadable(folder: Path) -> ModelSource:
+    """The model in a folder, or the best one of a run folder, read and found to be whole.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no model in it.
+        ValueError: it is another thing, or the weights do not fit; names what to do.
+    """
+    if (folder / "args.yaml").is_file() and not (folder / "config.json").is_file():
+        folder = folder / "best"
+    if not folder.is_dir():
+        what = "a file; `cvt convert` writes a folder" if folder.is_file() else "no folder here"
+        raise FileNotFoundError(f"{folder} is {what}; the folder of a model can be uploaded")
+    source = model_source(folder)
+    check_checksums(folder)
+    if source.is_export:
+        Manifest.read(folder).verify(folder)
+    elif source.kind == "adapter":
+        read_adapter(folder)
+        base = settings(folder).get("base_model_name_or_path") or ""
+        if not repository(base) or Path(folder, base).exists():
+            raise ValueError(
+                f"{folder} is an adapter of {base or 'no named model'}, which is not on the hub: "
+                "push that first and set base_model_name_or_path in adapter_config.json to its "
+                "USER/NAME, or push the merged model, which `cvt train` writes beside it"
+            )
+    elif not source.has_weights:
+        raise FileNotFoundError(f"{folder} is no model: it has no weights")
+    else:
+        load_classifier(source)  # strictly
+    return source
+
+
+def files_of(folder: Path) -> list[str]:
+    """The files in a model folder that a repository gets; its card comes beside.
+
+    Raises:
+        ValueError: its weights are pickled.
+    """
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    found = set(filter_repo_objects(names, allow_patterns=list(MODEL_FILES))) - {CARD}
+    if not any(name.endswith(".safetensors") or name == "export.json" for name in found):
+        raise ValueError(
+            f"{folder} has its weights in a pickled file, which others need not trust: "
+            f"`cvt convert {folder} NEW` writes model.safetensors"
+        )
+    return sorted(found)
+
+
+def card_of(source: ModelSource) -> ModelCard:
+    """The model card in a folder, or a new one of what the files tell."""
+    path = source.path / CARD
+    if path.is_file():
+        try:
+            return ModelCard(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if source.is_export:
+        manifest = Manifest.read(source.path)
+        height, width = manifest.image_size
+        about = (
+            f"## Export\n\n`{manifest.file}`: {manifest.format}, in {manifest.precision}, for "
+            f"images of {height} x {width} pixels."
+        )
+        return model_card(load_config(source), "CvT, exported", about, "export")
+    config = load_config(source)
+    head: dict[str, Any] = {}
+    if source.kind == "adapter":
+        base = Repository.parse(settings(source.path)["base_model_name_or_path"])
+        head = {"base_model": base and base.hub_id, "base_model_relation": "adapter"}
+    title = f"CvT of {config.parameters:,} parameters"
+    return model_card(config, title, kind=source.kind, **head)
+
+
+def check_paths(files: dict[str, Path], card: str, folder: Path) -> None:
+    """Make sure that no file but the weights has a path of this machine in it.
+
+    Raises:
+        ValueError: one has; names the file and the path.
+    """
+    places = {f"{place}/" for place in (Path.home(), Path.cwd(), folder.resolve().parent)} - {"//"}
+    texts = {name: path for name, path in files.items() if path.suffix != ".safetensors"}
+    for place in sorted(places):
+        found = [name for name, path in texts.items() if contains(path, place.encode())]
+        if place in card or found:
+            raise ValueError(
+                f"{folder / (found or [CARD])[0]} has a path of this machine, {place}...: nothing "
+                "was uploaded; edit the file, or export the model again"
+            )
+
+
+def contains(path: Path, text: bytes) -> bool:
+    """Whether a file, of any size, has these bytes in it."""
+    if not path.stat().st_size:
+        return False
+    with (
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return content.find(text) >= 0
+
+
+def _commit(
+    upload: Upload, contents: dict[str, Path | bytes], private: bool, overwrite: bool
+) -> Upload:
+    """Create the repository if there is none, and commit to it."""
+    api, target = HfApi(library_name=LIBRARY), upload.repository
+    hub_id, place = target.hub_id, f"{constants.ENDPOINT}/{target.hub_id}"
+    with _in_a_sentence(f"{upload.folder} was not pushed to {place}"):
+        existing = _existing(api, target)
+        names = {file.rfilename for file in existing.siblings or []} if existing else set()
+        if existing and not overwrite and not is_ours(existing, names):
+            raise FileExistsError(
+                f"{place} has files that this package has not written, such as "
+                f"{min(names - {'.gitattributes'})}; nothing was overwritten (--force uploads)"
+            )
+        if existing and private and not existing.private:
+            raise ValueError(f"{place} exists and is public: make it private in its settings")
+        stale = set(filter_repo_objects(sorted(names), allow_patterns=list(MODEL_FILES)))
+        deleted = sorted(stale - upload.files.keys())
+        if not existing:
+            api.create_repo(hub_id, private=private or None)
+        if target.revision:
+            api.create_branch(hub_id, branch=target.revision, exist_ok=True)
+        done = api.create_commit(
+            hub_id,
+            [
+                *(CommitOperationAdd(name, content) for name, content in contents.items()),
+                *(CommitOperationDelete(name) for name in deleted),
+            ],
+            commit_message=f"Upload by {LIBRARY}",
+            revision=target.revision,
+            parent_commit=existing.sha if existing else None,
+        )
+    replaced = sorted(names & upload.files.keys())
+    return replace(upload, replaced=replaced, deleted=deleted, url=done.commit_url)
+
+
+def _existing(api: HfApi, target: Repository) -> ModelInfo | None:
+    """The repository, as its branch is or as a new branch of it would be; None if there is none."""
+    try:
+        return api.model_info(target.hub_id, revision=target.revision)
+    except RevisionNotFoundError:
+        return api.model_info(target.hub_id)
+    except RepositoryNotFoundError:
+        return None
+
+
+def is_ours(existing: ModelInfo, names: set[str]) -> bool:
+    """Whether a repository is empty, or this package's by the tag in its card."""
+    card = existing.card_data
+    return names <= {".gitattributes"} or (card is not None and LIBRARY in (card.tags or []))
+
+
+@contextmanager
+def _in_a_sentence(fault: str) -> Iterator[None]:
+    """Turn an error of the hub or of the connection into one sentence that begins with `fault`.
+
+    Raises:
+        OSError: there was one.
+    """
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, HTTPError):
+            cause = cause.__cause__
+        status = getattr(getattr(cause, "response", None), "status_code", 0)
+        advice = {401: "run `hf auth login`; ", 403: "you may not write there; "}.get(status, "")
+        report = " ".join(str(cause or error).split())
+        raise OSError(f"{fault}: {advice}{report}") from error
