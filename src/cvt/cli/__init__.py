@@ -6,6 +6,7 @@ import sys
 import typer
 
 from cvt import __version__
+from cvt.cli.app import app as app_command
 from cvt.cli.benchmark import benchmark
 from cvt.cli.convert import convert
 from cvt.cli.demo import demo
@@ -48,7 +49,10 @@ def cvt(
     """
 
 
-for command in (predict, train, evaluate, explain, export, benchmark, convert, info, recipes, demo):
+for command in (
+    *(predict, train, evaluate, explain, app_command, export, benchmark, convert, info),
+    *(recipes, demo),
+):
     app.command()(command)
 
 
