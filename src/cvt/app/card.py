@@ -20,7 +20,7 @@ def model_card(model: str, viewer: Viewer, texts: Texts) -> str:
         viewer: the same, loaded.
         texts: the language of the table; a model card is in its own.
     """
-    rows = zip(texts.facts, facts(viewer, model), strict=True)
+    rows = zip(texts.facts, facts(viewer), strict=True)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     written = readme(model)
     return f"| {viewer.name} | |\n|---|---|\n{table}\n" + (f"\n---\n\n{written}" if written else "")

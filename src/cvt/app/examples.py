@@ -14,16 +14,17 @@ logger = logging.getLogger(__name__)
 MOST = 12  # examples on the page
 REMOTE = ("hub:", "stream:")  # data that is not on this machine
 CREDITS = {  # of scikit-learn's photographs, as their licence demands
-    "china.jpg": "danielbuechele, CC BY 2.0",
-    "flower.jpg": "vultilion, CC BY 2.0",
+    "china.jpg": "© danielbuechele, CC BY 2.0",
+    "flower.jpg": "© vultilion, CC BY 2.0",
 }
 
 
 class Example(NamedTuple):
-    """A picture to try, and what the page calls it."""
+    """A picture to try, what the page calls it, and whom it owes a mention."""
 
     name: str
     source: Source
+    credit: str = ""
 
 
 def find_examples(model: str, folder: Path | None, private: bool) -> list[Example]:
@@ -84,6 +85,6 @@ def of_scikit_learn() -> list[Example]:
 
     pictures = files("sklearn.datasets.images")
     return [
-        Example(f"{name} ({credit})", StoredImage(name, pictures.joinpath(name).read_bytes()))
+        Example(name, StoredImage(name, pictures.joinpath(name).read_bytes()), credit)
         for name, credit in CREDITS.items()
     ]

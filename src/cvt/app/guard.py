@@ -26,6 +26,12 @@ POLICY = (
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; font-src 'self' data:; "
     "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; frame-ancestors 'none'"
 )
+ICON = (  # three stages, as of the model
+    "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>"
+    "<g fill='%232563eb'><rect y='1' width='4' height='14' rx='1'/>"
+    "<rect x='6' y='4' width='4' height='8' rx='1'/>"
+    "<rect x='12' y='6' width='4' height='4' rx='1'/></g></svg>"
+)
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 DRAINED_BYTES = 2**30  # of a request that is refused: a browser reads no answer before all is sent
 
@@ -139,6 +145,7 @@ def with_language(page: bytes, texts: Texts) -> bytes:
         "<script>Object.defineProperty(navigator, 'language', "
         f"{{get: () => {json.dumps(texts.locale)}}})</script>"
     )
+    script += f'<link rel="icon" href="{ICON}">'
     page = page.replace(b'lang="en"', f'lang="{texts.locale}"'.encode(), 1)
     return page.replace(b"<head>", b"<head>" + script.encode(), 1)
 

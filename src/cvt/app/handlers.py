@@ -44,9 +44,9 @@ class Handlers:
     def given(self, files: list[str] | None, request: gr.Request) -> Updates:
         """Pictures were uploaded: classify them; show the first."""
         files = files or []
-        if left := len(files) - limits.PICTURES:
-            if left > 0:
-                self._note(self.texts.too_many, pictures=limits.PICTURES, count=left)
+        left = len(files) - limits.PICTURES
+        if left > 0:
+            self._note(self.texts.too_many, pictures=limits.PICTURES, count=left)
         pictures = []
         for path in map(Path, files[: limits.PICTURES]):
             name = short(path.name)
@@ -61,8 +61,8 @@ class Handlers:
         """An example was clicked: classify and show it."""
         if not isinstance(event.index, int) or not 0 <= event.index < len(self.examples):
             return unchanged()
-        name, source = self.examples[event.index]
-        picture = self._look(name, source)
+        example = self.examples[event.index]
+        picture = self._look(example.name, example.source)
         return self._added([picture] if picture else [], request)
 
     def picture(self, event: gr.SelectData, request: gr.Request) -> Updates:
@@ -100,7 +100,7 @@ class Handlers:
         try:
             return self.viewer.look(name, source)
         except TooManyPixelsError:
-            self._note(self.texts.too_many_pixels, name=name, pixels=limits.PIXELS // 1_000_000)
+            self._note(self.texts.too_many_pixels, name=name, **self.texts.pixels())
         except ImageError as error:
             logger.info(str(error))
             self._note(self.texts.unreadable, name=name, formats=FORMATS)
@@ -119,14 +119,15 @@ class Handlers:
         picture = session.pictures[session.current]
         best = self.viewer.best(picture)[0]
         heat_map = self._heat_map(picture, best)
-        return None, gallery, heat_map, self.viewer.top(picture, TOP), best
+        choice = gr.Dropdown(value=best, visible=True)
+        return None, gallery, heat_map, self.viewer.top(picture, TOP), choice
 
     def _gallery(self, session: Session) -> Any:
         items = []
         for picture in session.pictures:
             ((name, score),) = self.viewer.top(picture, 1).items()
             items.append((shown(picture), f"{short(name, 28)} {score:.0%}"))
-        return gr.Gallery(items, visible=True, selected_index=0, columns=min(3, len(items)))
+        return gr.Gallery(items, visible=True, selected_index=0)
 
     def _heat_map(self, picture: Picture, index: int) -> Any:
         name = self.viewer.names[index]

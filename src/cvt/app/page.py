@@ -6,9 +6,11 @@ from typing import Any
 
 import gradio as gr
 
+from cvt.app.examples import Example
 from cvt.app.handlers import Handlers
 from cvt.app.limits import KEPT_SECONDS, SWEEP_SECONDS, VISITORS, WAITING
 from cvt.app.texts import Texts
+from cvt.app.viewer import enlarged
 from cvt.data.decoding import decode
 
 EXAMPLE_SIDE = 256  # pixels of the longer side of an example on the page
@@ -43,6 +45,8 @@ def build_page(handlers: Handlers, card: str, texts: Texts) -> gr.Blocks:
                 )
                 pictures = gallery(label=texts.pictures, visible=False, elem_id="pictures")
                 examples = example_gallery(handlers, texts)
+                if credit := credits(handlers.examples):
+                    gr.Markdown(credit, elem_id="credits")
             with gr.Column(elem_id="seen", min_width=280):
                 heat_map = gr.Image(
                     label=texts.heat_map,
@@ -53,11 +57,11 @@ def build_page(handlers: Handlers, card: str, texts: Texts) -> gr.Blocks:
                 )
             with gr.Column(elem_id="answer", min_width=280):
                 classes = gr.Label(label=texts.classes, elem_id="classes")
-                gr.Markdown(texts.hint, elem_id="hint")
                 choice = gr.Dropdown(
                     [(label, i) for i, label in enumerate(handlers.viewer.names)],
                     value=None,
                     label=texts.class_choice,
+                    visible=False,
                     elem_id="choice",
                 )
         with gr.Accordion(texts.card, open=False, elem_id="card"):
@@ -98,7 +102,14 @@ def connect(
 def gallery(**how: Any) -> gr.Gallery:
     """A gallery whose pictures are clicked, not enlarged."""
     return gr.Gallery(
-        interactive=False, allow_preview=False, object_fit="cover", buttons=[], format="webp", **how
+        interactive=False,
+        allow_preview=False,
+        object_fit="cover",
+        height="auto",
+        buttons=[],
+        format="webp",
+        fit_columns=False,
+        **how,
     )
 
 
@@ -107,11 +118,16 @@ def example_gallery(handlers: Handlers, texts: Texts) -> gr.Gallery | None:
     if not handlers.examples:
         return None
     items = []
-    for name, source in handlers.examples:
-        image = decode(source)
+    for example in handlers.examples:
+        image = decode(example.source)
         image.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
-        items.append((image, name))
-    return gallery(value=items, label=texts.examples, columns=4, elem_id="examples")
+        items.append((enlarged(image), example.name))
+    return gallery(value=items, label=texts.examples, elem_id="examples")
+
+
+def credits(examples: list[Example]) -> str:
+    """Who took the examples, where their licence asks for it."""
+    return " · ".join(f"{each.name}: {each.credit}" for each in examples if each.credit)
 
 
 def header(name: str, texts: Texts) -> str:

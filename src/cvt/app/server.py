@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Set
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,11 +66,15 @@ def serve(
         app = build(model, folder, is_loopback(host), language, examples, device, threads)
         import uvicorn
 
+        class Server(uvicorn.Server):
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                ready(address(listener))
+
         config = uvicorn.Config(
             app, log_level="error", lifespan="on", timeout_graceful_shutdown=1, ws="none"
         )
-        ready(address(listener))
-        uvicorn.Server(config).run([listener])
+        Server(config).run([listener])
 
 
 def build(
@@ -137,19 +141,26 @@ def build(
 
 async def sweep(folder: Path, sessions: Sessions) -> None:
     """Delete what is too old, again and again: gradio knows only of uploads that were completed."""
+    own = set(folder.rglob("*"))  # the examples
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
         sessions.drop_expired()
-        await asyncio.to_thread(delete_older, folder, ABANDONED_SECONDS)
+        await asyncio.to_thread(delete_older, folder, ABANDONED_SECONDS, own)
 
 
-def delete_older(folder: Path, seconds: float) -> None:
-    """Delete the files below a folder that are older, and the folders that are empty then."""
+def delete_older(folder: Path, seconds: float, own: Set[Path] = frozenset()) -> None:
+    """Delete the files below a folder that are older, and the folders that are empty then.
+
+    Args:
+        folder: where to look.
+        seconds: the age.
+        own: what stays, whatever its age.
+    """
     for path in sorted(folder.rglob("*"), reverse=True):
         with contextlib.suppress(OSError):  # of a folder that is not empty, of what is gone
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
-            elif path.name != ".lock" and time.time() - path.lstat().st_mtime > seconds:
+            elif path not in own and time.time() - path.lstat().st_mtime > seconds:
                 path.unlink()
 
 

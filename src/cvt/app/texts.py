@@ -31,7 +31,6 @@ class Texts:
     heat_map_of: str
     classes: str
     class_choice: str
-    hint: str
     card: str
     facts: tuple[str, ...]
     privacy: str
@@ -44,16 +43,22 @@ class Texts:
     too_many: str
     not_finite: str
     expired: str
-    failed: str
     notice: str
-    heat_map_alt: str
+
+    @staticmethod
+    def pixels() -> dict[str, int]:
+        """The limit of pixels, as English counts them and as Chinese does."""
+        return {
+            "millions": limits.PIXELS // 1_000_000,
+            "ten_thousands": limits.PIXELS // 10_000,
+        }
 
     def limits(self) -> str:
         """The sentence about limits and privacy below the page."""
         return self.privacy.format(
             pictures=limits.PICTURES,
             size=megabytes(limits.FILE_BYTES),
-            pixels=limits.PIXELS // 1_000_000,
+            **self.pixels(),
             minutes=limits.KEPT_SECONDS // 60,
         )
 
@@ -73,28 +78,25 @@ EN = Texts(
     examples="Or take an example",
     heat_map="Heat map",
     heat_map_of="Heat map: {name}",
-    classes="Classes",
+    classes="Classes: click one to see its heat map",
     class_choice="Heat map of another class",
-    hint="Click a class to see its heat map.",
     card="About this model",
     facts=("classes", "parameters", "multiply-adds per picture", "pixels the model sees",
            "activation", "runs as"),
-    privacy="Up to {pictures} pictures at a time, each of at most {size} and {pixels} million "
+    privacy="Up to {pictures} pictures at a time, each of at most {size} and {millions} million "
     "pixels. They stay on the machine that runs this page, which deletes them {minutes} minutes "
     "after you last used them, and when it stops.",
     busy="Too many people are waiting at the moment. Please try again in a few seconds.",
     full="The page holds too many pictures at the moment. Please try again in a few minutes.",
     request_too_large="These files are too large: at most {size} can be given at once.",
     file_too_large="{name} is too large: a picture may have at most {size}.",
-    too_many_pixels="{name} has too many pixels: a picture may have at most {pixels} million.",
+    too_many_pixels="{name} has too many pixels: a picture may have at most {millions} million.",
     unreadable="{name} cannot be read: it is damaged, or not a picture in one of the formats "
     "{formats}.",
     too_many="At most {pictures} pictures fit at a time: {count} of them were left out.",
     not_finite="The model has no finite scores for {name}.",
     expired="This picture has been deleted in the meantime. Please give it again.",
-    failed="Something went wrong with this request. Please try again.",
     notice="Note",
-    heat_map_alt="Heat map of the class {name} over the picture",
 )  # fmt: skip
 
 ZH = Texts(
@@ -111,25 +113,22 @@ ZH = Texts(
     examples="或者选一个示例",
     heat_map="热力图",
     heat_map_of="热力图：{name}",
-    classes="类别",
+    classes="类别：点击查看它的热力图",
     class_choice="查看其他类别的热力图",
-    hint="点击类别，查看它的热力图。",
     card="关于这个模型",
     facts=("类别数", "参数量", "每张图片的乘加次数", "模型的输入像素", "激活函数", "运行方式"),
-    privacy="一次最多 {pictures} 张图片，每张不超过 {size}、{pixels} 百万像素。图片只保存在运行本页面的机器上，"
-    "你最后一次使用 {minutes} 分钟后删除，页面停止时也会删除。",
+    privacy="一次最多 {pictures} 张图片，每张不超过 {size}、{ten_thousands} 万像素。"
+    "图片只保存在运行本页面的机器上，你最后一次使用 {minutes} 分钟后删除，页面停止时也会删除。",
     busy="现在排队的人太多，请过几秒再试。",
     full="页面上暂存的图片太多，请过几分钟再试。",
     request_too_large="文件太大：一次最多上传 {size}。",
     file_too_large="{name} 太大：每张图片不能超过 {size}。",
-    too_many_pixels="{name} 的像素太多：每张图片不能超过 {pixels} 百万像素。",
+    too_many_pixels="{name} 的像素太多：每张图片不能超过 {ten_thousands} 万像素。",
     unreadable="无法读取 {name}：文件已损坏，或者不是 {formats} 格式的图片。",
     too_many="一次最多放 {pictures} 张图片，多出的 {count} 张没有处理。",
     not_finite="模型对 {name} 给出的分数不是有限数。",
     expired="这张图片已经删除，请重新上传。",
-    failed="这次请求出错了，请再试一次。",
     notice="提示",
-    heat_map_alt="类别“{name}”的热力图，叠加在图片上",
 )  # fmt: skip
 
 TEXTS = {"en": EN, "zh": ZH}

@@ -3,17 +3,17 @@
 import io
 import threading
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from cvt.app.limits import PIXELS, SHOWN_SIDE
 from cvt.app.sessions import Picture
-from cvt.checkpoints import load_processor, model_source
+from cvt.checkpoints import image_size_of, model_source
 from cvt.data.decoding import ImageError, StoredImage, decode
 from cvt.inference.classifier import Classifier
 from cvt.inference.explain import Explainer
+from cvt.profile import profile
 from cvt.text import printable
 
 SMALL_SIDE = 448  # pixels of the longer side; smaller pictures are shown enlarged
@@ -44,7 +44,10 @@ class Viewer:
     def __init__(self, model: str, device: str = "auto", threads: int | None = None) -> None:
         self.name = page_name(model)
         self.explainer = Explainer(model, device=device, threads=threads)
-        self.classifier = Classifier(model, "fused", device=device, threads=threads)
+        self.classifier = Classifier(
+            *(self.explainer.model, "fused", None, device, threads),
+            processor=self.explainer.processor,
+        )
         config = self.classifier.runtime.config
         if config.problem_type == "regression":
             raise ValueError(f"{model} is a regression: the page shows classes and their scores")
@@ -130,16 +133,13 @@ def shown(picture: Picture) -> Image.Image:
     return enlarged(Image.open(io.BytesIO(picture.content)).convert("RGB"))
 
 
-def facts(viewer: Viewer, model: str) -> tuple[Any, ...]:
+def facts(viewer: Viewer) -> tuple[str, ...]:
     """Numbers of the model's card: classes, parameters, multiply-adds, pixels, activation, runtime.
 
     In the order of `Texts.facts`.
     """
-    from cvt.checkpoints import image_size_of
-    from cvt.profile import profile
-
     config = viewer.classifier.runtime.config
-    size = image_size_of(load_processor(model, config))
+    size = image_size_of(viewer.explainer.processor)
     counted = profile(config, size)
     return (
         f"{config.num_labels:,}",
