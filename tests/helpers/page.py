@@ -27,7 +27,16 @@ class Page:
     def __init__(self, model, place, *options, settings=None):
         self.log = place / "log"
         environment = os.environ | {"TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "cvt", "app", str(model), "--port", "0", *map(str, options)]
+        command = [
+            sys.executable,
+            "-m",
+            "cvt",
+            "app",
+            str(model),
+            "--port",
+            "0",
+            *map(str, options),
+        ]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment | (settings or {})

@@ -6,6 +6,7 @@ and the browser its rules.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,29 @@ class Guard:
             await drain(headers, receive)
             await refusal(scope, receive, send)
             return
+        if path == f"{API}/queue/join":
+            body = await content(receive)
+            if not self.names_only_own_files(body):
+                await PlainTextResponse("not an uploaded file", 403)(scope, receive, send)
+                return
+            receive = replayed(body, receive)
         await self.app(scope, receive, answering(send, path, texts))
+
+    def is_own(self, path: str) -> bool:
+        """Whether a path leads to a file in the folder, followed through its links."""
+        file = Path(path).resolve()
+        return file.is_file() and file.is_relative_to(self.folder)
+
+    def names_only_own_files(self, body: bytes) -> bool:
+        """Whether a JSON text names no files but uploaded ones.
+
+        An application that is mounted does not check this itself: `launch` would turn that on.
+        """
+        try:
+            paths = list(paths_in(json.loads(body)))
+            return all(isinstance(path, str) and self.is_own(path) for path in paths)
+        except (ValueError, OSError, RecursionError):  # no JSON; no path, such as with a zero byte
+            return False
 
     def is_open(self, method: str, path: str) -> bool:
         """Whether the page itself asks for it."""
@@ -84,8 +107,10 @@ class Guard:
         if method not in ("GET", "HEAD"):
             return False
         if path.startswith(f"{API}/file="):
-            file = Path(path.removeprefix(f"{API}/file=")).resolve()  # where a link leads
-            return file.is_file() and file.is_relative_to(self.folder)
+            try:
+                return self.is_own(path.removeprefix(f"{API}/file="))
+            except (ValueError, OSError):
+                return False
         return path in PAGES or path in ASKED or path.startswith(READ)
 
     def refusal(self, path: str, headers: Headers, texts: Texts) -> Response | None:
@@ -156,6 +181,37 @@ def add_rules(start: Message) -> None:
     headers["Content-Security-Policy"] = POLICY
     headers["X-Content-Type-Options"] = "nosniff"
     headers["Referrer-Policy"] = "no-referrer"
+
+
+async def content(receive: Receive) -> bytes:
+    """The body of a request."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message["type"] == "http.request" and message.get("more_body", False)
+    return body
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read already, then what comes after it."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return again
+
+
+def paths_in(value: Any) -> Iterator[Any]:
+    """Every `path` in a value of JSON, however deep."""
+    if isinstance(value, dict):
+        if "path" in value:
+            yield value["path"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for each in value:
+            yield from paths_in(each)
 
 
 async def drain(headers: Headers, receive: Receive) -> None:

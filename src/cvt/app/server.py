@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Set
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from cvt.app.limits import ABANDONED_SECONDS, SWEEP_SECONDS
 from cvt.app.sessions import Sessions
@@ -29,7 +29,10 @@ SETTINGS = {
     "GRADIO_ALLOWED_PATHS": "",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-STOPS = ("SIGTERM", "SIGHUP")  # what ends a process without it being asked to clean up
+
+
+# What ends a process without asking it to clean up: a request, and a terminal that is closed.
+STOPS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 def serve(
@@ -177,23 +180,20 @@ def upload_folder() -> Iterator[Path]:
                 with locked(left):
                     shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder:
-        before = {number: signal.signal(number, stop) for number in stop_signals()}
+        before = [(number, signal.signal(number, stop)) for number in STOPS]
         try:
             with locked(Path(folder)):
                 yield Path(folder)
         finally:
-            for number, handler in before.items():
+            for number, handler in before:
                 signal.signal(number, handler)
 
 
-def stop_signals() -> list[int]:
-    """The numbers of `STOPS`, of those that this system has."""
-    return [getattr(signal, name) for name in STOPS if hasattr(signal, name)]
-
-
-def stop(number: int, frame: object) -> NoReturn:
-    """End the process as the signal would, but cleaning up."""
-    sys.exit(128 + number)
+def stop(number: int, frame: object) -> None:
+    """End the process as SIGTERM would, but cleaning up; uvicorn ends its connections first."""
+    if number == signal.SIGTERM:
+        sys.exit(128 + number)
+    signal.raise_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager
