@@ -142,8 +142,10 @@ def header(name: str, texts: Texts) -> str:
 
 def appearance(texts: Texts) -> dict[str, Any]:
     """How the page looks: what `gradio.mount_gradio_app` takes."""
+    style = files("cvt.app").joinpath("page.css").read_text("utf-8")
     return {
-        "css": files("cvt.app").joinpath("page.css").read_text("utf-8"),
+        # Not as `css`, which gradio rewrites: rules for what is outside its pages are lost.
+        "head": f"<style>{style}</style>",
         "i18n": gr.I18n(**{texts.locale: texts.gradio}),
         "theme": gr.themes.Default(
             primary_hue="blue",
