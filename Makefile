@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test test-tensorflow test-oldest test-wheel lint bench docs docs-en docs-zh docs-examples clean
+.PHONY: browser demo test test-tensorflow test-oldest test-wheel lint bench docs docs-en docs-zh docs-examples clean
 
 demo: $(VENV)/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
 	$(BIN)/cvt demo --output runs/demo
@@ -33,6 +33,9 @@ test-oldest:  ## the tests of `make test` with the oldest Python and libraries t
 	mkdir -p .venv-oldest
 	$(PYTHON) tests/oldest_versions.py > .venv-oldest/constraints.txt
 	PIP_CONSTRAINT=.venv-oldest/constraints.txt $(MAKE) test VENV=.venv-oldest
+
+browser:  ## install Debian's Chromium for tests/app/test_browser.py, where that is possible
+	.ci/browser.sh
 
 lint: $(VENV)/dev.stamp  ## ruff, mypy and the import layers
 	$(BIN)/ruff check .

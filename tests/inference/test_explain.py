@@ -125,7 +125,9 @@ def test_a_model_without_class_token_has_grad_cam_alone():
     explainer = explainer_of(make(tiny(places=(0, 0, 0))))
     assert any(explainer(photo(), class_name=k).grid.any() for k in range(5))
     for method in ("attention", "rollout"):
-        with pytest.raises(ValueError, match=rf"method = {method}: .* averages all tokens, has none"):
+        with pytest.raises(
+            ValueError, match=rf"method = {method}: .* averages all tokens, has none"
+        ):
             explainer(photo(), method=method)
 
 

@@ -6,6 +6,7 @@ import sys
 import typer
 
 from cvt import __version__
+from cvt.cli.app import app as app_command
 from cvt.cli.benchmark import benchmark
 from cvt.cli.convert import convert
 from cvt.cli.demo import demo
@@ -49,8 +50,9 @@ def cvt(
 
 
 VERBS = (
-    predict, train, evaluate, explain, export, benchmark, convert, push, info, recipes, demo,
-)  # fmt: skip
+    *(predict, train, evaluate, explain, app_command, export, benchmark, convert, push, info),
+    *(recipes, demo),
+)
 for command in VERBS:
     app.command()(command)
 

@@ -1,0 +1,141 @@
+"""`cvt app` in a process of its own, and visitors that speak to it as its page does."""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 240  # gradio alone takes up to 20 on a busy machine
+
+
+class Page:
+    """The process.
+
+    Attributes:
+        address: of the page, without a slash at the end.
+        process: the process.
+        folder: where it keeps files.
+    """
+
+    def __init__(self, model, place, *options, settings=None):
+        self.log = place / "log"
+        environment = os.environ | {"TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable,
+            "-m",
+            "cvt",
+            "app",
+            str(model),
+            "--port",
+            "0",
+            *map(str, options),
+        ]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment | (settings or {})
+            )
+        end = time.monotonic() + START_SECONDS
+        while not (found := re.search(r"The page is at (http://\S+?)/\s", self.printed)):
+            assert self.process.poll() is None, self.printed
+            assert time.monotonic() < end, self.printed
+            time.sleep(0.1)
+        self.address = found[1]
+        (self.folder,) = place.glob("cvt-app-*")
+
+    @property
+    def printed(self):
+        return self.log.read_text("utf-8", errors="replace")
+
+    @property
+    def memory(self):
+        """What the process occupies, in MiB."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+
+    def files(self):
+        return {path for path in self.folder.rglob("*") if path.is_file()}
+
+    def stop(self, number=None):
+        """End it by a signal, SIGTERM by default; returns the exit code."""
+        self.process.send_signal(number) if number else self.process.terminate()
+        return self.process.wait(60)
+
+
+@contextlib.contextmanager
+def served(model, place, *options, **how):
+    place.mkdir(parents=True, exist_ok=True)
+    page = Page(model, place, *options, **how)
+    try:
+        yield page
+    finally:
+        if page.process.poll() is None:
+            page.process.kill()
+            page.process.wait()
+
+
+class Visitor:
+    """One visitor, who sends what the page in a browser sends.
+
+    Attributes:
+        web: a client of httpx.
+    """
+
+    def __init__(self, address, language="en"):
+        self.web = httpx.Client(base_url=f"{address}/{language}", timeout=120)
+        self.session = secrets.token_hex(8)
+        self.config = None
+
+    def event(self, component, name):
+        """The number of the handler of an event of a component, by its elem_id."""
+        self.config = self.config or self.web.get("/config").json()
+        ids = {each["props"].get("elem_id"): each["id"] for each in self.config["components"]}
+        target = [ids[component], name]
+        (found,) = (d for d in self.config["dependencies"] if target in d["targets"])
+        return found["id"]
+
+    def upload(self, *pictures):
+        """The answer to the upload of (name, bytes)."""
+        return self.web.post("/gradio_api/upload", files=[("files", pair) for pair in pictures])
+
+    def join(self, component, name, data, event_data=None):
+        """The answer to an event: whether it is in the queue."""
+        body = {
+            "fn_index": self.event(component, name),
+            "data": data,
+            "event_data": event_data,
+            "session_hash": self.session,
+        }
+        return self.web.post("/gradio_api/queue/join", json=body)
+
+    def result(self):
+        """What a handler returned, or `{"error": ...}`, and the notes on the way."""
+        notes = []
+        query = {"session_hash": self.session}
+        with self.web.stream("GET", "/gradio_api/queue/data", params=query) as stream:
+            for line in stream.iter_lines():
+                message = json.loads(line.removeprefix("data: ")) if line else {}
+                if message.get("msg") == "log":
+                    notes.append(message["log"])
+                if message.get("msg") == "process_completed":
+                    return message["output"], notes
+        raise AssertionError("the stream ended without an answer")
+
+    def give(self, *pictures):
+        """Upload pictures; returns what the page then shows, and the notes."""
+        paths = self.upload(*pictures).raise_for_status().json()
+        files = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in paths]
+        self.join("upload", "upload", [files]).raise_for_status()
+        return self.result()
+
+
+def classes_of(output):
+    """The bars in what a handler returned: label and score."""
+    value = output["data"][3]
+    return [(each["label"], each["confidence"]) for each in value["confidences"]]
