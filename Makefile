@@ -4,23 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test test-tensorflow test-oldest test-wheel lint bench clean
+.PHONY: demo test test-tensorflow test-notebooks test-oldest test-wheel notebooks lint bench clean
 
 demo: $(VENV)/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
 	$(BIN)/cvt demo --output runs/demo
 
-# Keras, TensorFlow and Triton's interpreter need processes of their own.
-APART := keras tensorflow gpu_kernels
+# Keras, TensorFlow, Triton's interpreter and notebooks need processes of their own.
+APART := keras tensorflow gpu_kernels notebooks
 
 test: $(VENV)/dev.stamp  ## every test that needs no GPU and no network; Keras' on every backend
 	$(MAKE) test-torch
 	$(MAKE) --jobs $(JOBS) --output-sync test-tensorflow test-keras-jax test-keras-tensorflow \
-	  test-keras-torch test-gpu_kernels
+	  test-keras-torch test-gpu_kernels test-notebooks
 
 test-torch: $(VENV)/dev.stamp
 	$(BIN)/pytest tests $(APART:%=--ignore tests/%) --numprocesses $(JOBS) --dist loadfile
 
-test-tensorflow test-gpu_kernels: test-%: $(VENV)/dev.stamp
+test-tensorflow test-gpu_kernels test-notebooks: test-%: $(VENV)/dev.stamp
 	$(BIN)/pytest tests/$*
 
 test-keras-%: $(VENV)/dev.stamp
@@ -33,6 +33,9 @@ test-oldest:  ## the tests of `make test` with the oldest Python and libraries t
 	mkdir -p .venv-oldest
 	$(PYTHON) tests/oldest_versions.py > .venv-oldest/constraints.txt
 	PIP_CONSTRAINT=.venv-oldest/constraints.txt $(MAKE) test VENV=.venv-oldest
+
+notebooks: $(VENV)/dev.stamp  ## run every notebook from a clean kernel; their files stay as they are
+	$(BIN)/python notebooks/execute.py --check --jobs $(JOBS)
 
 lint: $(VENV)/dev.stamp  ## ruff, mypy and the import layers
 	$(BIN)/ruff check .
