@@ -4,23 +4,23 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: browser demo test test-tensorflow test-oldest test-wheel lint bench docs docs-en docs-zh docs-examples clean
+.PHONY: browser demo test test-tensorflow test-notebooks test-oldest test-wheel notebooks lint bench docs docs-en docs-zh docs-examples clean
 
 demo: $(VENV)/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
 	$(BIN)/cvt demo --output runs/demo
 
-# Keras, TensorFlow and Triton's interpreter need processes of their own.
-APART := keras tensorflow gpu_kernels
+# Keras, TensorFlow, Triton's interpreter and notebooks need processes of their own.
+APART := keras tensorflow gpu_kernels notebooks
 
 test: $(VENV)/dev.stamp  ## every test that needs no GPU and no network; Keras' on every backend
 	$(MAKE) test-torch
 	$(MAKE) --jobs $(JOBS) --output-sync test-tensorflow test-keras-jax test-keras-tensorflow \
-	  test-keras-torch test-gpu_kernels
+	  test-keras-torch test-gpu_kernels test-notebooks
 
 test-torch: $(VENV)/dev.stamp
 	$(BIN)/pytest tests $(APART:%=--ignore tests/%) --numprocesses $(JOBS) --dist loadfile
 
-test-tensorflow test-gpu_kernels: test-%: $(VENV)/dev.stamp
+test-tensorflow test-gpu_kernels test-notebooks: test-%: $(VENV)/dev.stamp
 	$(BIN)/pytest tests/$*
 
 test-keras-%: $(VENV)/dev.stamp
@@ -36,6 +36,9 @@ test-oldest:  ## the tests of `make test` with the oldest Python and libraries t
 
 browser:  ## install Debian's Chromium for tests/app/test_browser.py, where that is possible
 	.ci/browser.sh
+
+notebooks: $(VENV)/dev.stamp  ## run every notebook from a clean kernel; their files stay as they are
+	$(BIN)/python notebooks/execute.py --check --jobs $(JOBS)
 
 lint: $(VENV)/dev.stamp  ## ruff, mypy and the import layers
 	$(BIN)/ruff check .
