@@ -12,7 +12,8 @@
   ratio is the median of the turns' own ratios, to GELU in the same form, and its spread their
   quartiles.
 
-Prints two tables and writes them to `results/gelu-<processor>-torch<version>-<date>.csv`.
+Prints a table for each, and writes it to
+`results/gelu-<question>-<processor>-torch<version>-<date>.csv`.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from common import (
     ratio,
     result_file,
     show,
+    some_of,
     speed,
     write_rows,
 )
@@ -46,25 +48,22 @@ from cvt.runtime import open_runtime
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 SPLITS = ("train", "validation")
-LR, BATCH = 3e-3, 64
+LR, BATCH = 3e-3, 128
 FORMS = ("eager", "fused", "training step")
 ACCURACY = (
     "trained_with", "evaluated_with", "seed", "top1", "loss", "same_class",
     "mean_logit_difference", "largest_logit_difference", "logit_deviation",
 )  # fmt: skip
 SPEED = ("hidden_act", "form", "batch_size")
-MEASURED = ("ms_per_image", "images_per_second", "ratio", "ratio_quartiles")
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
     """Pixels (B, 3, 16, 16) and class indices (B,) of a split of the digits."""
     images = open_training("digits")[SPLITS.index(split)]
     processor = image_processor(CvtConfig.from_variant("cvt-digits"), image_size=16, crop_pct=1.0)
-    pixels = [
-        processor(decode(source), return_tensors="pt")["pixel_values"] for source, _ in images
-    ]
+    pictures = [decode(source) for source, _ in images]
     labels = [images.classes.index(label) for _, label in images]
-    return torch.cat(pixels), torch.tensor(labels)
+    return processor(pictures, return_tensors="pt")["pixel_values"], torch.tensor(labels)
 
 
 def model_of_digits(activation: str) -> CvtForImageClassification:
@@ -143,7 +142,6 @@ def prepared(
 
 def speed_rows(options: argparse.Namespace) -> list[Row]:
     """A row for each form and activation; those of a form take turns."""
-    torch.set_num_threads(options.threads)
     rows = []
     for form, batch_size in product(FORMS, options.batch_sizes):
         images = torch.randn(batch_size, 3, options.image_size, options.image_size)
@@ -156,9 +154,15 @@ def speed_rows(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+QUESTIONS = {"accuracy": accuracy_rows, "speed": speed_rows}
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = command_line(__doc__)
+    parser.add_argument(
+        "--only", type=some_of(QUESTIONS), default=QUESTIONS, help=f"of {', '.join(QUESTIONS)}"
+    )
     parser.add_argument("--epochs", type=count, default=10, help="of each training")
     parser.add_argument("--seeds", type=count, default=3, help="of each activation")
     parser.add_argument("--variant", choices=SHAPES, default="cvt-13", help="whose speed it is")
@@ -177,12 +181,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Trains, evaluates, measures, prints and writes."""
-    name = "gelu-quick" if options.quick else "gelu"
-    path = result_file(options.results, name, "cpu", options.overwrite)
-    accuracy = accuracy_rows(options)
-    show(accuracy)
-    speeds = speed_rows(options)
-    show(speeds)
     about = {
         "variant": options.variant,
         "image_size": options.image_size,
@@ -191,10 +189,13 @@ def run(options: argparse.Namespace) -> None:
         "device": device_name("cpu"),
         **versions(("torch", "transformers", "cvt")),
     }
-    empty = dict.fromkeys(("question", *ACCURACY, *SPEED, *MEASURED), "")
-    rows = [empty | {"question": "accuracy"} | row | about for row in accuracy]
-    rows += [empty | {"question": "speed"} | row | about for row in speeds]
-    write_rows(path, rows, "w" if options.overwrite else "x")
+    torch.set_num_threads(options.threads)
+    for question in options.only:
+        name = f"gelu-{question}-quick" if options.quick else f"gelu-{question}"
+        path = result_file(options.results, name, "cpu", options.overwrite)
+        rows = QUESTIONS[question](options)
+        show(rows)
+        write_rows(path, [row | about for row in rows], "w" if options.overwrite else "x")
 
 
 if __name__ == "__main__":

@@ -476,18 +476,23 @@ def test_the_memory_of_our_step_is_that_of_its_profile(load):
 
 
 @pytest.mark.slow
-def test_both_activations_are_trained_evaluated_and_timed(load, tmp_path):
-    rows = results(load("gelu"), tmp_path, "--threads=1")
-    accuracy = [row for row in rows if row["question"] == "accuracy"]
-    pairs = [(row["trained_with"], row["evaluated_with"]) for row in accuracy]
+def test_both_activations_are_trained_and_evaluated(load, tmp_path):
+    rows = results(load("gelu"), tmp_path, "--threads=1", "--only=accuracy")
+    pairs = [(row["trained_with"], row["evaluated_with"]) for row in rows]
     assert sorted(pairs) == sorted(itertools.product(("gelu", "quick_gelu"), repeat=2))
-    for row, (trained, evaluated) in zip(accuracy, pairs, strict=True):
+    for row, (trained, evaluated) in zip(rows, pairs, strict=True):
         assert (float(row["largest_logit_difference"]) == 0) == (trained == evaluated)
         assert float(row["largest_logit_difference"]) < 0.1 * float(row["logit_deviation"])
-        assert float(row["top1"]) > 0.3  # of ten classes, after one epoch
-    timed = [(row["form"], row["hidden_act"]) for row in rows if row["question"] == "speed"]
+        assert float(row["top1"]) > 0.2  # of ten classes, after one epoch
+
+
+@pytest.mark.slow
+def test_both_activations_are_timed_in_every_form(load, tmp_path):
+    rows = results(load("gelu"), tmp_path, "--threads=1", "--only=speed")
+    timed = [(row["form"], row["hidden_act"]) for row in rows]
     forms = ("eager", "fused", "training step")
     assert timed == list(itertools.product(forms, ("gelu", "quick_gelu")))
+    assert all(float(row["ms_per_image"]) > 0 for row in rows)
 
 
 def test_the_model_that_is_timed_has_the_activation(load):
