@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 from functools import partial
 from pathlib import Path
 
@@ -471,6 +472,38 @@ def test_the_memory_of_our_step_is_that_of_its_profile(load):
     assert memory.peak(size, "fp32", "cvt", "gradient checkpointing") < 0.7 * counted
 
 
+# ------------------------------------------------------------------------------ gelu
+
+
+@pytest.mark.slow
+def test_both_activations_are_trained_and_evaluated(load, tmp_path):
+    rows = results(load("gelu"), tmp_path, "--threads=1", "--only=accuracy")
+    pairs = [(row["trained_with"], row["evaluated_with"]) for row in rows]
+    assert sorted(pairs) == sorted(itertools.product(("gelu", "quick_gelu"), repeat=2))
+    for row, (trained, evaluated) in zip(rows, pairs, strict=True):
+        assert (float(row["largest_logit_difference"]) == 0) == (trained == evaluated)
+        assert float(row["largest_logit_difference"]) < 0.1 * float(row["logit_deviation"])
+        assert float(row["top1"]) > 0.2  # of ten classes, after one epoch
+
+
+@pytest.mark.slow
+def test_both_activations_are_timed_in_every_form(load, tmp_path):
+    rows = results(load("gelu"), tmp_path, "--threads=1", "--only=speed")
+    timed = [(row["form"], row["hidden_act"]) for row in rows]
+    forms = ("eager", "fused", "training step")
+    assert timed == list(itertools.product(forms, ("gelu", "quick_gelu")))
+    assert all(float(row["ms_per_image"]) > 0 for row in rows)
+
+
+def test_the_model_that_is_timed_has_the_activation(load):
+    gelu = load("gelu")
+    models = [gelu.model_with(name, "tiny") for name in gelu.ACTIVATIONS]
+    pixels = torch.randn(2, 3, 32, 32)
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(*(model(pixels).logits for model in models))
+
+
 # ------------------------------------------------------------------------------ wrong usage
 
 
@@ -488,6 +521,7 @@ def test_the_memory_of_our_step_is_that_of_its_profile(load):
         ("projections", ["--turns=two"], "--turns: 'two' is no whole number from 1 on"),
         ("inference", ["--batch-sizes=1,,2"], "--batch-sizes: '' is no whole number from 1 on"),
         ("feeding", ["--rate=0"], "--rate: '0' is no whole number from 1 on"),
+        ("gelu", ["--epochs=0"], "--epochs: '0' is no whole number from 1 on"),
     ],
 )
 def test_wrong_usage_is_answered_by_the_name_of_the_option(
