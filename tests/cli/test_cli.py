@@ -64,6 +64,10 @@ COMMANDS = {
         "--subset", "--real-labels", "--classes", "--image-column", "--label-column",
         "--no-verify", "--force",
     ],
+    "explain": [
+        "model", "images", "--class", "--method", "--stage", "--output", "--device", "--threads",
+        "--max-pixels", "--no-verify", "--force",
+    ],
     "convert": [
         "source", "dest", "--to", "--image-size", "--labels", "--num-labels", "--config",
         "--hidden-act", "--allow-nonfinite", "--no-verify", "--force",
@@ -157,6 +161,43 @@ def test_predict_skips_and_reports_broken_images(cvt, model_folder, photos, brok
     assert "broken.jpg" in err
     assert "1 of 13 images skipped" in err
     assert len(output.read_text().splitlines()) == 1 + 12 * 3
+
+
+def test_explain_writes_pictures_arrays_and_a_sheet(cvt, model_folder, photos, broken, tmp_path):
+    output, first = tmp_path / "maps", sorted((photos / "red").iterdir())[:2]
+    shutil.copy(first[1], tmp_path / f"{first[0].stem}.png")  # of the same name
+    images = (*first, tmp_path / f"{first[0].stem}.png", broken)
+    arguments = ("explain", model_folder, *images, "--class", "green", "--output", output)
+    code, out, err = cvt(*arguments)
+    assert code == 3
+    assert out.count("green  ") == 3
+    assert "broken.jpg" in err
+    assert "1 of 4 images skipped" in err
+    stems = [first[0].stem, first[1].stem, f"{first[0].stem}-2"]
+    files = {f"{stem}.{kind}" for stem in stems for kind in ("png", "npz")} | {"sheet.png"}
+    assert {path.name for path in output.iterdir()} == files
+    code, _, err = cvt(*arguments)
+    assert code == 1
+    assert "maps exists already" in err
+    assert cvt(*arguments, "--method", "attention", "--force")[0] == 3
+    assert Path(output, f"{first[1].stem}-heads.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--class", "grene"), "does not know these classes: grene (green?)"),
+        (("--stage", "9"), "stage = 9: must be a whole number from 1 to 3"),
+        (("--method", "rollout", "--stage", "1"), "which only stage 3 has"),
+    ],
+)
+def test_explain_writes_nothing_for_what_the_model_lacks(
+    cvt, model_folder, photos, options, message, tmp_path
+):
+    code, _, err = cvt("explain", model_folder, photos, "--output", tmp_path / "maps", *options)
+    assert code == 1
+    assert message in err
+    assert not (tmp_path / "maps").exists()
 
 
 def test_predict_overwrites_only_by_force(cvt, model_folder, photos, tmp_path):

@@ -285,7 +285,7 @@ def test_only_a_model_with_gradients_is_explained(classifier, tmp_path):
     with pytest.raises(TypeError, match="of a fused model, the one that was fused"):
         explain(cvt.fuse(classifier), photo())
     (tmp_path / "export.json").write_text(json.dumps({}))
-    with pytest.raises(ValueError, match="is an export, .* the model that it was exported from"):
+    with pytest.raises(ValueError, match=r"is an export, .* the model that it was exported from"):
         explain(tmp_path, photo())
     headless = make(tiny(num_labels=0))
     with pytest.raises(ValueError, match="num_labels = 0"):

@@ -6,10 +6,13 @@ from html.parser import HTMLParser
 import matplotlib
 import numpy as np
 import pytest
+from helpers.small_models import make, tiny
 from PIL import Image
 
 from cvt.data.decoding import StoredImage
+from cvt.data.preprocessing import image_processor
 from cvt.inference import report
+from cvt.inference.explain import Explainer
 from cvt.inference.metrics import COUNTED, Evaluation, Failure, Mistake
 from cvt.inference.predict import Prediction
 from cvt.inference.report import (
@@ -166,6 +169,23 @@ def test_names_are_shown_as_they_are(page):
     found = page(evaluation_of(4), title=HTML)
     assert found.words.count(HTML) >= 3  # title, heading, table
     assert "<script" not in found.text
+
+
+def test_mistakes_are_explained_beside_their_names(tmp_path):
+    model = make(tiny())
+    explainer = Explainer(model, processor=image_processor(model.config, 64))
+    evaluation = evaluation_of(5)
+    write_report(evaluation, tmp_path / "page.html", "a title", explainer=explainer)
+    found = Page(tmp_path / "page.html")
+    assert len(found.pictures) == 2 + 2 * len(evaluation.mistakes)
+    worst = evaluation.mistakes[0]
+    image, overlay = (
+        Image.open(io.BytesIO(base64.b64decode(each.split(",")[1]))) for each in found.pictures[2:4]
+    )
+    expected = explainer(worst.source, evaluation.labels.index(worst.predicted)).resized(256)
+    assert overlay.tobytes() == expected.overlay().tobytes()
+    assert image.tobytes() == expected.image.tobytes()
+    assert all(str(mistake.source) in found.words for mistake in evaluation.mistakes)
 
 
 def test_a_page_without_mistakes_has_no_mosaic(page):

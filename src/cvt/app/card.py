@@ -28,9 +28,8 @@ def model_card(model: str, viewer: Viewer, texts: Texts) -> str:
 
 def readme(model: str) -> str:
     """The README.md of a model folder, without its front matter and pictures; empty if none."""
-    source = model_source(model)
-    path = source.path / "README.md"
-    if not source.is_local or not path.is_file():
+    path = model_source(model).path / "README.md"
+    if not path.is_file():
         return ""
     with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read(CARD_BYTES)

@@ -113,7 +113,7 @@ def page_name(model: str) -> str:
     `runs/photos/best` becomes `photos/best`, since every run has a `best`.
     """
     source = model_source(model)
-    if not source.is_local:
+    if source.hub_id or source.kind == "variant":
         return printable(source.name)
     path = source.path.resolve()
     parts = [path.parent.name, path.name] if path.name in ("best", "last") else [path.name]

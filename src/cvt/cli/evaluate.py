@@ -1,6 +1,8 @@
 """`cvt evaluate`."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -88,8 +90,7 @@ def evaluate(
         staged(output, force) if output else nullcontext() as folder,
         staged(report, force) if report else nullcontext() as page,
     ):
-        if page:
-            from cvt.inference.report import write_report
+        write_report = report_writer(model, device, threads, max_pixels) if page else None
         how = (runtime, precision, device, threads)
         classifier, processor = open_classifier(model, *how, total, not no_verify)
         with bar("evaluate", total) as step:
@@ -102,13 +103,30 @@ def evaluate(
             )
         if folder:
             write_evaluation(result, folder)
-        if page:
+        if write_report:
             write_report(result, page, f"{model} on {data}")
     print_evaluation(result, subset)
     for written in filter(None, (output, report)):
         out.print(f"written to {written}")
     if result.failures:
         raise typer.Exit(3)
+
+
+def report_writer(
+    model: str, device: str, threads: int | None, max_pixels: int | None
+) -> Callable[..., None]:
+    """What writes the report, with heat maps; those of an export are missing, which is printed."""
+    from cvt.checkpoints import model_source
+    from cvt.cli.console import err
+    from cvt.inference.explain import Explainer
+    from cvt.inference.report import write_report
+
+    if model_source(model).is_export:
+        err.print("the report has no heat maps: an export has no gradients, its model has them")
+        return write_report
+    # The files are verified when the model is opened to be evaluated.
+    explainer = Explainer(model, device, threads, max_pixels=max_pixels, verify=False)
+    return partial(write_report, explainer=explainer)
 
 
 def print_evaluation(result: "Evaluation", subset: bool) -> None:

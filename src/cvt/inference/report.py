@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 
 from cvt.data.decoding import Source, decode
 from cvt.files import staged
-from cvt.inference.metrics import BINS, Evaluation
+from cvt.inference.explain import Explainer
+from cvt.inference.metrics import BINS, Evaluation, Mistake
 from cvt.inference.predict import Prediction
 from cvt.text import printable
 
@@ -264,7 +265,11 @@ def _short(name: str, width: int) -> str:
 
 
 def write_report(
-    evaluation: Evaluation, path: str | Path, title: str, overwrite: bool = False
+    evaluation: Evaluation,
+    path: str | Path,
+    title: str,
+    overwrite: bool = False,
+    explainer: Explainer | None = None,
 ) -> None:
     """Write one HTML page of figures, tables and pictures; it needs no other file.
 
@@ -273,6 +278,8 @@ def write_report(
         path: the page.
         title: its heading.
         overwrite: whether a file that is there already may be replaced.
+        explainer: of the model, for a Grad-CAM of the predicted class beside each mistake; by
+            default the page has none.
 
     Raises:
         FileExistsError: `path` is there already and may not be overwritten.
@@ -290,10 +297,7 @@ def write_report(
     )
     classes = sorted(evaluation.per_class.items(), key=lambda item: item[1][1])
     mistakes = [
-        (
-            _embedded(lambda file, source=mistake.source: _thumbnail(source).save(file, "PNG")),
-            mistake,
-        )
+        (_pictures(mistake, evaluation.labels.index(mistake.predicted), explainer), mistake)
         for mistake in evaluation.mistakes
     ]
     page = templates.get_template("report.html.jinja").render(
@@ -302,11 +306,22 @@ def write_report(
         classes=classes[:ROWS],
         hidden=len(classes[ROWS:]),
         mistakes=mistakes,
+        explained=explainer is not None,
         confusion=_embedded(lambda file: plot_confusion(evaluation, file, most=30)),
         reliability=_embedded(lambda file: plot_reliability(evaluation, file)),
     )
     with staged(path, overwrite) as written:
         written.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def _pictures(mistake: Mistake, predicted: int, explainer: Explainer | None) -> list[str]:
+    """The image, and, where there is an explainer, the Grad-CAM of the predicted class."""
+    if explainer is None:
+        thumbnail = _thumbnail(mistake.source)
+        return [_embedded(lambda file: thumbnail.save(file, "PNG"))]
+    explanation = explainer(mistake.source, predicted).resized(2 * SIDE)
+    shown = explanation.image, explanation.overlay()
+    return [_embedded(lambda file, image=image: image.save(file, "PNG")) for image in shown]
 
 
 def _embedded(save: Callable) -> str:
