@@ -213,7 +213,7 @@ NAMES = list(SHAPES)
 def drawing(name, generator, width=320, height=240):
     """A shape of its colour somewhere on a blurred background."""
     shape, colour = name.split()[1], SHAPES[name]
-    coarse = generator.integers(90, 230, (5, 7, 3), dtype=np.uint8)
+    coarse = generator.integers(150, 235, (5, 7, 1), dtype=np.uint8).repeat(3, axis=2)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
     radius = generator.integers(height // 6, height // 4)
@@ -250,7 +250,7 @@ def trained(tmp_path_factory):
     pixels = processor(pictures, return_tensors="pt")["pixel_values"]
     labels = torch.arange(400) % 4
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    steps = 120
+    steps = 80
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     model.train()
     for _ in range(steps):
