@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cvt.app import limits
@@ -79,7 +79,8 @@ class Guard:
         if path == f"{API}/queue/join":
             body = await content(receive)
             if not self.names_only_own_files(body):
-                await PlainTextResponse("not an uploaded file", 403)(scope, receive, send)
+                gone = JSONResponse({"detail": texts.expired}, 403)
+                await gone(scope, receive, send)
                 return
             receive = replayed(body, receive)
         await self.app(scope, receive, answering(send, path, texts))
