@@ -33,6 +33,7 @@ extensions = [
 ]
 locale_dirs = [str(HERE / "locale")]
 exclude_patterns = ["**.ipynb_checkpoints"]
+smartquotes = False  # --resume is no dash
 templates_path = ["_templates"]
 
 

@@ -85,6 +85,14 @@ def test_the_switch_leads_to_the_same_page_and_back(page, address, name):
     assert page.locator("h1").inner_text() == english
 
 
+def test_the_switch_is_in_the_menu_of_a_phone(page, address):
+    page.set_viewport_size(PHONE)
+    page.goto(f"{address}/en/inference.html")
+    page.locator("button.primary-toggle").click()
+    page.locator("dialog a.language:visible").click()
+    assert page.url == f"{address}/zh/inference.html"
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_no_page_is_wider_than_a_phone(page, address, language):
     page.set_viewport_size(PHONE)
