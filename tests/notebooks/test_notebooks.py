@@ -58,7 +58,7 @@ def test_a_notebook_explains_first_and_shows_pictures(path):
     notebook = execute.read(path)
     first = notebook.cells[0]
     assert first.cell_type == "markdown"
-    assert re.match(r"# .+\n\n.{60,}", first.source)  # a title, and what is done and why
+    assert re.match(r"# .+\n\n.{40,}", first.source)  # a title, and what is done and why
     assert [output for output in outputs(notebook) if PICTURES & set(output.get("data", ()))]
     counts = [cell.execution_count for cell in execute.code_cells(notebook)]
     assert counts == list(range(1, len(counts) + 1))  # from a clean kernel, in order
