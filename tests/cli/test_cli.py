@@ -186,7 +186,7 @@ def test_explain_writes_pictures_arrays_and_a_sheet(cvt, model_folder, photos, b
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--class", "grene"), "does not know these classes: grene (green?)"),
+        (("--class", "grene"), "does not know these classes: 'grene' (is it 'green'?)"),
         (("--stage", "9"), "stage = 9: must be a whole number from 1 to 3"),
         (("--method", "rollout", "--stage", "1"), "which only stage 3 has"),
     ],

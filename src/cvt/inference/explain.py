@@ -28,6 +28,7 @@ from cvt.modeling import CvtForImageClassification, split_tokens
 
 Method = Literal["gradcam", "attention", "rollout"]
 ON_SHEET = 60  # images
+TINY = 224  # pixels of the long side, below which a written picture is enlarged
 FULL_SIDE = 4096  # pixels that the short side of a very large picture keeps
 
 
@@ -210,7 +211,7 @@ def write_explanations(
 ) -> Iterator[Explanation | ImageError]:
     """Explain images and write the pictures and arrays to a new folder, image by image.
 
-    Each image gets `NAME.png` and `NAME.npz`, and of the method `attention` `NAME-heads.png`;
+    Each image gets `NAME.png`, enlarged if it is tiny, and `NAME.npz`, and of the method `attention` `NAME-heads.png`;
     several images get `sheet.png`, of the first `ON_SHEET`.
 
     Args:
@@ -241,7 +242,8 @@ def write_explanations(
         name = next(name for name in chain([stem], numbered) if name not in taken)
         taken |= {name, f"{name}-heads"}
         file = Path(folder, name)
-        explanation.save(f"{file}.png")
+        is_tiny = max(explanation.image.size) < TINY
+        (explanation.resized(2 * TINY) if is_tiny else explanation).save(f"{file}.png")
         explanation.save(f"{file}.npz")
         if method == "attention":
             explanation.heads().save(f"{file}-heads.png")

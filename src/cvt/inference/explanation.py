@@ -122,9 +122,17 @@ class Explanation:
         return sheet
 
     def resized(self, side: int) -> "Explanation":
-        """The same, of an image whose long side has at most so many pixels."""
+        """The same, of an image whose long side has at most so many pixels.
+
+        A tiny image is enlarged by a whole factor, so that its pixels stay sharp.
+        """
         image = self.image.copy()
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        factor = side // max(image.size)
+        if factor > 1:
+            image = image.resize(
+                (factor * image.width, factor * image.height), Image.Resampling.NEAREST
+            )
         x, y = (new / old for new, old in zip(image.size, self.image.size, strict=True))
         left, top, right, bottom = self.box
         moved = {"box": (left * x, top * y, right * x, bottom * y)}

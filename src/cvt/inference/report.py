@@ -297,7 +297,7 @@ def write_report(
     )
     classes = sorted(evaluation.per_class.items(), key=lambda item: item[1][1])
     mistakes = [
-        (_pictures(mistake, evaluation.labels.index(mistake.predicted), explainer), mistake)
+        (_pictures(mistake, evaluation.labels, explainer), mistake)
         for mistake in evaluation.mistakes
     ]
     page = templates.get_template("report.html.jinja").render(
@@ -314,11 +314,12 @@ def write_report(
         written.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
-def _pictures(mistake: Mistake, predicted: int, explainer: Explainer | None) -> list[str]:
+def _pictures(mistake: Mistake, labels: list[str], explainer: Explainer | None) -> list[str]:
     """The image, and, where there is an explainer, the Grad-CAM of the predicted class."""
     if explainer is None:
         thumbnail = _thumbnail(mistake.source)
         return [_embedded(lambda file: thumbnail.save(file, "PNG"))]
+    predicted = labels.index(mistake.predicted)
     explanation = explainer(mistake.source, predicted).resized(2 * SIDE)
     shown = explanation.image, explanation.overlay()
     return [_embedded(lambda file, image=image: image.save(file, "PNG")) for image in shown]
