@@ -64,6 +64,9 @@ COMMANDS = {
         "--subset", "--real-labels", "--classes", "--image-column", "--label-column",
         "--no-verify", "--force",
     ],
+    "app": [
+        "model", "--port", "--host", "--lang", "--examples", "--device", "--threads",
+    ],
     "explain": [
         "model", "images", "--class", "--method", "--stage", "--output", "--device", "--threads",
         "--max-pixels", "--no-verify", "--force",

@@ -211,8 +211,8 @@ def write_explanations(
 ) -> Iterator[Explanation | ImageError]:
     """Explain images and write the pictures and arrays to a new folder, image by image.
 
-    Each image gets `NAME.png`, enlarged if it is tiny, and `NAME.npz`, and of the method `attention` `NAME-heads.png`;
-    several images get `sheet.png`, of the first `ON_SHEET`.
+    Each image gets `NAME.png`, enlarged if it is tiny, and `NAME.npz`; of the method `attention`
+    also `NAME-heads.png`. Several images get `sheet.png`, of the first `ON_SHEET`.
 
     Args:
         explainer: of the model.
