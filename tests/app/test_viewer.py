@@ -43,6 +43,10 @@ def test_the_heat_map_is_that_of_the_explainer_for_every_class(viewer, model_fol
     assert any(np.asarray(maps[0] != np.asarray(other)).any() for other in maps[1:])
 
 
+def test_the_heat_map_of_a_tiny_picture_is_large(viewer):
+    assert viewer.heat_map(viewer.look("a.png", stored(8, 6)), 0).size == (576, 768)
+
+
 def test_what_is_kept_is_small_upright_and_without_metadata(viewer):
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "secret"

@@ -96,7 +96,7 @@ class Viewer:
         """
         with self._lock:
             explanation = self.explainer(decode(picture.content), class_name=index)
-        return enlarged(explanation.overlay())
+        return explanation.resized(SHOWN_SIDE).overlay()  # smooth, over the pixels of a tiny one
 
     def top(self, picture: Picture, count: int) -> dict[str, float]:
         """The classes with the highest scores, the highest first."""
