@@ -240,20 +240,19 @@ def trained(tmp_path_factory):
 
     generator = np.random.default_rng(0)
     torch.manual_seed(0)
-    config = CvtConfig(
-        embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 1, 2], patch_stride=[4, 2, 1],
-        patch_sizes=[7, 3, 3], patch_padding=[2, 1, 1], drop_path_rate=[0, 0, 0],
-        cls_token=[False] * 3,  # then every place counts alike, and Grad-CAM finds the shape
-    )  # fmt: skip
+    # Two stages without a class token: every place counts alike, and Grad-CAM finds the shape.
+    three = CvtConfig(depth=[1, 1, 1], cls_token=[False] * 3, drop_path_rate=[0, 0, 0])
+    lists = {name: getattr(three, name)[:2] for name in PER_STAGE}
+    config = CvtConfig(**{**lists, "embed_dim": [16, 32], "num_heads": [1, 2]})
     config.class_names = NAMES
     model, processor = CvtForImageClassification(config), image_processor(config, image_size=64)
     pictures = [drawing(NAMES[i % 4], generator, 128, 96) for i in range(200)]
     pixels = processor(pictures, return_tensors="pt")["pixel_values"]
     labels = torch.arange(200) % 4
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=60)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=120)
     model.train()
-    for _ in range(60):
+    for _ in range(120):
         batch = torch.randint(0, 200, (16,))
         loss = model(pixels[batch], labels=labels[batch]).loss
         optimizer.zero_grad()
@@ -277,8 +276,8 @@ def test_the_screenshots_of_the_documentation(chromium, trained, tmp_path):
     examples = trained / "examples"
     with served(trained / "shapes-cvt", tmp_path / "page", "--examples", examples) as running:
         for name, how in {
-            "app-en": {"size": (1280, 760)},
-            "app-zh": {"size": (1280, 760), "locale": "zh-CN"},
+            "en/app": {"size": (1280, 760)},
+            "zh/app": {"size": (1280, 760), "locale": "zh-CN"},
             "app-phone": {"size": (390, 844), "device_scale_factor": 1.5, "is_mobile": True},
         }.items():
             tab = Tab(chromium, running.address + "/", **how)
