@@ -241,19 +241,20 @@ def trained(tmp_path_factory):
 
     generator = np.random.default_rng(0)
     torch.manual_seed(0)
-    # Two stages without a class token: every place counts alike, and Grad-CAM finds the shape.
-    three = CvtConfig(depth=[1, 1, 1], cls_token=[False] * 3, drop_path_rate=[0, 0, 0])
-    lists = {name: getattr(three, name)[:2] for name in PER_STAGE}
-    config = CvtConfig(**{**lists, "embed_dim": [16, 32], "num_heads": [1, 2]})
+    config = CvtConfig(
+        embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 1, 2], patch_stride=[4, 2, 1],
+        patch_sizes=[7, 3, 3], patch_padding=[2, 1, 1], drop_path_rate=[0, 0, 0],
+        cls_token=[False] * 3,  # then every place counts alike, and Grad-CAM finds the shape
+    )  # fmt: skip
     config.class_names = NAMES
     model, processor = CvtForImageClassification(config), image_processor(config, image_size=64)
     pictures = [drawing(NAMES[i % 4], generator, 128, 96) for i in range(200)]
     pixels = processor(pictures, return_tensors="pt")["pixel_values"]
     labels = torch.arange(200) % 4
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=120)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=60)
     model.train()
-    for _ in range(120):
+    for _ in range(60):
         batch = torch.randint(0, 200, (16,))
         loss = model(pixels[batch], labels=labels[batch]).loss
         optimizer.zero_grad()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers.small_models import images, make, mixed, tiny
+from helpers.small_models import images, make, mixed, random_case, tiny
 from PIL import Image
 
 import cvt
@@ -301,3 +301,53 @@ def test_a_list_gives_a_list_and_a_bad_image_is_named(explainer, tmp_path):
     with pytest.raises(ValueError, match=r"x\.png"):
         explain(explainer.model, tmp_path / "x.png", processor=processor)
     assert images(1).shape[1] == explainer.config.num_channels
+
+
+# ------------------------------------------------------------------------------ a trained model
+
+
+STEPS = 200
+
+
+def planted(generator, is_there):
+    """A picture of noise, perhaps with a chequered square of 16 pixels; its centre (y, x), too."""
+    picture = generator.normal(0.5, 0.15, (SIZE, SIZE, 3)).clip(0, 1)
+    top, left = generator.integers(0, SIZE - 16 + 1, 2)
+    if is_there:
+        cells = np.indices((16, 16)).sum(axis=0)[..., None] // 4 % 2
+        square = np.where(cells, (0.9, 0.2, 0.2), (0.1, 0.7, 0.2))
+        picture[top : top + 16, left : left + 16] = square
+    return (255 * picture).astype(np.uint8), (top + 8, left + 8)
+
+
+def test_grad_cam_of_a_trained_model_peaks_on_the_planted_pattern():
+    """The logit is the mean of what the tokens contribute: a map can only be right or wrong.
+
+    With a class token, a model of this size may as well learn what the absence of the pattern is
+    like, and its map of the pattern is then cold; which it learns depends on the seed.
+    """
+    torch.manual_seed(0)
+    generator = np.random.default_rng(0)
+    names = [name for name, value in random_case(0)[0].items() if isinstance(value, list)]
+    fields = {name: getattr(tiny(), name)[:1] for name in names}
+    config = cvt.CvtConfig(**{**fields, "embed_dim": [24], "cls_token": [False]}, num_labels=2)
+    model = cvt.CvtForImageClassification(config)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / STEPS)
+        labels = generator.integers(0, 2, 16)
+        pictures = np.stack([planted(generator, label)[0] for label in labels])
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+        optimizer.zero_grad()
+        model(pixels, labels=torch.from_numpy(labels)).loss.backward()
+        optimizer.step()
+    processor = image_processor(
+        config, SIZE, crop_pct=1.0, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    explainer, hits = Explainer(model.eval(), processor=processor), 0
+    for _ in range(20):
+        picture, centre = planted(generator, True)
+        heat = explainer(picture, class_name=1).heat_map()
+        peak = np.unravel_index(heat.argmax(), heat.shape)
+        hits += all(abs(at + 0.5 - middle) <= 8 for at, middle in zip(peak, centre, strict=True))
+    assert hits >= 19
