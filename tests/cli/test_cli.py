@@ -13,10 +13,11 @@ import torch
 import typer
 import yaml
 
-from cvt import CvtForImageClassification
+from cvt import CvtForImageClassification, explain
 from cvt.checkpoints import transformers_to_authors
 from cvt.cli import app
 from cvt.cli.console import TrainingBars
+from cvt.cli.explain import cold
 from cvt.cli.train import default_output
 from cvt.data import open_training, write_split
 from cvt.runtime import factory
@@ -184,6 +185,19 @@ def test_explain_writes_pictures_arrays_and_a_sheet(cvt, model_folder, photos, b
     assert "maps exists already" in err
     assert cvt(*arguments, "--method", "attention", "--force")[0] == 3
     assert Path(output, f"{first[1].stem}-heads.png").is_file()
+
+
+def test_explain_remarks_on_a_map_of_zeros(cvt, model_folder, photos, tmp_path):
+    image = next((photos / "red").iterdir())
+    arguments = ("explain", model_folder, image, "--stage", "2", "--output")
+    remark = "no place raises this class in stage 2"
+    printed = cvt(*arguments, tmp_path / "maps")[1]
+    found = explain(model_folder, image, stage=2)
+    assert (remark in printed) == (not found.grid.any())
+    found.grid[:] = 0
+    assert remark in cold(found)
+    found.grid[:] = 1
+    assert not cold(found)
 
 
 @pytest.mark.parametrize(

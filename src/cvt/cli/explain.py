@@ -1,11 +1,14 @@
 """`cvt explain`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from cvt.cli.options import Device, MaxPixels, NoVerify, Threads
+
+if TYPE_CHECKING:
+    from cvt.inference.explanation import Explanation
 
 
 def explain(
@@ -55,10 +58,17 @@ def explain(
                     err.print(f"skipped {result}", style="yellow")
                 else:
                     done += 1
-                    out.print(f"{result.name}: {result.caption}")
+                    out.print(f"{result.name}: {result.caption}{cold(result)}")
         if not done:
             raise ValueError(f"none of the {skipped} images could be decoded; nothing was written")
     out.print(f"written to {output}")
     if skipped:
         err.print(f"{skipped} of {done + skipped} images skipped")
         raise typer.Exit(3)
+
+
+def cold(explanation: "Explanation") -> str:
+    """A remark on a map of zeros; empty for others."""
+    if explanation.grid.any():
+        return ""
+    return f"  (no place raises this class in stage {explanation.stage}: try another --stage)"
