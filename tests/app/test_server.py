@@ -15,6 +15,7 @@ from helpers.pictures import encoded, photo
 
 import cvt
 from cvt.app import server
+from cvt.app.guard import folder_bytes
 from cvt.app.limits import WAITING
 from cvt.app.texts import EN, ZH
 
@@ -267,7 +268,26 @@ def test_what_is_too_old_is_deleted(tmp_path):
         os.utime(path, (time.time() - 100,) * 2)
     server.delete_older(tmp_path, 60, own={own, own.parent})
     assert [path for path in (own, old, new) if path.exists()] == [own, new]
+    assert old.parent.exists()  # an upload may be about to be written to it
+    os.utime(old.parent, (time.time() - 100,) * 2)
+    server.delete_older(tmp_path, 60, own={own, own.parent})
     assert not old.parent.exists()
+
+
+@pytest.mark.parametrize("function", [folder_bytes, lambda folder: server.delete_older(folder, 0)])
+def test_a_folder_that_is_deleted_meanwhile_stops_nothing(function, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(b"x")
+    scandir = os.scandir
+
+    def gone(path=".", *arguments):
+        if os.path.basename(path) == "a":
+            raise FileNotFoundError(path)
+        return scandir(path, *arguments)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    function(tmp_path)
 
 
 # ------------------------------------------------------------------------------ the command

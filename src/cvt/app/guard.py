@@ -5,7 +5,9 @@ is too large or too much with a sentence in the language of the page; it gives t
 and the browser its rules.
 """
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -239,9 +241,8 @@ def split_path(path: str) -> tuple[str, str]:
 def folder_bytes(folder: Path) -> int:
     """The bytes of all files below a folder; what is deleted meanwhile counts nothing."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size
-        except OSError:
-            continue
+    for place, _, names in os.walk(folder):  # which skips folders that are deleted meanwhile
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_size
     return total

@@ -152,18 +152,24 @@ async def sweep(folder: Path, sessions: Sessions) -> None:
 
 
 def delete_older(folder: Path, seconds: float, own: Set[Path] = frozenset()) -> None:
-    """Delete the files below a folder that are older, and the folders that are empty then.
+    """Delete the files below a folder that are older, and empty folders that are.
+
+    A young empty folder stays: an upload is about to be written to it.
 
     Args:
         folder: where to look.
         seconds: the age.
         own: what stays, whatever its age.
     """
-    for path in sorted(folder.rglob("*"), reverse=True):
+    # `os.walk` skips folders that are deleted meanwhile; `rglob` raises.
+    walk = os.walk(folder, topdown=False)
+    for path in (Path(place, name) for place, folders, files in walk for name in files + folders):
         with contextlib.suppress(OSError):  # of a folder that is not empty, of what is gone
+            if path in own or time.time() - path.lstat().st_mtime <= seconds:
+                continue
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
-            elif path not in own and time.time() - path.lstat().st_mtime > seconds:
+            else:
                 path.unlink()
 
 
