@@ -100,7 +100,9 @@ def opened(tmp_path_factory, model, exported):
         for name in MODELS:
             loaded = load(folder)
             pop = {folder: loaded}.pop
-            patch.setattr(factory, "load_classifier", lambda source, verify, pop=pop: pop(source))
+            patch.setattr(
+                factory, "load_classifier", lambda source, verify, pop=pop: pop(source.path)
+            )
             runtimes[name] = open_runtime(folder, name)
             runtimes[name].loaded = weakref.ref(loaded)
     return runtimes
