@@ -1,8 +1,6 @@
 import pytest
 from helpers.page import served
 
-pytest.importorskip("gradio")
-
 
 @pytest.fixture(scope="session")
 def page(model_folder, photos, tmp_path_factory):

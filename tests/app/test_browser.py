@@ -13,10 +13,10 @@ import pytest
 from helpers.page import served
 from helpers.pictures import encoded, photo
 from PIL import Image, ImageDraw, ImageFilter
+from playwright import sync_api as playwright
 
 from cvt.app.texts import EN, FORMATS, ZH
 
-playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = Path("/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(
     not CHROMIUM.is_file(), reason=f"no Chromium at {CHROMIUM}: `make browser` installs it"

@@ -1,4 +1,4 @@
-"""What the page says about the model: a table of facts, and the model card of its folder."""
+"""The card of the model on the page: a table of facts, and the model card of its folder."""
 
 import re
 

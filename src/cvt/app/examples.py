@@ -47,11 +47,11 @@ def find_examples(model: str, folder: Path | None, private: bool) -> list[Exampl
         if not found:
             raise FileNotFoundError(f"{folder} has no images in it")
         return found
-    own = list(islice(of_run(Path(model)), MOST)) if private else []
-    return own or of_scikit_learn()
+    own = list(islice(run_examples(Path(model)), MOST)) if private else []
+    return own or scikit_learn_examples()
 
 
-def of_run(model: Path) -> Iterator[Example]:
+def run_examples(model: Path) -> Iterator[Example]:
     """The first validation image of each class, of the run that a model folder is in."""
     import yaml
 
@@ -77,7 +77,7 @@ def of_run(model: Path) -> Iterator[Example]:
             yield Example(name, images[images.labels.index(name)][0])
 
 
-def of_scikit_learn() -> list[Example]:
+def scikit_learn_examples() -> list[Example]:
     """Its two photographs, a temple and a flower; none where it is not installed."""
     if not is_installed("sklearn"):
         return []

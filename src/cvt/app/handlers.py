@@ -96,7 +96,7 @@ class Handlers:
         self.sessions.forget(request.session_hash or "")
 
     def _look(self, name: str, source: Source) -> Picture | None:
-        """The picture with its answer; without one a note says why."""
+        """The picture with its answer; without one a note gives the reason."""
         try:
             return self.viewer.look(name, source)
         except TooManyPixelsError:

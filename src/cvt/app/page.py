@@ -23,7 +23,7 @@ def build_page(handlers: Handlers, card: str, texts: Texts) -> gr.Blocks:
 
     Args:
         handlers: what happens when something is given or clicked.
-        card: what is said about the model, in Markdown.
+        card: the card of the model, in Markdown.
         texts: the language.
     """
     name = handlers.viewer.name

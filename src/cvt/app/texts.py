@@ -1,4 +1,4 @@
-"""All that the page says, in English and Chinese."""
+"""All texts of the page, in English and Chinese."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ FORMATS = "JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF"
 
 @dataclass(frozen=True)
 class Texts:
-    """What the page says in one language; names in braces are filled in.
+    """The texts of the page in one language; names in braces are filled in.
 
     Attributes:
         locale: the language, as browsers call it.

@@ -11,6 +11,7 @@ from cvt.app.limits import PIXELS, SHOWN_SIDE
 from cvt.app.sessions import Picture
 from cvt.checkpoints import image_size_of, model_source
 from cvt.data.decoding import ImageError, StoredImage, decode
+from cvt.inference import explanation
 from cvt.inference.classifier import Classifier
 from cvt.inference.explain import Explainer
 from cvt.profile import profile
@@ -95,8 +96,8 @@ class Viewer:
             index: of the class.
         """
         with self._lock:
-            explanation = self.explainer(decode(picture.content), class_name=index)
-        return explanation.resized(SHOWN_SIDE).overlay()  # smooth, over the pixels of a tiny one
+            explained = self.explainer(decode(picture.content), class_name=index)
+        return explained.resized(SHOWN_SIDE).overlay()  # smooth, over the pixels of a tiny one
 
     def top(self, picture: Picture, count: int) -> dict[str, float]:
         """The classes with the highest scores, the highest first."""
@@ -122,10 +123,7 @@ def page_name(model: str) -> str:
 
 def enlarged(image: Image.Image) -> Image.Image:
     """A picture of a few pixels by a whole factor, so that a browser does not blur it."""
-    factor = SMALL_SIDE // max(image.size)
-    if factor < 2:
-        return image
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return explanation.enlarged(image, SMALL_SIDE)
 
 
 def shown(picture: Picture) -> Image.Image:

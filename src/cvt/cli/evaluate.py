@@ -121,11 +121,12 @@ def report_writer(
     from cvt.inference.explain import Explainer
     from cvt.inference.report import write_report
 
-    if model_source(model).is_export:
+    source = model_source(model)
+    if source.is_export:
         err.print("the report has no heat maps: an export has no gradients, its model has them")
         return write_report
     # The files are verified when the model is opened to be evaluated.
-    explainer = Explainer(model, device, threads, max_pixels=max_pixels, verify=False)
+    explainer = Explainer(source, device, threads, max_pixels=max_pixels, verify=False)
     return partial(write_report, explainer=explainer)
 
 

@@ -94,7 +94,7 @@ class Classifier:
 
     def __init__(
         self,
-        model: str | Path | CvtForImageClassification,
+        model: str | Path | ModelSource | CvtForImageClassification,
         runtime: str = "auto",
         precision: str | None = None,
         device: str = "auto",

@@ -10,21 +10,22 @@ from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cvt.checkpoints import model_source
+from cvt.checkpoints import ModelSource, model_source
 from cvt.configuration import CvtConfig, StageConfig
 from cvt.data.decoding import ImageError, decode
-from cvt.data.preprocessing import check_range, pixels_needed, visible_box
+from cvt.data.preprocessing import visible_box
 from cvt.inference.class_matching import class_indices
 from cvt.inference.classifier import Classifier, image_source
 from cvt.inference.explanation import THUMBNAIL, Explanation, interpolation, sheet
-from cvt.inference.predict import ranked, scores
+from cvt.inference.predict import ranked, reader, scores
 from cvt.modeling import CvtForImageClassification, split_tokens
+from cvt.runtime.torch_runtime import TorchRuntime
 
 Method = Literal["gradcam", "attention", "rollout"]
 ON_SHEET = 60  # images
@@ -116,7 +117,7 @@ class Explainer:
 
     def __init__(
         self,
-        model: str | Path | CvtForImageClassification,
+        model: str | Path | ModelSource | CvtForImageClassification,
         device: str = "auto",
         threads: int | None = None,
         *,
@@ -125,23 +126,19 @@ class Explainer:
         max_pixels: int | None = None,
         verify: bool = True,
     ) -> None:
-        _check_model(model)
         opened = Classifier(
-            *(model, "torch", "fp32", device, threads), processor=processor, verify=verify
+            *(_resolved(model), "torch", "fp32", device, threads),
+            processor=processor,
+            verify=verify,
         )
-        self.model: Any = opened.runtime.model  # type: ignore[attr-defined]
-        self.config, self.device = opened.runtime.config, opened.runtime.device
+        runtime = opened.runtime
+        assert isinstance(runtime, TorchRuntime)
+        self.model = cast(CvtForImageClassification, runtime.model)
+        self.config, self.device = runtime.config, runtime.device
         self.processor, self.lock = opened.processor, Lock()
         if not self.config.class_names:
             raise ValueError("num_labels = 0: the model has no classes to explain")
-        check_range(self.processor)
-        needed = pixels_needed(self.processor)
-        self.read = partial(
-            decode,
-            least=None if exact else needed,
-            max_pixels=max_pixels,
-            least_of_large=needed,
-        )
+        self.read = reader(self.processor, exact, max_pixels)
         self.read_full = partial(decode, max_pixels=max_pixels, least_of_large=FULL_SIDE)
 
     def __call__(
@@ -257,18 +254,22 @@ def write_explanations(
 # ------------------------------------------------------------------------------ what is asked
 
 
-def _check_model(model: Any) -> None:
-    if isinstance(model, str | os.PathLike):
-        if model_source(os.fspath(model)).is_export:
-            raise ValueError(
-                f"{model} is an export, which has neither gradients nor attention weights: give "
-                "the model that it was exported from"
-            )
-    elif not isinstance(model, CvtForImageClassification):
+def _resolved(model: Any) -> ModelSource | CvtForImageClassification:
+    """The model, its name resolved once; an error if it has no gradients."""
+    if isinstance(model, CvtForImageClassification):
+        return model
+    if not isinstance(model, str | os.PathLike | ModelSource):
         raise TypeError(
             f"model is of type {type(model).__name__}: give the name or the folder of a model, or "
             "a loaded cvt.CvtForImageClassification; of a fused model, the one that was fused"
         )
+    source = model_source(model if isinstance(model, ModelSource) else os.fspath(model))
+    if source.is_export:
+        raise ValueError(
+            f"{source.name} is an export, which has neither gradients nor attention weights: give "
+            "the model that it was exported from"
+        )
+    return source
 
 
 def _class_id(wanted: str | int, config: CvtConfig) -> int:

@@ -128,11 +128,7 @@ class Explanation:
         """
         image = self.image.copy()
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        factor = side // max(image.size)
-        if factor > 1:
-            image = image.resize(
-                (factor * image.width, factor * image.height), Image.Resampling.NEAREST
-            )
+        image = enlarged(image, side)
         x, y = (new / old for new, old in zip(image.size, self.image.size, strict=True))
         left, top, right, bottom = self.box
         moved = {"box": (left * x, top * y, right * x, bottom * y)}
@@ -173,6 +169,14 @@ class Explanation:
             else:
                 kind = "PNG" if suffix == ".png" else "JPEG"
                 self.overlay().save(written, kind)
+
+
+def enlarged(image: Image.Image, side: int) -> Image.Image:
+    """An image by the whole factor that leaves its long side at most `side`, its pixels sharp."""
+    factor = side // max(image.size)
+    if factor < 2:
+        return image
+    return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
 
 
 def interpolation(centres: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -105,6 +105,20 @@ def _matching(pattern: str) -> Iterator[Path]:
     skipped.log()
 
 
+def reader(
+    processor: Callable, exact: bool, max_pixels: int | None
+) -> Callable[[Source], Image.Image]:
+    """What decodes images for an image processor, as `classify` describes it.
+
+    Raises:
+        ValueError: the processor is not for decoded images; names its setting.
+    """
+    check_range(processor)
+    needed = pixels_needed(processor)
+    read = partial(decode, max_pixels=max_pixels, least_of_large=needed)
+    return read if exact else partial(read, least=needed)
+
+
 def classify(
     model: Runtime | nn.Module,
     processor: Callable,
@@ -144,12 +158,10 @@ def classify(
         Interrupted: `interrupted` was true, and `POLL_SECONDS` passed without a batch.
     """
     runtime = model if isinstance(model, Runtime) else TorchRuntime(model)
-    check_range(processor)
+    read = reader(processor, exact, max_pixels)
     resizes = getattr(processor, "do_resize", True)
     batch_size = batch_size if resizes else 1
-    needed = pixels_needed(processor)
-    read = partial(decode, max_pixels=max_pixels, least_of_large=needed)
-    prepare = partial(_Prepare, processor, read if exact else partial(read, least=needed))
+    prepare = partial(_Prepare, processor, read)
     batches, sent = tee(_batches(sources, batch_size))
     prepared = _prepared(prepare, sent, workers, interrupted)
     for (pixels, errors), batch in zip(prepared, batches, strict=True):

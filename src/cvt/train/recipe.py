@@ -366,7 +366,7 @@ def packaged_recipe(name: str | Path) -> Path:
 def find_recipe(name: str | Path) -> Path:
     """The yaml file of a recipe, by its path or by the name of a packaged one; a path comes first.
 
-    either may lack `.yaml`. A folder is no recipe: `photos` is often a folder, too.
+    Either may lack `.yaml`. A folder is no recipe: `photos` is often a folder, too.
 
     Raises:
         FileNotFoundError: there is neither; lists the packaged recipes.
