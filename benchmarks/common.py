@@ -17,7 +17,7 @@ import transformers
 from transformers.models.cvt import modeling_cvt as port
 
 from cvt import CvtConfig
-from cvt.configuration import VARIANTS
+from cvt.architecture import VARIANTS
 from cvt.inference.benchmark import Turns, device_name, middle, speed_ratios, timed
 
 SHAPES = (*VARIANTS, "tiny")  # of a model

@@ -11,7 +11,7 @@ from helpers.small_models import random_case
 from transformers import PreTrainedConfig
 
 from cvt import CvtBackbone, CvtConfig, CvtForImageClassification, CvtModel
-from cvt.configuration import VARIANTS, check_memory
+from cvt.architecture import VARIANTS, check_memory
 
 DEFAULTS = {
     field.name: getattr(CvtConfig(), field.name)

@@ -15,8 +15,8 @@ from helpers.small_models import make, tiny
 from safetensors.torch import save_file
 
 from cvt import image_processor
+from cvt.architecture import VARIANTS
 from cvt.checkpoints import convert, load_classifier, load_config, transformers_to_authors
-from cvt.configuration import VARIANTS
 from cvt.data import open_labelled, open_training
 from cvt.export import export
 from cvt.files import check_checksums, locked, staged, write_checksums

@@ -19,7 +19,7 @@ from helpers.hub_server import HubServer
 from helpers.small_models import images, make, tiny
 
 from cvt import CvtBackbone, CvtForImageClassification, CvtModel, hub
-from cvt.configuration import VARIANTS
+from cvt.architecture import VARIANTS
 from cvt.hub import PUBLISHED
 
 CLASSES = ("CvtConfig", "CvtModel", "CvtForImageClassification")

@@ -11,7 +11,7 @@ from transformers.models.cvt import CvtForImageClassification as PortForImageCla
 from transformers.models.cvt import CvtModel as PortModel
 
 from cvt import CvtConfig, CvtForImageClassification, CvtModel
-from cvt.configuration import VARIANTS
+from cvt.architecture import VARIANTS
 
 SEEDS = range(100)
 OWN_FIELDS = {"hidden_act", "init", "out_features", "out_indices"}

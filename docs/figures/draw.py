@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from cvt.configuration import CvtConfig, StageConfig
+from cvt.architecture import StageConfig
+from cvt.configuration import CvtConfig
 from cvt.profile import Profile, profile
 
 IMAGES = Path(__file__).parents[1] / "images"

@@ -23,7 +23,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cvt.configuration import CvtConfig, StageConfig, check_memory, check_queries, checked_pixels
+from cvt.architecture import StageConfig, check_memory, check_queries, checked_pixels
+from cvt.configuration import CvtConfig
 from cvt.losses import classification_loss
 from cvt.strict_loading import COUNTER, load_pretrained, save_readable
 

@@ -11,7 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from cvt import hub
-from cvt.configuration import CvtConfig, check_file_size
+from cvt.architecture import check_file_size
+from cvt.configuration import CvtConfig
 from cvt.files import CHECKSUMS, check_checksums, follow_umask, pointer_fault
 from cvt.text import printable
 

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from cvt import Classifier, CvtForImageClassification, image_processor
+from cvt.architecture import VARIANTS
 from cvt.checkpoints import (
     CheckpointError,
     convert,
@@ -21,7 +22,6 @@ from cvt.checkpoints import (
     load_processor,
     transformers_to_authors,
 )
-from cvt.configuration import VARIANTS
 from cvt.hub import PUBLISHED
 from cvt.train.models import classifier_for
 

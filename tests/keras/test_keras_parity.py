@@ -14,8 +14,8 @@ from keras import initializers, ops
 from scipy import stats
 
 from cvt import CvtConfig, CvtForImageClassification, TFCvtForImageClassification, TFCvtModel
+from cvt.architecture import VARIANTS
 from cvt.checkpoints.names import keras_to_transformers
-from cvt.configuration import VARIANTS
 from cvt.keras import TFCvtModelOutput, TFImageClassifierOutput, losses, weights
 from cvt.keras.modeling import DATA_FORMATS
 from cvt.losses import classification_loss

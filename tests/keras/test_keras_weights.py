@@ -25,8 +25,8 @@ from cvt import (
     TFCvtForImageClassification,
     TFCvtModel,
 )
+from cvt.architecture import VARIANTS
 from cvt.checkpoints import transformers_to_authors
-from cvt.configuration import VARIANTS
 from cvt.keras import weights
 
 BACKEND = keras.config.backend()

@@ -21,8 +21,8 @@ from PIL import Image
 from torch import nn
 
 from cvt import CvtConfig, CvtForImageClassification, image_processor
+from cvt.architecture import VARIANTS
 from cvt.checkpoints import load_classifier, load_processor, transformers_to_authors
-from cvt.configuration import VARIANTS
 from cvt.data import image_folder, open_training
 from cvt.data.class_names import imagenet_classes
 from cvt.inference.evaluate import evaluate

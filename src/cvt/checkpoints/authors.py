@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from cvt.architecture import VARIANTS, check_file_size
 from cvt.checkpoints.names import known_to_transformers, rename_known, transformers_to_authors
 from cvt.checkpoints.reading import CheckpointError, read_weights
-from cvt.configuration import VARIANTS, CvtConfig, check_file_size
+from cvt.configuration import CvtConfig
 from cvt.data.class_names import imagenet_classes
 from cvt.modeling import CvtForImageClassification
 from cvt.strict_loading import CLASSIFIER, COUNTER, HEAD, list_faults

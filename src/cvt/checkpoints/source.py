@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from cvt import hub
+from cvt.architecture import VARIANTS
 from cvt.checkpoints.reading import CheckpointError
-from cvt.configuration import VARIANTS
 from cvt.files import check_path
 from cvt.hub import PUBLISHED
 from cvt.strict_loading import ADAPTER, weight_files

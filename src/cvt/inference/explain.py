@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cvt.architecture import StageConfig
 from cvt.checkpoints import ModelSource, model_source
-from cvt.configuration import CvtConfig, StageConfig
+from cvt.configuration import CvtConfig
 from cvt.data.decoding import ImageError, decode
 from cvt.data.preprocessing import visible_box
 from cvt.inference.class_matching import class_indices

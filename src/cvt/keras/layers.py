@@ -12,7 +12,8 @@ from typing import Any
 import keras
 from keras import initializers, layers, ops
 
-from cvt.configuration import CvtConfig, check_queries
+from cvt.architecture import check_queries
+from cvt.configuration import CvtConfig
 
 register = keras.saving.register_keras_serializable(package="cvt")
 

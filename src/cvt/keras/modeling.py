@@ -14,7 +14,8 @@ from typing import Any, Self, cast
 import keras
 from keras import layers, ops
 
-from cvt.configuration import CvtConfig, check_memory
+from cvt.architecture import check_memory
+from cvt.configuration import CvtConfig
 from cvt.keras import weights
 from cvt.keras.layers import Stage, as_config, normal, register, uniform
 from cvt.keras.losses import Accuracy, ClassificationLoss, classification_loss

@@ -19,8 +19,9 @@ from safetensors.numpy import save_file
 from transformers.utils import cached_file
 
 from cvt import hub
+from cvt.architecture import check_file_size
 from cvt.checkpoints.names import keras_to_transformers
-from cvt.configuration import CvtConfig, check_file_size
+from cvt.configuration import CvtConfig
 from cvt.files import pointer_fault, staged
 from cvt.keras.layers import as_config
 from cvt.strict_loading import CLASSIFIER, COUNTER, HEAD, new_weights, verify_folder

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
+from cvt.architecture import check_queries, checked_pixels
 from cvt.backbone import CvtBackbone
-from cvt.configuration import check_queries, checked_pixels
 from cvt.modeling import (
     Block,
     CvtForImageClassification,
