@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # the same names as in _HOME and _MODULES, for mypy, pyright 
     from cvt.auto import register_auto_classes as register_auto_classes
     from cvt.backbone import CvtBackbone as CvtBackbone
     from cvt.configuration import CvtConfig as CvtConfig
-    from cvt.data.preprocessing import image_processor as image_processor
+    from cvt.data.image_processor import image_processor as image_processor
     from cvt.inference.classifier import Classifier as Classifier
     from cvt.inference.explain import Explainer as Explainer
     from cvt.inference.explain import explain as explain
@@ -35,7 +35,7 @@ _HOME = {
     "TFCvtForImageClassification": "keras",
     "register_auto_classes": "auto",
     "fuse": "runtime.fused",
-    "image_processor": "data.preprocessing",
+    "image_processor": "data.image_processor",
     "Classifier": "inference.classifier",
     "explain": "inference.explain",
     "Explainer": "inference.explain",

@@ -9,10 +9,10 @@ import os
 import reprlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cvt.files import read_json
 
@@ -289,8 +289,13 @@ def refuse_code(fields: Mapping[str, Any]) -> None:
 class Architecture:
     """The fields of a CvT, which `cvt.CvtConfig` documents, and what follows from them.
 
-    What inherits from it has the labels: `id2label`, `label2id`, `num_labels`, `problem_type`.
+    What inherits from it has the labels, as configurations of transformers do.
     """
+
+    if TYPE_CHECKING:
+        id2label: Any = field(init=False)
+        label2id: Any = field(init=False)
+        problem_type: Any = field(init=False)
 
     num_channels: int = 3
     patch_sizes: list[int] | tuple[int, ...] = (7, 3, 3)
@@ -340,6 +345,16 @@ class Architecture:
             )
         for i, stage in enumerate(self.stages):
             check_stage(stage, i)
+
+    @property
+    def num_labels(self) -> Any:
+        """The number of classes; None where they are not set yet."""
+        return None if self.id2label is None else len(self.id2label)
+
+    @num_labels.setter
+    def num_labels(self, count: int) -> None:
+        if count != self.num_labels:
+            self.class_names = [f"LABEL_{i}" for i in range(count)]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep class indices as integers in their order: files have them as strings in any order.
@@ -420,13 +435,10 @@ class ClassifierConfig(Architecture):
 
     def __post_init__(self) -> None:
         if self.id2label is None:  # transformers does not write the labels of two classes
-            self.class_names = ["LABEL_0", "LABEL_1"]
+            self.num_labels = 2
+        elif self.label2id is None:
+            self.label2id = {name: i for i, name in self.id2label.items()}
         self.validate()
-
-    @property
-    def num_labels(self) -> int:
-        """The number of classes."""
-        return len(self.id2label or {})
 
     @classmethod
     def from_file(cls, path: Path) -> "ClassifierConfig":

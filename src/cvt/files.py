@@ -14,6 +14,7 @@ from typing import Any
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LEAST_SPACE, LEAST_INODES = 2**16, 16  # of a disk; with less, it is why a library fails on it
 CHECKSUMS = "checksums.json"
+ADAPTER = "adapter_config.json"  # which an adapter folder of PEFT has
 # The files of a model whose sums are kept; a model card may be edited.
 SUMMED = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json",
           "adapter_config.json")  # fmt: skip
@@ -208,6 +209,35 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
         raise ValueError(f"{path} is nested too deep") from None
+
+
+def weight_files(
+    folder: str | os.PathLike,
+    subfolder: str = "",
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+) -> list[Path]:
+    """The files from which transformers reads the weights in a folder; none if it has none.
+
+    Args:
+        folder: of a model.
+        subfolder: as in `PreTrainedModel.from_pretrained`.
+        variant: likewise.
+        use_safetensors: likewise.
+    """
+    infix = f".{variant}" if variant else ""
+    safetensors = [f"model{infix}.safetensors", f"model.safetensors.index{infix}.json"]
+    pickled = [f"pytorch_model{infix}.bin", f"pytorch_model.bin.index{infix}.json"]
+    names = {None: safetensors + pickled, True: safetensors, False: pickled}[use_safetensors]
+    paths = (Path(folder, subfolder or "", name) for name in names)
+    path = next(filter(Path.is_file, paths), None)
+    if path is None or path.suffix != ".json":
+        return [path] if path else []
+    try:
+        shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):  # transformers' own error is clearer
+        return [path]
+    return [path, *(path.with_name(shard) for shard in shards)]
 
 
 LFS = b"version https://git-lfs.github.com/spec/"  # how a pointer of git-lfs begins

@@ -1,6 +1,5 @@
 """Strict loading and saving over transformers' own: every fault is listed at once."""
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -13,13 +12,19 @@ from safetensors import SafetensorError
 from cvt import hub
 from cvt.architecture import check_file_size
 from cvt.configuration import CvtConfig
-from cvt.files import CHECKSUMS, check_checksums, follow_umask, pointer_fault
+from cvt.files import (
+    ADAPTER,
+    CHECKSUMS,
+    check_checksums,
+    follow_umask,
+    pointer_fault,
+    weight_files,
+)
 from cvt.text import printable
 
 logger = logging.getLogger(__name__)
 
 COUNTER = "num_batches_tracked"  # of PyTorch's BatchNorm; nothing reads it, and old files lack it
-ADAPTER = "adapter_config.json"  # which an adapter folder of PEFT has
 CLASSIFIER = {"classifier.weight", "classifier.bias"}
 HEAD = CLASSIFIER | {"layernorm.weight", "layernorm.bias"}
 
@@ -113,35 +118,6 @@ def verify_folder(name: str | os.PathLike | None) -> None:
     """
     if name is not None and os.path.isdir(name):
         check_checksums(name)
-
-
-def weight_files(
-    folder: str | os.PathLike,
-    subfolder: str = "",
-    variant: str | None = None,
-    use_safetensors: bool | None = None,
-) -> list[Path]:
-    """The files from which transformers reads the weights in a folder; none if it has none.
-
-    Args:
-        folder: of a model.
-        subfolder: as in `PreTrainedModel.from_pretrained`.
-        variant: likewise.
-        use_safetensors: likewise.
-    """
-    infix = f".{variant}" if variant else ""
-    safetensors = [f"model{infix}.safetensors", f"model.safetensors.index{infix}.json"]
-    pickled = [f"pytorch_model{infix}.bin", f"pytorch_model.bin.index{infix}.json"]
-    names = {None: safetensors + pickled, True: safetensors, False: pickled}[use_safetensors]
-    paths = (Path(folder, subfolder or "", name) for name in names)
-    path = next(filter(Path.is_file, paths), None)
-    if path is None or path.suffix != ".json":
-        return [path] if path else []
-    try:
-        shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):  # transformers' own error is clearer
-        return [path]
-    return [path, *(path.with_name(shard) for shard in shards)]
 
 
 def pickle_fault(path: Path) -> str:

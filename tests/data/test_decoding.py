@@ -26,7 +26,8 @@ from transformers import (
 
 from cvt.data import decoding, preprocessing
 from cvt.data.decoding import IMAGE_FORMATS, IMAGE_SUFFIXES, ImageError, StoredImage, decode
-from cvt.data.preprocessing import image_processor, pixels_needed
+from cvt.data.image_processor import image_processor
+from cvt.data.preprocessing import preprocessing_of
 
 ORIENTATION, BITS_PER_SAMPLE, PHOTOMETRIC, EXTRA_SAMPLES = 274, 258, 262, 338
 LOSSLESS = {

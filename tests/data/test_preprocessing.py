@@ -21,7 +21,7 @@ from transformers import (
 
 from cvt import CvtConfig
 from cvt.data.decoding import decode
-from cvt.data.preprocessing import image_processor
+from cvt.data.image_processor import image_processor
 
 # What the authors evaluated each released model with.
 PUBLISHED_SIZES = {

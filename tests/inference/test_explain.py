@@ -9,7 +9,8 @@ from helpers.small_models import images, make, mixed, random_case, tiny
 from PIL import Image
 
 import cvt
-from cvt.data.preprocessing import image_processor, visible_box
+from cvt.data.image_processor import image_processor
+from cvt.data.preprocessing import visible_box
 from cvt.inference.explain import Explainer, explain
 from cvt.inference.explanation import sheet
 from cvt.inference.predict import scores

@@ -10,7 +10,7 @@ from helpers.small_models import make, tiny
 from PIL import Image
 
 from cvt.data.decoding import StoredImage
-from cvt.data.preprocessing import image_processor
+from cvt.data.image_processor import image_processor
 from cvt.inference import report
 from cvt.inference.explain import Explainer
 from cvt.inference.metrics import COUNTED, Evaluation, Failure, Mistake

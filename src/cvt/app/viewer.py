@@ -136,7 +136,7 @@ def facts(viewer: Viewer) -> tuple[str, ...]:
 
     In the order of `Texts.facts`.
     """
-    config = viewer.classifier.runtime.config
+    config = viewer.explainer.model.config
     size = image_size_of(viewer.explainer.processor)
     counted = profile(config, size)
     return (

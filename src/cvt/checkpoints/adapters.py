@@ -12,10 +12,12 @@ from torch import Tensor
 
 from cvt import hub, strict_loading
 from cvt.checkpoints import authors
-from cvt.checkpoints.reading import CheckpointError, load_tensors
+from cvt.checkpoints.errors import CheckpointError
+from cvt.checkpoints.reading import load_tensors
 from cvt.configuration import CvtConfig
+from cvt.files import ADAPTER
 from cvt.modeling import CvtForImageClassification
-from cvt.strict_loading import ADAPTER, list_faults
+from cvt.strict_loading import list_faults
 
 logger = logging.getLogger(__name__)
 

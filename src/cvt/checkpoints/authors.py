@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from cvt.architecture import VARIANTS, check_file_size
+from cvt.checkpoints.errors import CheckpointError
 from cvt.checkpoints.names import known_to_transformers, rename_known, transformers_to_authors
-from cvt.checkpoints.reading import CheckpointError, read_weights
+from cvt.checkpoints.reading import read_weights
 from cvt.configuration import CvtConfig
 from cvt.data.class_names import imagenet_classes
 from cvt.modeling import CvtForImageClassification

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from cvt.checkpoints.authors import nonfinite
+from cvt.checkpoints.errors import CheckpointError
 from cvt.checkpoints.loading import image_size_of, load_classifier, load_processor
 from cvt.checkpoints.names import authors_to_transformers, transformers_to_authors
-from cvt.checkpoints.reading import CheckpointError, read_weights
+from cvt.checkpoints.reading import read_weights
 from cvt.checkpoints.source import model_source
 from cvt.data.class_names import read_labels
 from cvt.files import staged, write_checksums

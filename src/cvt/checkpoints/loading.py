@@ -7,10 +7,12 @@ from typing import Any
 
 from cvt.checkpoints import adapters
 from cvt.checkpoints.authors import load_authors, read_file
-from cvt.checkpoints.reading import CheckpointError
+from cvt.checkpoints.errors import CheckpointError
+from cvt.checkpoints.preprocessing import settings_of
 from cvt.checkpoints.source import ModelSource, model_source, unknown_model
 from cvt.configuration import CvtConfig
-from cvt.data.preprocessing import image_processor
+from cvt.data.image_processor import build_processor
+from cvt.data.preprocessing import Preprocessing
 from cvt.files import check_checksums
 from cvt.hub import UnavailableError
 from cvt.libraries import require
@@ -177,17 +179,7 @@ def load_processor(
         >>> image_size_of(processor)
         384
     """
-    source = model_source(source)
-    if source.kind == "adapter" and not (source.path / "preprocessor_config.json").is_file():
-        return load_processor(adapters.base_of(source.path), config, image_size, crop_pct)
-    if source.kind != "file":
-        return image_processor(str(source.path), image_size=image_size, crop_pct=crop_pct)
-    image_size = image_size or source.image_size
-    if image_size is None:
-        logger.warning(
-            f"{source.name} does not record its resolution; preprocessing is set for 224"
-        )
-    return image_processor(config, image_size=image_size, crop_pct=crop_pct)
+    return build_processor(settings_of(source, config, image_size, crop_pct))
 
 
 def image_size_of(processor: Any) -> int:
@@ -202,6 +194,8 @@ def image_size_of(processor: Any) -> int:
         >>> image_size_of(cvt.image_processor("cvt-21-384"))
         384
     """
+    if isinstance(processor, Preprocessing):
+        return processor.image_size
     size = processor.size
     if size.shortest_edge or (size.height and size.height == size.width):
         return size.shortest_edge or size.height

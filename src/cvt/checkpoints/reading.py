@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cvt.checkpoints.errors import CheckpointError
 from cvt.checkpoints.names import prefixes, without_wrappers
 from cvt.files import pointer_fault
 
@@ -43,20 +44,6 @@ PLAIN_GLOBALS: list[Any] = [
     *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdgU"},
     argparse.Namespace,
 ]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and every fault found in it.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from cvt.checkpoints import read_weights
-        >>> _ = Path("empty.pth").write_bytes(b"")
-        >>> read_weights("empty.pth")
-        Traceback (most recent call last):
-            ...
-        cvt.checkpoints.reading.CheckpointError: empty.pth is empty
-    """
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

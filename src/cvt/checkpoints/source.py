@@ -6,10 +6,9 @@ from typing import Literal
 
 from cvt import hub
 from cvt.architecture import VARIANTS
-from cvt.checkpoints.reading import CheckpointError
-from cvt.files import check_path
+from cvt.checkpoints.errors import CheckpointError
+from cvt.files import ADAPTER, check_path, weight_files
 from cvt.hub import PUBLISHED
-from cvt.strict_loading import ADAPTER, weight_files
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", ADAPTER)
 # What a repository of the hub holds of a model, an adapter or an export; all else in it is left.

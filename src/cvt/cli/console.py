@@ -83,13 +83,13 @@ def open_classifier(
     Returns:
         The runtime and the image processor.
     """
-    from cvt.checkpoints import load_processor, model_source
+    from cvt.checkpoints import load_preprocessing, model_source
     from cvt.runtime import open_runtime
 
     source, how = model_source(model), (runtime, precision, device, threads)
     classifier = open_runtime(source, *how, images=images, verify=verify)
     err.print(f"runtime: {classifier.describe}")
-    return classifier, load_processor(source, classifier.config)
+    return classifier, load_preprocessing(source, classifier.config)
 
 
 def bars() -> Progress:

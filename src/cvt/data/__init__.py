@@ -34,12 +34,12 @@ if TYPE_CHECKING:  # the same names as in _HOME, for mypy, pyright and editors
     from cvt.data.folder import image_folder as image_folder
     from cvt.data.folder import images_below as images_below
     from cvt.data.folder import oversized as oversized
+    from cvt.data.image_processor import image_processor as image_processor
     from cvt.data.labelled import Images as Images
     from cvt.data.labelled import LabelledImages as LabelledImages
     from cvt.data.labelled import Splits as Splits
     from cvt.data.labelled import StreamedImages as StreamedImages
     from cvt.data.labelled import split as split
-    from cvt.data.preprocessing import image_processor as image_processor
     from cvt.data.split_file import read_split as read_split
     from cvt.data.split_file import without_trained as without_trained
     from cvt.data.split_file import write_split as write_split
@@ -53,7 +53,7 @@ _HOME = {
     "StreamedImages": "labelled",
     "decode": "decoding",
     "image_folder": "folder",
-    "image_processor": "preprocessing",
+    "image_processor": "image_processor",
     "images_below": "folder",
     "open_labelled": "factory",
     "open_training": "factory",

@@ -1,107 +1,233 @@
-"""Preprocessing as the released models were evaluated, by transformers' image processors."""
+"""Images to pixels as the released models were evaluated, in Pillow and numpy.
 
-import logging
-import operator
-import os
-import re
-from collections.abc import Iterable, Mapping
+Every path uses it: models and exports, training's evaluation, calibration, explanations. Its pixels
+are those of transformers' `ConvNextImageProcessorPil`, bit for bit; it imports no transformers.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from math import ceil
 from numbers import Real
-from typing import TYPE_CHECKING, Any, SupportsIndex, cast
+from typing import Any
 
+import numpy as np
 from PIL import Image
-
-from cvt import hub
-from cvt.hub import PUBLISHED
-
-if TYPE_CHECKING:
-    from transformers import BaseImageProcessor
-
-    from cvt.configuration import CvtConfig
-
-logger = logging.getLogger(__name__)
 
 REDUCED = 1.5  # times the pixels that preprocessing resizes to, a JPEG decoded smaller must keep
 
-FILES = ("config.json", "preprocessor_config.json", "processor_config.json")  # that are read
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-IMAGE_SIZE = 224  # where neither the caller nor the source gives one
+SQUASHED = 384  # height and width, in pixels, from which on nothing is cropped
 CONVNEXT = "ConvNextImageProcessor"  # of transformers, which CvT's own is
 LARGEST = 20.0  # normalised pixels lie between -3 and 3; those of 0 to 255 pass this in any photo
-CVT_PREPROCESSING = {
-    "crop_pct": 0.875,  # of the resized image's short side; not used from 384 pixels up
-    "resample": Image.Resampling.BICUBIC,
-    "image_mean": list(IMAGE_MEAN),
-    "image_std": list(IMAGE_STD),
+# Settings of transformers' processors that change no pixels of a list of decoded images.
+WITHOUT_EFFECT = {
+    *("image_processor_type", "feature_extractor_type", "processor_class", "return_tensors"),
+    *("do_convert_rgb", "data_format", "input_data_format", "device", "default_to_square"),
+    *("disable_grouping", "image_seq_length"),
 }
 
 
-def image_processor(
-    source: "str | os.PathLike | CvtConfig",
-    image_size: int | None = None,
-    crop_pct: float | None = None,
-    backend: str | None = None,
-    **kwargs: Any,
-) -> "BaseImageProcessor":
-    """The image processor of transformers, set right for a CvT.
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resizes, crops and normalises decoded images.
 
-    Below 384 pixels it resizes the short side to `int(image_size / crop_pct)` and crops the centre;
-    from 384 pixels up it squashes the image to a square. Bicubic, ImageNet's mean and deviation.
+    The settings are transformers' of the same names; the defaults are those of its
+    `ConvNextImageProcessor`.
+
+    Attributes:
+        image_size: height and width of the result, in pixels; `size` in transformers.
+        crop_pct: the share of the resized short side that is kept, below 384 pixels.
+    """
+
+    image_size: int = 384
+    crop_pct: float = 224 / 256
+    resample: int = Image.Resampling.BICUBIC
+    do_resize: bool = True
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: float | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: float | tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def takes(cls, settings: Mapping[str, Any]) -> bool:
+        """Whether these settings of a `ConvNextImageProcessor` are all known here."""
+        known = {each.name for each in fields(cls)} | {"size"} | WITHOUT_EFFECT
+        return not any(value for name, value in settings.items() if name not in known)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], source: str) -> "Preprocessing":
+        """The preprocessing of the settings of a `ConvNextImageProcessor`.
+
+        Args:
+            settings: as in a preprocessor_config.json; null is the default.
+            source: how errors call where they are from.
+
+        Raises:
+            ValueError: a setting is illegal; names it.
+        """
+        names = {each.name for each in fields(cls)}
+        given = {n: v for n, v in settings.items() if n in names and v is not None}
+        for name, value in given.items():
+            wanted, fits = _kind(name, value)
+            if not fits:
+                raise ValueError(f"{source}: {name} = {value!r}: must be {wanted}")
+            given[name] = tuple(value) if isinstance(value, list) else value
+        if settings.get("size") is not None:
+            given["image_size"] = square(settings["size"], source)
+        return cls(**given)
+
+    def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """The pixels of RGB images, (B, 3, H, W) in float32."""
+        return self.normalise(self.resize(images))
+
+    def resize(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Resized and cropped RGB images, (B, H, W, 3) of 0 to 255."""
+        return np.stack([np.asarray(self._resized(image)) for image in images])
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        if not self.do_resize:
+            return image
+        side = self.image_size
+        if side >= SQUASHED:
+            return image.resize((side, side), self.resample)
+        width, height = image.size
+        short, shorter = int(side / self.crop_pct), min(width, height)
+        size = short * width // shorter, short * height // shorter
+        left, top = ((each - side) // 2 for each in size)
+        resized = image.resize(size, self.resample)
+        return resized.crop((left, top, left + side, top + side))
+
+    @property
+    def unresized(self) -> "Preprocessing":
+        """The same for images that have their size."""
+        return replace(self, do_resize=False)
+
+    def normalise(self, images: np.ndarray) -> np.ndarray:
+        """What `resize` returns as the pixels of a model, (B, 3, H, W) in float32."""
+        B, H, W, C = images.shape
+        pixels = np.empty((B, C, H, W), np.float32)
+        for channel, values in enumerate(self._values):
+            np.take(values, images[..., channel], out=pixels[:, channel], mode="clip")
+        return pixels
+
+    @cached_property
+    def _values(self) -> np.ndarray:
+        """The pixel values of 0 to 255 in each channel, (3, 256), rounded as transformers does."""
+        values = np.arange(256, dtype=np.float64)
+        if self.do_rescale:
+            values *= self.rescale_factor
+        table = np.broadcast_to(values.astype(np.float32), (3, 256))
+        if self.do_normalize:
+            mean, std = (
+                np.broadcast_to(np.asarray(each, np.float32), 3)[:, None]
+                for each in (self.image_mean, self.image_std)
+            )
+            table = (table - mean) / std
+        return np.ascontiguousarray(table)
+
+    @property
+    def pixels_needed(self) -> int | None:
+        """The `least` of `decode`; None where images must be decoded whole."""
+        if not self.do_resize or self.resample != Image.Resampling.BICUBIC:
+            return None
+        side = self.image_size
+        return ceil(REDUCED * (side if side >= SQUASHED else int(side / self.crop_pct)))
+
+
+def _kind(name: str, value: Any) -> tuple[str, bool]:
+    """What a setting has to be, and whether this value is that."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, Real) and not isinstance(value, bool)
+
+    if name.startswith("do_"):
+        return "true or false", value in (0, 1)
+    if name in ("image_mean", "image_std"):
+        several = isinstance(value, list | tuple) and len(value) == 3
+        return "a number or three", is_number(value) or (several and all(map(is_number, value)))
+    if name == "resample":
+        return "0 to 5, a filter of Pillow", value in list(Image.Resampling)
+    return "a number above 0", is_number(value) and value > 0
+
+
+def square(size: Any, source: str) -> int:
+    """Height and width, in pixels, of a ConvNext processor's images, as any version wrote them."""
+    if isinstance(size, Mapping):
+        given = {name: value for name, value in size.items() if value is not None}
+        sides = set(given.values())
+        known = given.keys() in ({"shortest_edge"}, {"height", "width"})
+        size = sides.pop() if known and len(sides) == 1 else given
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(
+            f"{source}: size = {size!r}: a {CONVNEXT} returns squares, so it must be one integer, "
+            "shortest_edge, or height and width that are equal"
+        )
+    return size
+
+
+class OtherPreprocessing:
+    """What another image processor than CvT's computes, or any function that is called like one.
 
     Args:
-        source: a published checkpoint (short name or hub id; needs no network), USER/NAME or
-            USER/NAME@REVISION of the hub, a model folder or a `CvtConfig`.
-        image_size: height and width of the result, in pixels. By default what the checkpoint was
-            published with, or that of the folder, else 224.
-        crop_pct: share of the resized short side that is kept, above 0 and at most 1. By default
-            that of the folder, else 0.875.
-        backend: `torchvision` or `pil`; by default torchvision where it is installed, else PIL.
-        kwargs: other settings of the processor, as `do_normalize=False`.
+        processor: takes a list of PIL images and `return_tensors`, gives `pixel_values`.
+    """
 
-    Returns:
-        A `ConvNextImageProcessor[Pil]`, or the class that the folder names; it gives
-        `pixel_values`, (batch, 3, image_size, image_size).
+    pixels_needed = None
+
+    def __init__(self, processor: Callable) -> None:
+        self.processor = processor
+        self.do_resize = bool(getattr(processor, "do_resize", True))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "processor":  # while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.processor, name)
+
+    def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """The pixels of RGB images, (B, 3, H, W) in float32."""
+        return self.resize(images)
+
+    def resize(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """All that the processor does, (B, 3, H, W)."""
+        pixels = self.processor(list(images), return_tensors="np")["pixel_values"]
+        return np.asarray(pixels, np.float32)
+
+    @property
+    def unresized(self) -> "OtherPreprocessing":
+        """The same for images that have their size."""
+        return OtherPreprocessing(partial(self.processor, do_resize=False))
+
+    def normalise(self, images: np.ndarray) -> np.ndarray:
+        """The same."""
+        return images
+
+
+AnyPreprocessing = Preprocessing | OtherPreprocessing
+
+
+def preprocessing_of(processor: Any) -> AnyPreprocessing:
+    """The preprocessing that an image processor stands for.
+
+    That of a `ConvNextImageProcessor` of either backend is computed here, in Pillow and numpy; any
+    other processor is called.
 
     Raises:
-        OSError: `source` is neither a model on the hub nor a folder, or its files cannot be read.
-        TypeError: `source` is of another type.
-        ValueError: a setting is illegal, or does not fit the model.
-
-    Example:
-        >>> import cvt
-        >>> from PIL import Image
-        >>> processor = cvt.image_processor("cvt-13")  # needs no network
-        >>> processor(Image.new("RGB", (640, 480)), return_tensors="pt").pixel_values.shape
-        torch.Size([1, 3, 224, 224])
+        ValueError: a setting is illegal; names it.
     """
-    if backend not in (None, "torchvision", "pil"):
-        raise ValueError(f"backend = {backend!r}: must be torchvision or pil")
-    changes = {**_checked_changes(image_size, crop_pct), **kwargs}
-    if isinstance(source, str | os.PathLike) and not hub.published(source):
-        source = hub.snapshot(source, FILES) if hub.repository(source) else source
-    config, default_size = _model(source)
-    if config is not None and config.num_channels != 3:
-        raise ValueError(
-            f"num_channels = {config.num_channels}: images are decoded to RGB, so only models of 3 "
-            "channels have an image processor"
-        )
-
-    if default_size is None:
-        processor = _saved_processor(os.fspath(cast(str, source)), backend, changes)
-        described = f"{source}: its {type(processor).__name__}"
-    else:
-        settings = CVT_PREPROCESSING | {"size": {"shortest_edge": default_size}}
-        chosen = _processor_class(CONVNEXT, backend)
-        processor, described = chosen.from_dict(settings, **changes), chosen.__name__
-    if unknown := sorted(changes.keys() - type(processor).valid_kwargs.__annotations__.keys()):
-        raise ValueError(f"{described} has no setting {', '.join(unknown)}")
-    size = getattr(getattr(processor, "size", None), "shortest_edge", None)
-    if config is not None and size is not None and size < config.minimum_image_size:
-        raise ValueError(
-            f"image_size = {size}: this model needs at least {config.minimum_image_size} pixels"
-        )
-    return processor
+    if isinstance(processor, AnyPreprocessing):
+        return processor
+    kind = type(processor)
+    if (
+        kind.__module__.startswith("transformers.")
+        and kind.__name__.removesuffix("Pil") == CONVNEXT
+    ):
+        settings = processor.to_dict()
+        if Preprocessing.takes(settings):
+            return Preprocessing.from_settings(settings, "the image processor")
+    return OtherPreprocessing(processor)
 
 
 def normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -144,19 +270,6 @@ def check_range(processor: Any) -> None:
         )
 
 
-def pixels_needed(processor: Any) -> int | None:
-    """The `least` of `decode` for an image processor; None where images must be decoded whole."""
-    from transformers import ConvNextImageProcessor, ConvNextImageProcessorPil
-
-    known = isinstance(processor, ConvNextImageProcessor | ConvNextImageProcessorPil)
-    if not known or not processor.do_resize or processor.resample != Image.Resampling.BICUBIC:
-        return None
-    side = processor.size.shortest_edge
-    if side is None:  # the processor will raise the error
-        return None
-    return ceil(REDUCED * (side if side >= 384 else int(side / processor.crop_pct)))
-
-
 def visible_box(processor: Any, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """The part of an image that an image processor keeps: left, top, right, bottom.
 
@@ -170,15 +283,13 @@ def visible_box(processor: Any, size: tuple[int, int]) -> tuple[float, float, fl
     Returns:
         Shares of the width and of the height; below 0 or above 1 where the processor pads.
     """
-    import numpy as np
-
     x, y = ((np.arange(side, dtype=np.float32) + 0.5) / side for side in size)
     # Slopes in both directions: along one, whole rows would have the same error of rounding.
     slopes = (2 * x + y[:, None]) / 3, (x + 2 * y[:, None]) / 3
     picture = np.stack([*slopes, slopes[0]], axis=2)  # (H, W, 3)
     image = Image.fromarray(np.rint(255 * picture).astype(np.uint8))
     mean, std = normalisation(processor)
-    first, second = processor(image, return_tensors="np")["pixel_values"][0][:2]  # (H, W) each
+    first, second = preprocessing_of(processor)([image])[0, :2]  # (H, W) each
     first, second = (v * s + m for v, s, m in zip((first, second), std, mean, strict=False))
     bounds = []
     for place, axis in ((2 * first - second, 0), (2 * second - first, 1)):
@@ -189,126 +300,3 @@ def visible_box(processor: Any, size: tuple[int, int]) -> tuple[float, float, fl
         bounds.append((float(start), float(start + slope * len(values))))
     (left, right), (top, bottom) = bounds
     return left, top, right, bottom
-
-
-def _processor_class(name: str, backend: str | None) -> Any:
-    """The class of transformers, by its name without the backend; None if there is no such."""
-    import transformers
-    from transformers.utils import is_torchvision_available
-
-    with_torchvision = backend != "pil" and is_torchvision_available()
-    return getattr(transformers, name if with_torchvision else f"{name}Pil", None)
-
-
-def _saved_processor(
-    folder: str, backend: str | None, changes: dict[str, Any]
-) -> "BaseImageProcessor":
-    """The image processor whose settings a folder has, as any version of transformers wrote them.
-
-    Raises:
-        ValueError: no image processor has these settings; names the one that is wrong.
-    """
-    from transformers import ImageProcessingMixin
-
-    settings, _ = ImageProcessingMixin.get_image_processor_dict(folder)
-    return processor_of(settings, folder, backend, changes)
-
-
-def processor_of(
-    settings: Mapping[str, Any],
-    source: str,
-    backend: str | None = None,
-    changes: Mapping[str, Any] | None = None,
-) -> "BaseImageProcessor":
-    """The image processor of such settings, as `to_dict` of any version of transformers gives them.
-
-    Args:
-        settings: of a preprocessor_config.json.
-        source: how errors call where they are from.
-        backend: as in `image_processor`.
-        changes: settings that win.
-
-    Raises:
-        ValueError: no image processor has these settings; names the one that is wrong.
-    """
-    changes = changes or {}
-    keys = ("image_processor_type", "feature_extractor_type")
-    key = next((key for key in keys if settings.get(key)), keys[0])
-    saved = str(settings.get(key) or CONVNEXT)
-    name = re.sub("(Fast|Pil)$", "", saved).replace("FeatureExtractor", "ImageProcessor")
-    chosen = _processor_class(name, backend) if name.endswith("ImageProcessor") else None
-    if chosen is None:
-        raise ValueError(
-            f"{source}: {key} = {saved!r}: transformers has no such image processor, and code "
-            f"in a folder is not run; that of a CvT is {CONVNEXT}"
-        )
-    # A null was written for the class's own default.
-    settings = {n: value for n, value in settings.items() if value is not None and n not in keys}
-    if name == CONVNEXT and "size" not in changes and "size" in settings:
-        settings["size"] = {"shortest_edge": _square(settings["size"], source)}
-    return chosen.from_dict(settings, **changes)
-
-
-def _square(size: Any, folder: str) -> int:
-    """Height and width, in pixels, of a ConvNext processor's images, as any version wrote them."""
-    if isinstance(size, Mapping):
-        given = {name: value for name, value in size.items() if value is not None}
-        sides = set(given.values())
-        known = given.keys() in ({"shortest_edge"}, {"height", "width"})
-        size = sides.pop() if known and len(sides) == 1 else given
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(
-            f"{folder}: size = {size!r}: a {CONVNEXT} returns squares, so it must be one integer, "
-            "shortest_edge, or height and width that are equal"
-        )
-    return size
-
-
-def _checked_changes(image_size: int | None, crop_pct: float | None) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
-    if image_size is not None:
-        whole = isinstance(image_size, SupportsIndex) and not isinstance(image_size, bool)
-        if not whole or operator.index(image_size) < 1:
-            raise ValueError(f"image_size = {image_size!r}: must be an integer of at least 1")
-        changes["size"] = {"shortest_edge": operator.index(image_size)}
-    if crop_pct is not None:
-        if not isinstance(crop_pct, Real) or not 0 < crop_pct <= 1:
-            raise ValueError(f"crop_pct = {crop_pct!r}: must be a number above 0 and at most 1")
-        changes["crop_pct"] = float(crop_pct)
-    return changes
-
-
-def _model(source: "str | os.PathLike | CvtConfig") -> "tuple[CvtConfig | None, int | None]":
-    """Its configuration, where it has one, and its image size, where no file of its own has one."""
-    from transformers import PreTrainedConfig
-
-    from cvt.configuration import CvtConfig
-
-    if isinstance(source, CvtConfig):
-        return source, IMAGE_SIZE
-    if not isinstance(source, str | os.PathLike):
-        raise TypeError(
-            "source is a published name, a model folder or a cvt.CvtConfig, "
-            f"not {type(source).__module__}.{type(source).__qualname__}"
-        )
-    if checkpoint := hub.published(source):
-        return CvtConfig.from_variant(checkpoint.variant), checkpoint.image_size
-    if not os.path.isdir(source):
-        raise OSError(
-            f"{source}: is neither a model folder nor a published checkpoint; "
-            f"those are {', '.join(PUBLISHED)}"
-        )
-    config = None
-    if os.path.isfile(os.path.join(source, "config.json")):
-        fields, _ = PreTrainedConfig.get_config_dict(source)
-        if fields.get("model_type") == CvtConfig.model_type:
-            config = CvtConfig.from_dict(fields)
-    if any(os.path.isfile(os.path.join(source, file)) for file in FILES[1:]):
-        return config, None
-    logger.warning(
-        "%s has no %s: CvT's own preprocessing is assumed, at %d pixels unless image_size is given",
-        source,
-        FILES[1],
-        IMAGE_SIZE,
-    )
-    return config, IMAGE_SIZE

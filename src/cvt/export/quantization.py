@@ -7,11 +7,13 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cvt.data.decoding import decode
+from cvt.data.preprocessing import preprocessing_of
 from cvt.inference.predict import find_images
 from cvt.libraries import quiet
 
@@ -58,7 +60,7 @@ def quantized(graph: Graph, images: Sequence[Path], processor: Any) -> Graph:
     from nncf.quantization.advanced_parameters import QuantizationParameters
 
     def inputs(path: Path) -> dict[str, Any]:
-        return {"pixel_values": preprocessed([path], processor).numpy()}
+        return {"pixel_values": preprocessed([path], processor)}
 
     with quiet("nncf"), redirect_stdout(sys.stderr):  # its progress is no output
         settings = nncf.AdvancedQuantizationParameters(
@@ -91,15 +93,15 @@ def real_batches(
         if not remaining:
             return
         batch, remaining = remaining[:B], remaining[B:]
-        pixels = preprocessed(batch, processor)
+        pixels = torch.from_numpy(preprocessed(batch, processor))
         resized = pixels.shape[2:] != torch.Size(size)
         yield F.interpolate(pixels, size, mode="bilinear") if resized else pixels
 
 
-def preprocessed(images: Sequence[Path], processor: Any) -> Tensor:
+def preprocessed(images: Sequence[Path], processor: Any) -> np.ndarray:
     """Pixels, (B, C, H, W), of images.
 
     Raises:
         ImageError: an image cannot be decoded.
     """
-    return processor([decode(image) for image in images], return_tensors="pt")["pixel_values"]
+    return preprocessing_of(processor)([decode(image) for image in images])

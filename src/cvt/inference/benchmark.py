@@ -27,11 +27,11 @@ from cvt.checkpoints import (
     image_size_of,
     load_classifier,
     load_config,
-    load_processor,
+    load_preprocessing,
     model_source,
 )
 from cvt.configuration import CvtConfig
-from cvt.data.preprocessing import IMAGE_SIZE
+from cvt.data.processor_settings import IMAGE_SIZE
 from cvt.limits import check_counts
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime import PRECISIONS, RUNTIMES, open_runtime
@@ -220,7 +220,11 @@ def _classifier(source: ModelSource, config: CvtConfig, verify: bool) -> CvtForI
 
 def _image_size(source: ModelSource, config: CvtConfig) -> int:
     """Height and width, in pixels, that the preprocessing is set for."""
-    return IMAGE_SIZE if source.kind == "variant" else image_size_of(load_processor(source, config))
+    return (
+        IMAGE_SIZE
+        if source.kind == "variant"
+        else image_size_of(load_preprocessing(source, config))
+    )
 
 
 def _compare(

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from cvt.configuration import CvtConfig
+from cvt.architecture import Architecture
 from cvt.data.class_names import imagenet_classes
 
 
-def class_indices(names: Iterable[str], config: CvtConfig) -> dict[str, int]:
+def class_indices(names: Iterable[str], config: Architecture) -> dict[str, int]:
     """The classifier's index of every class name; ImageNet's also by their WordNet ids.
 
     Raises:
@@ -26,7 +26,7 @@ def class_indices(names: Iterable[str], config: CvtConfig) -> dict[str, int]:
     return rows
 
 
-def class_rows(config: CvtConfig) -> dict[str, int]:
+def class_rows(config: Architecture) -> dict[str, int]:
     """The classifier's row of every name that means one class; of ImageNet's, WordNet ids too."""
     classes, imagenet = config.class_names, imagenet_classes()
     counts = Counter(classes)
@@ -37,7 +37,7 @@ def class_rows(config: CvtConfig) -> dict[str, int]:
 
 
 def match_classes(
-    classes: Sequence[str], config: CvtConfig, class_map: Mapping[str, str | None] | None = None
+    classes: Sequence[str], config: Architecture, class_map: Mapping[str, str | None] | None = None
 ) -> dict[str, int]:
     """The classifier's index of every class of the data, by name, without the excluded ones.
 

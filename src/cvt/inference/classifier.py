@@ -1,24 +1,28 @@
 """A classifier of images in one object, for services, notebooks and Ray Data."""
 
 import os
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from cvt.checkpoints import ModelSource, load_processor, model_source
+from cvt.checkpoints import ModelSource, load_preprocessing, model_source
 from cvt.data.decoding import ImageError, Source, StoredImage, decode, is_content
+from cvt.data.preprocessing import preprocessing_of
 from cvt.inference.predict import Prediction, Result, find_images, predict
 from cvt.libraries import require
 from cvt.limits import check_counts
-from cvt.modeling import CvtForImageClassification
 from cvt.runtime import open_runtime
+
+if TYPE_CHECKING:
+    from cvt.modeling import CvtForImageClassification
 
 DOWNLOAD_BYTES = 2**26  # that an image behind a URL may have
 DOWNLOAD_SECONDS = 30.0  # that fetching one may take
@@ -71,7 +75,7 @@ class Classifier:
 
     Attributes:
         runtime: what runs the model; `runtime.describe` describes it.
-        processor: the image processor.
+        processor: the preprocessing, in Pillow and numpy.
 
     Raises:
         FileNotFoundError: there is no such model.
@@ -94,7 +98,7 @@ class Classifier:
 
     def __init__(
         self,
-        model: str | Path | ModelSource | CvtForImageClassification,
+        model: "str | Path | ModelSource | CvtForImageClassification",
         runtime: str = "auto",
         precision: str | None = None,
         device: str = "auto",
@@ -108,7 +112,7 @@ class Classifier:
         verify: bool = True,
     ) -> None:
         check_counts(batch_size=batch_size)
-        if processor is None and isinstance(model, CvtForImageClassification):
+        if processor is None and is_loaded(model):
             raise ValueError(
                 "a loaded model does not know its preprocessing: give its processor, such as "
                 "cvt.image_processor(folder)"
@@ -123,12 +127,13 @@ class Classifier:
             allow_urls=allow_urls,
             verify=verify,
         )
-        source = model if isinstance(model, CvtForImageClassification) else model_source(model)
+        source: Any = model if is_loaded(model) else model_source(model)  # type: ignore[arg-type]
         self.runtime = open_runtime(source, runtime, precision, device, threads, verify=verify)
-        if processor is None:
-            assert isinstance(source, ModelSource)
-            processor = load_processor(source, self.runtime.config)
-        self.processor = processor
+        self.processor = (
+            load_preprocessing(source, self.runtime.config)
+            if processor is None
+            else preprocessing_of(processor)
+        )
         self.batch_size, self.allow_urls = batch_size, allow_urls
         self.exact, self.max_pixels = exact, max_pixels
 
@@ -251,6 +256,11 @@ class Classifier:
             name, content = cell.get("path") or "<bytes>", cell.get("bytes")
             cell = Path(name) if content is None else StoredImage(name, content)
         return StoredImage("<null>", b"") if cell is None else self._source(cell)
+
+
+def is_loaded(model: Any) -> bool:
+    """Whether it is a model of PyTorch, which need not be imported for others."""
+    return "torch" in sys.modules and isinstance(model, sys.modules["torch"].nn.Module)
 
 
 def _streamed(result: Prediction | Result) -> dict[str, Any]:

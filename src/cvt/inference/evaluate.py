@@ -7,30 +7,30 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from itertools import tee
 from math import ceil, inf, nan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from cvt.configuration import CvtConfig
+from cvt.architecture import Architecture
 from cvt.data import Images, LabelledImages
 from cvt.data.class_names import imagenet_classes
 from cvt.data.decoding import Source, StoredImage
 from cvt.files import staged
 from cvt.inference.class_matching import class_indices, match_classes, real_labels_of
 from cvt.inference.metrics import COUNTED, MOST_CONFIDENT, Evaluation, Failure, Mistake
-from cvt.inference.predict import BLANK, Result, classify, ranked, scores
+from cvt.inference.predict import BLANK, Result, classify, ranked, runtime_of, scores
 from cvt.limits import check_counts
 from cvt.runtime.base import Runtime
-from cvt.runtime.torch_runtime import TorchRuntime
 from cvt.text import csv_cell
+
+if TYPE_CHECKING:
+    from torch import nn
 
 LARGEST_MATRIX = 1000  # classes; a larger confusion matrix is written as a list of its cells
 
 
 def evaluate(
-    model: Runtime | nn.Module,
+    model: "Runtime | nn.Module",
     processor: Callable,
     images: Images,
     batch_size: int = 32,
@@ -42,7 +42,7 @@ def evaluate(
     real_labels: list[list[int]] | None = None,
     rank: int = 0,
     world: int = 1,
-    config: CvtConfig | None = None,
+    config: Architecture | None = None,
     exact: bool = True,
     max_pixels: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
@@ -82,13 +82,13 @@ def evaluate(
         cvt.data.workers.Interrupted: `interrupted` was true while no image came.
     """
     check_counts(batch_size=batch_size, workers=workers)
-    runtime = model if isinstance(model, Runtime) else TorchRuntime(model, config)
+    runtime = runtime_of(model, config)
     config = runtime.config
     if config.problem_type == "regression":
         raise ValueError("problem_type = regression: such a model gives values, not classes")
     labels = config.class_names
     indices = match_classes(images.classes, config, class_map)
-    ignored = torch.zeros(len(labels), dtype=torch.bool)
+    ignored = np.zeros(len(labels), bool)
     if subset:
         ignored[:] = True
         ignored[list(indices.values())] = False
@@ -122,9 +122,9 @@ class _Collected:
 
     def __init__(
         self,
-        config: CvtConfig,
+        config: Architecture,
         indices: Mapping[str, int],
-        ignored: Tensor,
+        ignored: np.ndarray,
         real_labels: list[list[int]] | None,
     ) -> None:
         self.config, self.labels, self.indices = config, config.class_names, indices
@@ -143,12 +143,12 @@ class _Collected:
         if result.logits is None:
             self.failures.append(Failure(position, str(source), str(result.error)))
             return
-        if not result.logits.isfinite().all():
+        if not np.isfinite(result.logits).all():
             raise FloatingPointError(f"{source}: the model's answer to it is not finite")
-        logits = result.logits.masked_fill(self.ignored, -inf)
+        logits = np.where(self.ignored, np.float32(-inf), result.logits)
         true, best = self.indices[label], ranked(logits)[:5].tolist()
         score = scores(logits, self.config)[best[0]].item()
-        loss = -logits.double().log_softmax(dim=-1)[true].item()
+        loss = cross_entropy(logits, true)
         real = nan
         if self.real_labels and (right := real_labels_of(str(source), self.real_labels)):
             real = best[0] in right
@@ -164,6 +164,12 @@ class _Collected:
         """The evaluation of these images."""
         counted = np.array(self.rows, dtype=COUNTED)
         return Evaluation(self.labels, counted, self.mistakes, self.failures)
+
+
+def cross_entropy(logits: np.ndarray, label: int) -> float:
+    """The loss of an image, computed in float64 from logits, (K,)."""
+    shifted = logits.astype(np.float64) - logits.max()
+    return float(np.log(np.exp(shifted).sum()) - shifted[label])
 
 
 def _share(

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cvt.architecture import StageConfig
+from cvt.architecture import Architecture, StageConfig
 from cvt.checkpoints import ModelSource, model_source
-from cvt.configuration import CvtConfig
 from cvt.data.decoding import ImageError, decode
 from cvt.data.preprocessing import visible_box
 from cvt.inference.class_matching import class_indices
@@ -169,7 +168,7 @@ class Explainer:
         number = _stage(self.config, method, stage)
         wanted = None if class_name is None else _class_id(class_name, self.config)
         seen = self.read(source)
-        pixels = self.processor(seen, return_tensors="pt")["pixel_values"].to(self.device)
+        pixels = torch.from_numpy(self.processor([seen])).to(self.device)
         with self.lock:
             if method == "gradcam":
                 logits, grid = _grad_cam(self.model, pixels, number, wanted)
@@ -177,7 +176,8 @@ class Explainer:
             else:
                 logits, weights, grids = _attention(self.model, pixels, number)
                 maps = (_class_token_row if method == "attention" else _rollout)(weights, *grids)
-        class_id = int(ranked(logits)[0]) if wanted is None else wanted
+        answer = logits.cpu().numpy()
+        class_id = int(ranked(answer)[0]) if wanted is None else wanted
         full = self.read_full(source)
         left, top, right, bottom = visible_box(self.processor, seen.size)
         box = (left * full.width, top * full.height, right * full.width, bottom * full.height)
@@ -189,7 +189,7 @@ class Explainer:
             stage=number + 1,
             class_name=self.config.class_names[class_id],
             class_id=class_id,
-            score=scores(logits, self.config)[class_id].item(),
+            score=scores(answer, self.config)[class_id].item(),
             is_value=self.config.problem_type == "regression",
             image=full,
             box=box,
@@ -273,7 +273,7 @@ def _resolved(model: Any) -> ModelSource | CvtForImageClassification:
     return source
 
 
-def _class_id(wanted: str | int, config: CvtConfig) -> int:
+def _class_id(wanted: str | int, config: Architecture) -> int:
     if isinstance(wanted, str):
         return class_indices([wanted], config)[wanted]
     if isinstance(wanted, bool) or not isinstance(wanted, int):
@@ -283,7 +283,7 @@ def _class_id(wanted: str | int, config: CvtConfig) -> int:
     return wanted
 
 
-def _stage(config: CvtConfig, method: str, stage: int | None) -> int:
+def _stage(config: Architecture, method: str, stage: int | None) -> int:
     """The index of the stage to explain.
 
     Raises:

@@ -4,31 +4,30 @@ import glob
 import logging
 import multiprocessing
 import os
-import pickle
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, tee
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from cvt.configuration import CvtConfig
+from cvt.architecture import Architecture
 from cvt.data import images_below
 from cvt.data.decoding import ImageError, Source, StoredImage, decode
 from cvt.data.folder import Skipped, unreadable
-from cvt.data.preprocessing import check_range, pixels_needed
-from cvt.data.workers import POLL_SECONDS, answer_nothing, fetch_batches, received, shared
+from cvt.data.preprocessing import AnyPreprocessing, check_range, preprocessing_of
+from cvt.data.workers import computed_ahead
 from cvt.files import check_path
-from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import PixelError, Runtime
-from cvt.runtime.torch_runtime import TorchRuntime
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cvt.modeling import CvtForImageClassification
 
 logger = logging.getLogger(__name__)
 BLANK = Image.new("RGB", (32, 32), "grey")  # in the place of what cannot be decoded
@@ -36,10 +35,10 @@ BLANK = Image.new("RGB", (32, 32), "grey")  # in the place of what cannot be dec
 
 @dataclass(frozen=True)
 class Result:
-    """What became of an image: logits, (K,) in float32 on the CPU, or the reason for none."""
+    """What became of an image: logits, (K,) in float32, or the reason for none."""
 
     path: Source
-    logits: Tensor | None = None
+    logits: np.ndarray | None = None
     error: str | None = None
 
 
@@ -114,13 +113,13 @@ def reader(
         ValueError: the processor is not for decoded images; names its setting.
     """
     check_range(processor)
-    needed = pixels_needed(processor)
+    needed = preprocessing_of(processor).pixels_needed
     read = partial(decode, max_pixels=max_pixels, least_of_large=needed)
     return read if exact else partial(read, least=needed)
 
 
 def classify(
-    model: Runtime | nn.Module,
+    model: "Runtime | nn.Module",
     processor: Callable,
     sources: Iterable[Source],
     batch_size: int = 32,
@@ -157,23 +156,36 @@ def classify(
         ValueError: the processor is not for decoded images; names its setting.
         Interrupted: `interrupted` was true, and `POLL_SECONDS` passed without a batch.
     """
-    runtime = model if isinstance(model, Runtime) else TorchRuntime(model)
-    read = reader(processor, exact, max_pixels)
-    resizes = getattr(processor, "do_resize", True)
-    batch_size = batch_size if resizes else 1
-    prepare = partial(_Prepare, processor, read)
+    runtime = runtime_of(model)
+    preprocessing = preprocessing_of(processor)
+    read = reader(preprocessing, exact, max_pixels)
+    batch_size = batch_size if preprocessing.do_resize else 1
     batches, sent = tee(_batches(sources, batch_size))
-    prepared = _prepared(prepare, sent, workers, interrupted)
-    for (pixels, errors), batch in zip(prepared, batches, strict=True):
+    prepared = _prepared(preprocessing, read, sent, workers, interrupted)
+    for (images, errors), batch in zip(prepared, batches, strict=True):
         try:
-            batch_logits = runtime(pixels, preprocessed=True)
+            batch_logits = runtime(preprocessing.normalise(images), preprocessed=True)
         except PixelError as refusal:
-            if resizes:
+            if preprocessing.do_resize:
                 raise
             yield Result(batch[0], error=errors[0] or f"{batch[0]}: {refusal}")
             continue
         for source, error, logits in zip(batch, errors, batch_logits, strict=True):
             yield Result(source, error=error) if error else Result(source, logits)
+
+
+def runtime_of(model: "Runtime | nn.Module", config: Architecture | None = None) -> Runtime:
+    """What runs a classifier; one of PyTorch, or what wraps it, runs as it is.
+
+    Args:
+        model: the classifier, or what runs it.
+        config: the classifier's, where `model` does not have it.
+    """
+    if isinstance(model, Runtime):
+        return model
+    from cvt.runtime.torch_runtime import TorchRuntime
+
+    return TorchRuntime(model, config)
 
 
 def _batches(sources: Iterable[Source], batch_size: int) -> Iterator[list[Source]]:
@@ -182,57 +194,48 @@ def _batches(sources: Iterable[Source], batch_size: int) -> Iterator[list[Source
         yield batch
 
 
+Prepared = tuple[np.ndarray, list[str | None]]
+
+
 def _prepared(
-    prepare: Callable[..., "_Prepare"],
+    preprocessing: AnyPreprocessing,
+    read: Callable[[Source], Image.Image],
     batches: Iterable[list[Source]],
     workers: int,
     interrupted: Callable[[], bool],
-) -> Iterator[tuple[Tensor, list[str | None]]]:
-    """Of each batch the pixels, (B, 3, H, W), and what is wrong with each image, if anything."""
-    if workers and not multiprocessing.current_process().daemon:
-        # The data set's indices are the batches themselves: they travel to the workers one by one.
-        # They are pickled here: the loader would wait forever for one that cannot be.
-        # Of its own generator the loader draws a seed; the global one stays where it was.
-        each = prepare()
-        loader = DataLoader(
-            each,
-            sampler=(pickle.dumps([_portable(s, each.read) for s in batch]) for batch in batches),
-            batch_size=None,
-            collate_fn=_unchanged,
-            num_workers=workers,
-            worker_init_fn=answer_nothing,
-            generator=torch.Generator(),
-            timeout=POLL_SECONDS,
-        )
-        for pixels, errors in fetch_batches(loader, interrupted):
-            yield received(pixels), errors
-    else:
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-            prepared = prepare(pool.map)
-            for pixels, errors in (prepared[batch] for batch in batches):
-                yield received(pixels), errors
+) -> Iterator[Prepared]:
+    """Of each batch what `resize` returns, and what is wrong with each image, if anything."""
+    first = list(islice(batches, 2))
+    batches = chain(first, batches)
+    # A single batch is there sooner without a process; in a daemonic one there may be none.
+    if workers and len(first) > 1 and not multiprocessing.current_process().daemon:
+        portable = ([_portable(source, read) for source in batch] for batch in batches)
+        prepare = partial(_prepare, preprocessing, read, map)
+        yield from computed_ahead(prepare, portable, workers, interrupted)
+        return
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        for batch in batches:
+            yield _prepare(preprocessing, read, pool.map, batch)
 
 
-class _Prepare(Dataset):
-    """What decodes and preprocesses a batch."""
+def _prepare(
+    preprocessing: AnyPreprocessing,
+    read: Callable[[Source], Image.Image],
+    each: Callable,
+    batch: list[Source],
+) -> Prepared:
+    """Decode and resize a batch."""
+    images, errors = zip(*each(partial(_decoded, read), batch), strict=True)
+    return preprocessing.resize(images), list(errors)
 
-    def __init__(self, processor: Callable, read: Callable, each: Callable = map) -> None:
-        self.processor, self.read, self.each = processor, read, each
 
-    def __getitem__(
-        self, batch: list[Source] | bytes
-    ) -> tuple[Tensor | np.ndarray, list[str | None]]:
-        in_worker = isinstance(batch, bytes)
-        sources = pickle.loads(batch) if isinstance(batch, bytes) else batch
-        images, errors = zip(*self.each(self.decoded, sources), strict=True)
-        pixels = self.processor(list(images), return_tensors="pt")["pixel_values"]
-        return shared(pixels) if in_worker else pixels, list(errors)
-
-    def decoded(self, source: Source) -> tuple[Image.Image, str | None]:
-        try:
-            return self.read(source), None
-        except ImageError as error:
-            return BLANK, str(error)
+def _decoded(
+    read: Callable[[Source], Image.Image], source: Source
+) -> tuple[Image.Image, str | None]:
+    try:
+        return read(source), None
+    except ImageError as error:
+        return BLANK, str(error)
 
 
 def _portable(source: Source, read: Callable) -> Source:
@@ -249,35 +252,32 @@ def _raise(error: ImageError) -> NoReturn:
     raise error
 
 
-def _unchanged(prepared: Any) -> Any:
-    return prepared
-
-
-def ranked(logits: Tensor) -> Tensor:
+def ranked(logits: np.ndarray) -> np.ndarray:
     """The classes from the most to the least likely; of equal ones the first comes first."""
-    return logits.argsort(descending=True, stable=True)
+    return np.argsort(-logits, kind="stable")
 
 
-def scores(logits: Tensor, config: CvtConfig) -> Tensor:
-    """Scores as by transformers' pipeline.
+def scores(logits: np.ndarray, config: Architecture) -> np.ndarray:
+    """Scores, (K,), as by transformers' pipeline.
 
     Softmax; sigmoid where labels are independent; of a regression the values themselves.
     """
     if config.problem_type == "regression":
         return logits
     if config.problem_type == "multi_label_classification" or config.num_labels == 1:
-        return logits.sigmoid()
-    return logits.softmax(dim=-1)
+        return 1 / (1 + np.exp(-logits))
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum()
 
 
-def scores_per_image(topk: int, config: CvtConfig) -> int:
+def scores_per_image(topk: int, config: Architecture) -> int:
     """How many scores `predict` gives of an image: `topk`, at most all; of a regression all."""
     is_regression = config.problem_type == "regression"
     return len(config.class_names) if is_regression else min(topk, len(config.class_names))
 
 
 def predict(
-    model: Runtime | CvtForImageClassification,
+    model: "Runtime | CvtForImageClassification",
     processor: Callable,
     sources: Iterable[Source],
     topk: int = 5,
@@ -301,20 +301,21 @@ def predict(
     Raises:
         ValueError: the model has no classes.
     """
-    names = model.config.class_names
+    config: Any = model.config
+    names = config.class_names
     if not names:
         raise ValueError("num_labels = 0: the model has no classes to name")
-    count = scores_per_image(topk, model.config)
-    are_values = model.config.problem_type == "regression"
+    count = scores_per_image(topk, config)
+    are_values = config.problem_type == "regression"
     for result in classify(model, processor, sources, batch_size, workers, exact, max_pixels):
         if result.logits is None:
             yield result
             continue
-        if not result.logits.isfinite().all():
+        if not np.isfinite(result.logits).all():
             reason = "its scores are not finite; fp16 may overflow where bf16 does not"
             yield Result(result.path, error=f"{result.path}: {reason}")
             continue
         best = ranked(result.logits)[:count]
         labels = [names[i] for i in best.tolist()]
-        best_scores = scores(result.logits, model.config)[best].tolist()
+        best_scores = scores(result.logits, config)[best].tolist()
         yield Prediction(result.path, labels, best_scores, are_values)

@@ -10,7 +10,7 @@ from PIL import Image
 from cvt.data import LabelledImages, image_folder
 from cvt.data.decoding import decode
 from cvt.data.folder import folder_splits
-from cvt.data.preprocessing import check_range
+from cvt.data.preprocessing import check_range, preprocessing_of
 from cvt.keras.modeling import check_data_format
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def image_dataset(
 
     Args:
         images: a folder with one folder per class, or images that `cvt.data` opened.
-        processor: from `cvt.image_processor`; `backend="pil"` differs by up to 2/255.
+        processor: from `cvt.image_processor`.
         batch_size: images in a batch; the last batch may have fewer.
         training: crop every image at random, mirror some crops, and shuffle anew in each epoch.
             By default the images keep their order.
@@ -69,13 +69,16 @@ def image_dataset(
     check_data_format(data_format)
     check_fractions(crop_scale=crop_scale, flip=flip)
     check_range(processor)
+    preprocessing = preprocessing_of(processor)
+    if training:
+        preprocessing = preprocessing.unresized
     images = images if isinstance(images, LabelledImages) else open_folder(images)
 
     def preprocess(image: Image.Image, view_seed: int) -> np.ndarray:
         if training:
             draw = np.random.default_rng(view_seed)
             image = random_view(image, processor, crop_scale, flip, draw)
-        pixels = np.asarray(processor(image, do_resize=not training)["pixel_values"][0])
+        pixels = preprocessing([image])[0]
         return pixels if data_format == "channels_first" else pixels.transpose(1, 2, 0)
 
     samples = indexed_samples(label_indices(images, classes), seed, shuffle=training)

@@ -257,7 +257,7 @@ def read_authors(path: Path, fields: dict[str, Any]) -> tuple[CvtConfig, Weights
         CheckpointError: the file cannot be read, or contains NaN or infinity.
     """
     from cvt.checkpoints.authors import nonfinite, read_file
-    from cvt.checkpoints.reading import CheckpointError
+    from cvt.checkpoints.errors import CheckpointError
 
     file = read_file(path, hidden_act=fields.get("hidden_act"))
     if bad := nonfinite(file.weights):

@@ -1,15 +1,21 @@
 """Pixels in, logits out: what every runtime promises, and the pixels that none takes."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from cvt.configuration import CvtConfig
+from cvt.architecture import Architecture
 from cvt.data.preprocessing import LARGEST
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Pixels = TypeVar("Pixels", bound="np.ndarray | Tensor")
 
 
 class PixelError(ValueError):
@@ -33,7 +39,7 @@ class Runtime(ABC):
     Attributes:
         name: of what computes: `torch`, `fused`, `compiled`, `onnxruntime`, `openvino`,
             `tensorflow` or `litert`.
-        config: the classifier's.
+        config: the classifier's; of an export, whose libraries are few, a `ClassifierConfig`.
         precision: `fp32`, `bf16`, `fp16` or `int8`.
         device: `cpu`, or a device's name in torch.
         threads: that compute; None where that is left to the library.
@@ -45,7 +51,7 @@ class Runtime(ABC):
 
     def __init__(
         self,
-        config: CvtConfig,
+        config: Architecture,
         precision: str,
         device: str = "cpu",
         threads: int | None = None,
@@ -67,31 +73,35 @@ class Runtime(ABC):
         threads = f", {self.threads} {unit}" if self.threads else ""
         return f"{self.name} {self.precision} on {self.device}{threads}"
 
-    def __call__(self, pixels: Tensor | np.ndarray, preprocessed: bool = False) -> Tensor:
-        """The logits, (B, K) in float32 on the CPU, of pixels, (B, C, H, W).
+    def __call__(self, pixels: Pixels, preprocessed: bool = False) -> Pixels:
+        """The logits, (B, K) in float32, of pixels, (B, C, H, W).
 
         Args:
-            pixels: floats of any precision on any device, normalised as the image processor does.
+            pixels: an array or a tensor of floats of any precision on any device, normalised as the
+                image processor does. The logits of a tensor are a tensor on the CPU.
             preprocessed: they come from the model's image processor, whatever their range is.
 
         Raises:
             PixelError: they are something else; names what was expected.
             ValueError: the model has another number of classes than its configuration.
         """
-        pixels = self.checked(pixels, preprocessed)
-        images = 1 if self.single else self.images_at_once(pixels)
-        sizes = [images] * (len(pixels) // images) + [1] * (len(pixels) % images)
-        logits = torch.cat([self._run(piece) for piece in pixels.split(sizes)])
+        array = self.checked(pixels, preprocessed)
+        images = 1 if self.single else self.images_at_once(array)
+        whole = len(array) // images * images
+        bounds = [*range(0, whole, images), *range(whole, len(array) + 1)]
+        logits = np.concatenate([self._run(array[i:j]) for i, j in pairwise(bounds)])
         classes = self.config.num_labels
         if classes and logits.shape[1] != classes:  # of none, the logits are the features
             raise ValueError(
                 f"the model has {logits.shape[1]} classes, and its configuration has {classes}"
             )
-        return logits
+        if isinstance(pixels, np.ndarray):
+            return cast(Pixels, logits)
+        return sys.modules["torch"].from_numpy(logits)  # whoever has a tensor has imported it
 
     @abstractmethod
-    def _run(self, pixels: Tensor) -> Tensor:
-        """The logits, (B, K) in float32 on the CPU, of checked pixels in float32."""
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
+        """The logits, (B, K) in float32, of checked pixels in float32, contiguous."""
 
     def check_graph(self, path: Path, shape: Sequence[int | None]) -> None:
         """Make sure that an exported graph takes the pixels that export.json and config.json list.
@@ -114,30 +124,29 @@ class Runtime(ABC):
                 f"{shapes} for (batch, channels, height, width)"
             )
 
-    def images_at_once(self, pixels: Tensor) -> int:
+    def images_at_once(self, pixels: np.ndarray) -> int:
         """How many of these images a call of `_run` takes; the rest are run one by one."""
         return len(pixels)
 
-    def checked(self, pixels: Tensor | np.ndarray, preprocessed: bool = False) -> Tensor:
-        """The pixels as a tensor in float32; arguments as in `__call__`.
+    def checked(self, pixels: Any, preprocessed: bool = False) -> np.ndarray:
+        """The pixels as an array in float32, contiguous; arguments as in `__call__`.
 
         Raises:
             PixelError: see `__call__`.
         """
-        if isinstance(pixels, np.ndarray) and pixels.dtype.kind == "f":
-            pixels = torch.from_numpy(np.require(pixels, np.float32, ["C", "W"]))
-        if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+        array = _floats(pixels)
+        if array is None:
             found = getattr(pixels, "dtype", None) or type(pixels).__name__
             raise PixelError(
                 f"pixels are of type {found}: expected a tensor or an array of floats, normalised "
                 "as the model's image processor does"
             )
-        channels, shape = self.config.num_channels, tuple(pixels.shape)
+        channels, shape = self.config.num_channels, array.shape
         if len(shape) != 4 or shape[1] != channels:
             raise PixelError(
                 f"pixels have shape {shape}: expected (batch, {channels}, height, width)"
             )
-        if not len(pixels):
+        if not len(array):
             raise PixelError("pixels hold no image: expected a batch of at least one")
         size, least = shape[2:], self.minimum_image_size
         if self.image_size is not None and size != self.image_size:
@@ -151,8 +160,7 @@ class Runtime(ABC):
                 f"images are {size[0]} x {size[1]} pixels: this model needs at least "
                 f"{least} x {least}"
             )
-        pixels = pixels.detach().to(torch.float32)
-        low, high = (bound.item() for bound in pixels.aminmax())
+        low, high = float(array.min()), float(array.max())
         if not (-float("inf") < low and high < float("inf")):  # a NaN is neither
             raise PixelError("pixels hold NaN or infinite values: expected finite ones")
         if not preprocessed and (low < -LARGEST or high > LARGEST):
@@ -161,4 +169,14 @@ class Runtime(ABC):
                 f"{LARGEST:g} of 0; use the model's image processor, which divides by 255, "
                 "subtracts the mean and divides by the standard deviation"
             )
-        return pixels
+        return array
+
+
+def _floats(pixels: Any) -> np.ndarray | None:
+    """An array or a tensor of floats as an array in float32, contiguous; None of anything else."""
+    if isinstance(pixels, np.ndarray):
+        return np.ascontiguousarray(pixels, np.float32) if pixels.dtype.kind == "f" else None
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(pixels, torch.Tensor) or not pixels.is_floating_point():
+        return None
+    return np.ascontiguousarray(pixels.detach().float().cpu().numpy())

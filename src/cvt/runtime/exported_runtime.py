@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 from torch.export.passes import move_to_device_pass
 from torch.utils._sympy import functions
 
-from cvt.configuration import CvtConfig
+from cvt.architecture import Architecture
 from cvt.runtime.base import Runtime
 from cvt.runtime.capture import pixel_shape
 
@@ -48,7 +48,7 @@ class ExportedRuntime(Runtime):
     def __init__(
         self,
         path: Path,
-        config: CvtConfig,
+        config: Architecture,
         precision: str = "fp32",
         device: str = "cpu",
         threads: int | None = None,
@@ -71,9 +71,9 @@ class ExportedRuntime(Runtime):
         self.graph = program.graph_module
 
     @torch.no_grad()
-    def _run(self, pixels: Tensor) -> Tensor:
-        (logits,) = self.graph(*self.weights, pixels.to(self.device))
-        return logits.cpu()
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
+        (logits,) = self.graph(*self.weights, torch.from_numpy(pixels).to(self.device))
+        return logits.cpu().numpy()
 
 
 def check(path: Path) -> None:

@@ -1,26 +1,20 @@
 """From a model or an export to a runtime: what `cvt.runtime.open_runtime` does."""
 
-import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from cvt.checkpoints import ModelSource, load_classifier
-from cvt.configuration import CvtConfig
+from cvt.architecture import ClassifierConfig
+from cvt.checkpoints import ModelSource
 from cvt.files import pointer_fault
-from cvt.modeling import CvtForImageClassification
+from cvt.libraries import is_installed, require
 from cvt.runtime import OF_EXPORTS, available
 from cvt.runtime.base import Runtime
-from cvt.runtime.exported_runtime import ExportedRuntime
-from cvt.runtime.fused import refuse_offloaded
-from cvt.runtime.litert_runtime import LiteRtRuntime
 from cvt.runtime.manifest import FORMATS, Manifest
 from cvt.runtime.onnx_runtime import OnnxRuntime, uses_cuda
 from cvt.runtime.openvino_runtime import OpenVinoRuntime, computes, demand
-from cvt.runtime.saved_model_runtime import SavedModelRuntime
-from cvt.runtime.torch_runtime import DTYPES, CompiledRuntime, FusedRuntime, TorchRuntime
+
+if TYPE_CHECKING:
+    from cvt.modeling import CvtForImageClassification
 
 ON_A_CPU = ("openvino", *OF_EXPORTS)  # these compute nowhere else
 # Images from which on it pays to convert a model for OpenVINO. For cvt-13 on two cores that took 11
@@ -30,7 +24,7 @@ MANY = 2000
 
 
 def open_model(
-    source: ModelSource | CvtForImageClassification,
+    source: "ModelSource | CvtForImageClassification",
     runtime: str,
     precision: str,
     device: str,
@@ -51,27 +45,25 @@ def open_model(
     device = _device(device, runtime)
     if runtime == "auto":
         runtime = fastest(device, precision, images)
-    loaded = isinstance(source, CvtForImageClassification)
-    model = (
-        source
-        if isinstance(source, CvtForImageClassification)
-        else load_classifier(source, verify=verify)
-    )
+    from cvt.checkpoints import load_classifier
+    from cvt.runtime.fused import refuse_offloaded
+
+    named = source if isinstance(source, ModelSource) else None
+    model: Any = load_classifier(named, verify=verify) if named else source
     refuse_offloaded(model)
     model.eval()
     if runtime == "openvino":
         return OpenVinoRuntime.from_model(model, precision, threads)
     if runtime == "onnxruntime":
         return OnnxRuntime.from_model(model, precision, device, threads)
+    from cvt.runtime import torch_runtime
+
     if runtime == "fused":
-        return FusedRuntime(model, precision, device, threads)
+        return torch_runtime.FusedRuntime(model, precision, device, threads)
     if runtime == "compiled":
-        return CompiledRuntime(model, precision, device, threads)
-    dtype, weight = DTYPES[precision], next(model.parameters())
-    as_asked: nn.Module = model
-    if loaded and weight.to(device, dtype) is not weight:
-        as_asked = copy.deepcopy(model)  # the caller's stays where it is
-    return TorchRuntime(as_asked.to(device, dtype), threads=threads)
+        return torch_runtime.CompiledRuntime(model, precision, device, threads)
+    how = (precision, device, threads, named is None)
+    return torch_runtime.TorchRuntime.from_model(model, *how)
 
 
 def open_export(
@@ -96,7 +88,7 @@ def open_export(
     device = _device(device, own)
     if verify:
         manifest.verify(folder)
-    config = CvtConfig.from_pretrained(folder)
+    config = ClassifierConfig.from_file(folder / "config.json")
     size = None if "size" in manifest.dynamic else manifest.image_size
     rest: Any = (threads, size, "batch" not in manifest.dynamic)
     graph, precision = folder / manifest.file, precision or manifest.precision
@@ -108,9 +100,15 @@ def open_export(
     if own == "onnxruntime":
         return OnnxRuntime(graph, config, precision, device, *rest)
     if own == "tensorflow":
+        from cvt.runtime.saved_model_runtime import SavedModelRuntime
+
         return SavedModelRuntime(graph, config, precision, *rest)
     if own == "litert":
+        from cvt.runtime.litert_runtime import LiteRtRuntime
+
         return LiteRtRuntime(graph, config, precision, *rest)
+    from cvt.runtime.exported_runtime import ExportedRuntime
+
     return ExportedRuntime(graph, config, precision, device, *rest)
 
 
@@ -140,10 +138,24 @@ def check_device(device: str) -> None:
         raise TypeError(
             f"device is of type {type(device).__name__}: must be a string, such as cpu or cuda:1"
         )
+    if device in ("auto", "cpu"):  # there always; PyTorch is imported for the others alone
+        return
+    require(f"device = {device}", "torch", extra="train")
+    import torch
+
     try:
-        torch.empty(0, device="cpu" if device == "auto" else device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device = {device!r}: {str(error).splitlines()[0]}") from error
+
+
+def has_cuda() -> bool:
+    """Whether PyTorch has a CUDA device."""
+    if not is_installed("torch"):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _device(device: str, runtime: str) -> str:
@@ -155,7 +167,7 @@ def _device(device: str, runtime: str) -> str:
     """
     if device == "auto":
         usable = uses_cuda() if runtime == "onnxruntime" else runtime not in ON_A_CPU
-        return "cuda" if usable and torch.cuda.is_available() else "cpu"
+        return "cuda" if usable and has_cuda() else "cpu"
     if runtime in ON_A_CPU and device != "cpu":
         raise ValueError(f"device = {device}: the runtime {runtime} computes on a CPU")
     check_device(device)

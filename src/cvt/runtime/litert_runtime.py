@@ -1,12 +1,12 @@
 """LiteRT, once TensorFlow Lite, as a runtime, on a CPU."""
 
+import os
 from pathlib import Path
 from threading import Lock
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from cvt.configuration import CvtConfig
+from cvt.architecture import Architecture
 from cvt.libraries import require, silence_stderr
 from cvt.runtime.base import Runtime
 
@@ -18,7 +18,7 @@ class LiteRtRuntime(Runtime):
         path: the file; takes `pixel_values`, gives `logits`.
         config: the classifier's.
         precision: of its weights; it computes in fp32.
-        threads: that compute; as many as PyTorch's by default.
+        threads: that compute; the processor's cores by default.
         image_size: as in `Runtime`.
         single: as in `Runtime`.
 
@@ -33,7 +33,7 @@ class LiteRtRuntime(Runtime):
     def __init__(
         self,
         path: Path,
-        config: CvtConfig,
+        config: Architecture,
         precision: str = "fp32",
         threads: int | None = None,
         image_size: tuple[int, int] | None = None,
@@ -48,15 +48,14 @@ class LiteRtRuntime(Runtime):
         try:
             with silence_stderr():  # it names what computes
                 # Given the path, and not what is in the file, it checks that the file is complete.
-                interpreter = Interpreter(str(path), num_threads=threads or torch.get_num_threads())
+                interpreter = Interpreter(str(path), num_threads=threads or os.cpu_count())
                 self.run = interpreter.get_signature_runner("serving_default")
                 takes = self.run.get_input_details()["pixel_values"]["shape_signature"]
-                self._run(torch.zeros(1, config.num_channels, *least))
+                self._run(np.zeros((1, config.num_channels, *least), np.float32))
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"{path} is not a complete LiteRT graph: {error}") from error
         self.check_graph(path, [None if size < 0 else int(size) for size in takes])
 
-    def _run(self, pixels: Tensor) -> Tensor:
-        array = pixels.cpu().contiguous().numpy()
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
         with self.lock:
-            return torch.from_numpy(self.run(pixel_values=array)["logits"])
+            return self.run(pixel_values=pixels)["logits"]

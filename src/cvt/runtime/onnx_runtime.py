@@ -1,17 +1,16 @@
 """ONNX Runtime as a runtime, on a CPU or a CUDA device."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from cvt.configuration import CvtConfig
+from cvt.architecture import Architecture
 from cvt.libraries import require
-from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import Runtime
-from cvt.runtime.capture import onnx_graph, torch_graph
-from cvt.runtime.fused import fuse
-from cvt.runtime.torch_runtime import DTYPES
+
+if TYPE_CHECKING:
+    from cvt.modeling import CvtForImageClassification
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -39,7 +38,7 @@ class OnnxRuntime(Runtime):
     def __init__(
         self,
         graph: Path | bytes,
-        config: CvtConfig,
+        config: Architecture,
         precision: str = "fp32",
         device: str = "cpu",
         threads: int | None = None,
@@ -69,7 +68,7 @@ class OnnxRuntime(Runtime):
     @classmethod
     def from_model(
         cls,
-        model: CvtForImageClassification,
+        model: "CvtForImageClassification",
         precision: str = "fp32",
         device: str = "cpu",
         threads: int | None = None,
@@ -84,13 +83,16 @@ class OnnxRuntime(Runtime):
         if precision not in ("fp32", "fp16"):
             raise ValueError(f"precision = {precision}: ONNX Runtime has fp32 and fp16")
         _provider(device)
+        from cvt.runtime.capture import onnx_graph, torch_graph
+        from cvt.runtime.fused import fuse
+        from cvt.runtime.torch_runtime import DTYPES
+
         program = torch_graph(fuse(model, DTYPES[precision]).cpu(), (224, 224))
         graph = onnx_graph(program).SerializeToString()
         return cls(graph, model.config, precision, device, threads)
 
-    def _run(self, pixels: Tensor) -> Tensor:
-        array = pixels.cpu().contiguous().numpy()
-        return torch.from_numpy(self.session.run(["logits"], {"pixel_values": array})[0])
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
+        return self.session.run(["logits"], {"pixel_values": pixels})[0]
 
 
 def uses_cuda() -> bool:

@@ -11,18 +11,16 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from cvt.configuration import CvtConfig
+from cvt.architecture import Architecture
 from cvt.libraries import require
-from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import Runtime
-from cvt.runtime.capture import openvino_graph, torch_graph
-from cvt.runtime.fused import fuse
 
 if TYPE_CHECKING:
     import openvino
+
+    from cvt.modeling import CvtForImageClassification
 
 PIECE = 4  # images
 LARGE = 256 * 256  # pixels of an image above which it runs alone
@@ -48,7 +46,7 @@ class OpenVinoRuntime(Runtime):
     def __init__(
         self,
         graph: "Callable[[int, int], openvino.Model]",
-        config: CvtConfig,
+        config: Architecture,
         precision: str = "fp32",
         threads: int | None = None,
         image_size: tuple[int, int] | None = None,
@@ -74,7 +72,7 @@ class OpenVinoRuntime(Runtime):
 
     @classmethod
     def from_model(
-        cls, model: CvtForImageClassification, precision: str = "fp32", threads: int | None = None
+        cls, model: "CvtForImageClassification", precision: str = "fp32", threads: int | None = None
     ) -> "OpenVinoRuntime":
         """A classifier that is converted, in memory, for each size of image that it meets.
 
@@ -84,6 +82,11 @@ class OpenVinoRuntime(Runtime):
         """
         require("the runtime openvino", "openvino")
         demand(precision)
+        import torch
+
+        from cvt.runtime.capture import openvino_graph, torch_graph
+        from cvt.runtime.fused import fuse
+
         fused = fuse(model, torch.float32).cpu()
 
         @lru_cache(KEPT)
@@ -111,16 +114,16 @@ class OpenVinoRuntime(Runtime):
         runtime.check_graph(path, [s.get_length() if s.is_static else None for s in shape])
         return runtime
 
-    def images_at_once(self, pixels: Tensor) -> int:
+    def images_at_once(self, pixels: np.ndarray) -> int:
         """Four images, or one large one."""
         H, W = pixels.shape[2:]
         return PIECE if H * W <= LARGE else 1
 
-    def _run(self, pixels: Tensor) -> Tensor:
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
         with self.lock:
             request = self.compiled(*pixels.shape)
-            request.infer([pixels.cpu().contiguous().numpy()], share_inputs=True)
-            return torch.from_numpy(request.get_output_tensor().data.copy())
+            request.infer([pixels], share_inputs=True)
+            return request.get_output_tensor().data.copy()
 
 
 def demand(precision: str) -> None:

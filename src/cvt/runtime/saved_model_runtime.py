@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from cvt.configuration import CvtConfig
+from cvt.architecture import Architecture
 from cvt.libraries import import_tensorflow, quiet
 from cvt.runtime.base import Runtime
 
@@ -52,7 +51,7 @@ class SavedModelRuntime(Runtime):
     def __init__(
         self,
         path: Path,
-        config: CvtConfig,
+        config: Architecture,
         precision: str = "fp32",
         threads: int | None = None,
         image_size: tuple[int, int] | None = None,
@@ -82,10 +81,9 @@ class SavedModelRuntime(Runtime):
                 "threads are set before that"
             ) from None
 
-    def _run(self, pixels: Tensor) -> Tensor:
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
         with self.tf.device("CPU"):
-            logits = self.run(pixel_values=self.tf.constant(pixels.cpu().numpy()))["logits"]
-        return torch.from_numpy(logits.numpy())
+            return self.run(pixel_values=self.tf.constant(pixels))["logits"].numpy()
 
 
 def check(path: Path) -> None:

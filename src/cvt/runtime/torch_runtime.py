@@ -1,15 +1,17 @@
 """PyTorch as a runtime: a model as it is, its fused form, and that compiled."""
 
+import copy
 from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import chain
 from threading import Lock
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cvt.configuration import CvtConfig
+from cvt.architecture import Architecture
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import Runtime
 from cvt.runtime.fused import fuse, refuse_offloaded
@@ -39,7 +41,7 @@ class TorchRuntime(Runtime):
     name = "torch"
 
     def __init__(
-        self, model: nn.Module, config: CvtConfig | None = None, threads: int | None = None
+        self, model: nn.Module, config: Architecture | None = None, threads: int | None = None
     ) -> None:
         refuse_offloaded(model)
         weight = next(chain(model.parameters(), model.buffers()))
@@ -47,14 +49,38 @@ class TorchRuntime(Runtime):
         names = {dtype: name for name, dtype in DTYPES.items()}
         if threads is not None:
             torch.set_num_threads(threads)
-        config = config or cast(CvtConfig, model.config)
+        config = config or cast(Architecture, model.config)
         super().__init__(config, names[self.dtype], str(weight.device), threads)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: Any,
+        precision: str = "fp32",
+        device: str = "cpu",
+        threads: int | None = None,
+        copied: bool = True,
+    ) -> "TorchRuntime":
+        """The classifier itself, on a device and in a precision.
+
+        Args:
+            model: the classifier.
+            precision: a key of `DTYPES`.
+            device: its name in torch.
+            threads: as in the class.
+            copied: leave the classifier where it is, and move a copy.
+        """
+        dtype, weight = DTYPES[precision], next(model.parameters())
+        if copied and weight.to(device, dtype) is not weight:
+            model = copy.deepcopy(model)
+        return cls(model.to(device, dtype), threads=threads)
 
     # In inference mode FSDP would gather weights that training cannot use after it.
     @torch.no_grad()
-    def _run(self, pixels: Tensor) -> Tensor:
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
         self.model.eval()  # it may have been trained since
-        return self.model(pixels.to(self.device, self.dtype), return_dict=True).logits.float().cpu()
+        tensor = torch.from_numpy(pixels).to(self.device, self.dtype)
+        return self.model(tensor, return_dict=True).logits.float().cpu().numpy()
 
 
 class FusedRuntime(TorchRuntime):
@@ -102,16 +128,17 @@ class CompiledRuntime(FusedRuntime):
                 memory, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             self.captured = lru_cache(KEPT)(partial(CudaGraph, self.model, memory, stream))
 
-    def images_at_once(self, pixels: Tensor) -> int:
+    def images_at_once(self, pixels: np.ndarray) -> int:
         """Four on a CPU, else all."""
         return 4 if self.device == "cpu" else len(pixels)
 
-    def _run(self, pixels: Tensor) -> Tensor:
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
         with self.lock:
             if self.captured is None:
                 return super()._run(pixels)
             with torch.cuda.device(self.device):
-                return self.captured(pixels.shape)(pixels)
+                tensor = torch.from_numpy(pixels)
+                return self.captured(tensor.shape)(tensor).numpy()
 
 
 class CudaGraph:

@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from cvt.data import LabelledImages, StreamedImages
 from cvt.data.decoding import ImageError, Source, decode
 from cvt.data.preprocessing import REDUCED
-from cvt.data.workers import POLL_SECONDS, answer_nothing, fetch_batches, received, shared
+from cvt.data.workers import POLL_SECONDS, answer_nothing
 from cvt.train.plan import Plan
 from cvt.train.recipe import Recipe
+from cvt.train.workers import fetch_batches, received, shared
 
 
 def seed_all(*numbers: int) -> None:

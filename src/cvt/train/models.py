@@ -16,7 +16,7 @@ from cvt.checkpoints import (
     model_source,
 )
 from cvt.configuration import CvtConfig
-from cvt.data.preprocessing import image_processor
+from cvt.data.image_processor import image_processor
 from cvt.inference.class_matching import class_rows
 from cvt.modeling import CvtForImageClassification
 from cvt.train.recipe import Recipe

@@ -21,7 +21,8 @@ from torch.distributed.fsdp import fully_shard
 
 from cvt.checkpoints import model_source
 from cvt.data import Images, LabelledImages, Splits, StreamedImages, open_training
-from cvt.data.preprocessing import processor_of
+from cvt.data.image_processor import build_processor
+from cvt.data.processor_settings import ProcessorSettings
 from cvt.kernels import apply_cpu_bf16, apply_triton, recompute_activations
 from cvt.modeling import Block
 from cvt.train.augmentation import augmentation, mixing
@@ -257,7 +258,9 @@ def _model(
 ) -> tuple[Any, Any]:
     """The classifier to train and its image processor."""
     if state:
-        return rebuilt(state["config"]), processor_of(state["processor"], str(output))
+        return rebuilt(state["config"]), build_processor(
+            ProcessorSettings.parse(state["processor"], str(output)).changed({})
+        )
     start = model_source(recipe.model)
     model, sentence = classifier_for(start, classes, recipe.from_scratch)
     if sentence:
