@@ -1076,7 +1076,7 @@ def test_a_large_jpeg_is_decoded_smaller_within_the_tolerance(
 ):
     processor = image_processor(model)
     data = enlarged(name, *size, quality=85, subsampling=subsampling)
-    whole, reduced = decode(data), decode(data, pixels_needed(processor))
+    whole, reduced = decode(data), decode(data, preprocessing_of(processor).pixels_needed)
     assert (whole.size, reduced.size) == (size, (size[0] // scale, size[1] // scale))
     difference = abs(preprocessed(processor, whole) - preprocessed(processor, reduced))
     assert difference.mean() < 2
@@ -1144,11 +1144,12 @@ def test_other_formats_and_the_callers_image_are_decoded_whole():
 )
 @pytest.mark.parametrize("backend", ["torchvision", "pil"])
 def test_the_pixels_that_a_processor_needs(settings, expected, backend):
-    assert pixels_needed(image_processor("cvt-13", backend=backend, **settings)) == expected
+    processor = image_processor("cvt-13", backend=backend, **settings)
+    assert preprocessing_of(processor).pixels_needed == expected
 
 
 def test_for_another_kind_of_processor_images_are_decoded_whole():
-    assert pixels_needed(ViTImageProcessor()) is None
+    assert preprocessing_of(ViTImageProcessor()).pixels_needed is None
 
 
 def test_a_stored_image_may_be_created_when_it_is_decoded():

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import pickle
 import re
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from transformers import (
 )
 
 from cvt import CvtConfig
+from cvt.checkpoints import load_preprocessing
 from cvt.data.decoding import decode
 from cvt.data.image_processor import image_processor
+from cvt.data.preprocessing import OtherPreprocessing, Preprocessing, preprocessing_of
 
 # What the authors evaluated each released model with.
 PUBLISHED_SIZES = {
@@ -67,13 +70,9 @@ def test_every_published_model_has_its_settings_without_network(name, backend):
         processor = image_processor(source, backend=backend)
         expected = expected_settings(PUBLISHED_SIZES[name])
         assert chosen(settings_of(processor), expected) == expected
-        one = ConvNextImageProcessorPil if backend == "pil" else ConvNextImageProcessor
+        by_torchvision = backend == "torchvision"
+        one = ConvNextImageProcessor if by_torchvision else ConvNextImageProcessorPil
         assert type(processor) is one
-
-
-def test_without_torchvision_pil_is_taken(monkeypatch):
-    monkeypatch.setattr(transformers.utils, "is_torchvision_available", lambda: False)
-    assert type(image_processor("cvt-13")) is ConvNextImageProcessorPil
 
 
 def by_hand(image, size, crop_pct=0.875):
@@ -165,7 +164,7 @@ def test_a_saved_folder_gives_the_same_processor(tmp_path, source, changes, back
     image = Image.fromarray(photo(120, 90))
     pixel_values = processor(image, return_tensors="pt").pixel_values
     for again in (
-        AutoImageProcessor.from_pretrained(tmp_path, backend=backend),
+        AutoImageProcessor.from_pretrained(tmp_path, backend=backend or "pil"),
         image_processor(tmp_path, backend=backend),
         image_processor(str(tmp_path), backend=backend),
     ):
@@ -195,7 +194,7 @@ def test_a_published_folder_is_read_and_explicit_arguments_override_it(tmp_path)
     stock_config().save_pretrained(tmp_path)
     processor = image_processor(tmp_path)
     expected = expected_settings(96, crop_pct=0.5) | {"image_mean": [0.5, 0.5, 0.5]}
-    assert type(processor) is ConvNextImageProcessor
+    assert type(processor) is ConvNextImageProcessorPil
     assert chosen(settings_of(processor), expected) == expected
 
     processor = image_processor(tmp_path, image_size=128)
@@ -324,7 +323,7 @@ def test_a_size_below_the_models_minimum_is_refused(tmp_path):
         ({"crop_pct": float("nan")}, "crop_pct = nan"),
         ({"crop_pct": "0.9"}, "crop_pct = '0.9'"),
         ({"backend": "numpy"}, "backend = 'numpy': must be torchvision or pil"),
-        ({"crop_percent": 0.9}, "ConvNextImageProcessor has no setting crop_percent"),
+        ({"crop_percent": 0.9}, "ConvNextImageProcessorPil has no setting crop_percent"),
     ],
 )
 @pytest.mark.parametrize("source", ["cvt-13", "folder"])
@@ -336,8 +335,8 @@ def test_illegal_settings_are_named(source, arguments, message, tmp_path):
 
 def test_a_folder_of_another_kind_of_processor_takes_no_crop(tmp_path):
     transformers.ViTImageProcessor().save_pretrained(tmp_path)
-    assert type(image_processor(tmp_path)) is transformers.ViTImageProcessor
-    with pytest.raises(ValueError, match="its ViTImageProcessor has no setting crop_pct"):
+    assert type(image_processor(tmp_path)) is transformers.ViTImageProcessorPil
+    with pytest.raises(ValueError, match="its ViTImageProcessorPil has no setting crop_pct"):
         image_processor(tmp_path, crop_pct=0.9)
 
 
@@ -384,3 +383,85 @@ def test_decoded_photo_passes_the_processor_like_a_plain_one():
     decoded = processor(decode(data), return_tensors="pt").pixel_values
     plain = processor(Image.open(io.BytesIO(data)), return_tensors="pt").pixel_values
     assert torch.equal(decoded, plain)
+
+
+# ------------------------------------------------------------------------------ in Pillow and numpy
+
+
+SETTINGS = [
+    {},
+    {"crop_pct": 0.7, "size": {"shortest_edge": 64}},
+    {"crop_pct": 1.3, "size": {"shortest_edge": 50}},  # pads
+    {"size": {"shortest_edge": 384}},
+    {"size": {"shortest_edge": 31}, "resample": Image.Resampling.BILINEAR},
+    {"do_rescale": False, "do_normalize": False},
+    {"do_normalize": False},
+    {"do_rescale": False},
+    {"image_mean": 0.3, "image_std": 0.2, "rescale_factor": 1 / 127},
+    {"do_resize": False},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_pixels_are_those_of_transformers_by_pillow_bit_for_bit(settings):
+    defaults = {"size": {"shortest_edge": 48}, "image_mean": list(MEAN), "image_std": list(STD)}
+    processor = ConvNextImageProcessorPil(**{**defaults, **settings})
+    preprocessing = preprocessing_of(processor)
+    assert isinstance(preprocessing, Preprocessing)
+    draw = np.random.default_rng(0)
+    for shape in [*draw.integers(20, 300, (12, 2)).tolist(), (1, 40), (700, 31)]:
+        image = Image.fromarray(photo(*shape, seed=sum(shape)))
+        expected = processor(image, return_tensors="np").pixel_values
+        pixels = preprocessing([image])
+        assert pixels.dtype == np.float32
+        assert pixels.flags.c_contiguous
+        np.testing.assert_array_equal(pixels, expected)
+
+
+def test_a_batch_has_the_pixels_of_its_images():
+    preprocessing = preprocessing_of(image_processor("cvt-13"))
+    images = [Image.fromarray(photo(90 + i, 120, seed=i)) for i in range(3)]
+    pixels = preprocessing(images)
+    assert pixels.shape == (3, 3, 224, 224)
+    for image, one in zip(images, pixels, strict=True):
+        np.testing.assert_array_equal(preprocessing([image])[0], one)
+
+
+def test_a_processor_of_either_backend_is_computed_by_pillow():
+    by_torchvision = image_processor("cvt-13", backend="torchvision")
+    assert preprocessing_of(by_torchvision) == preprocessing_of(image_processor("cvt-13"))
+
+
+class Crops(ConvNextImageProcessorPil):
+    pass
+
+
+def test_another_processor_is_called():
+    image = Image.fromarray(photo(60, 80))
+    for processor in (
+        transformers.ViTImageProcessorPil(),
+        Crops(size={"shortest_edge": 40}),
+        image_processor("cvt-13", do_center_crop=True, crop_size={"height": 32, "width": 32}),
+    ):
+        preprocessing = preprocessing_of(processor)
+        assert isinstance(preprocessing, OtherPreprocessing)
+        expected = processor(image, return_tensors="np").pixel_values
+        np.testing.assert_array_equal(preprocessing([image]), expected)
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(preprocessing))([image]), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_mean": "grey"}, "image_mean = 'grey': must be a number or three"),
+        ({"image_std": [1, 2]}, r"image_std = \[1, 2\]: must be a number or three"),
+        ({"crop_pct": 0}, "crop_pct = 0: must be a number above 0"),
+        ({"resample": 17}, "resample = 17: must be 0 to 5, a filter of Pillow"),
+        ({"do_resize": "yes"}, "do_resize = 'yes': must be true or false"),
+        ({"rescale_factor": None, "size": [3]}, r"size = \[3\]: a ConvNextImageProcessor returns"),
+    ],
+)
+def test_an_illegal_setting_in_a_folder_is_named(tmp_path, changes, message):
+    published_preprocessor_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_preprocessing(tmp_path, CvtConfig(**TINY))

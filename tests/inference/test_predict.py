@@ -9,6 +9,7 @@ import socket
 import sys
 from multiprocessing import resource_sharer
 
+import numpy as np
 import pytest
 import torch
 from helpers.small_models import make, tiny
@@ -74,7 +75,7 @@ def test_a_runtime_gives_what_its_model_gives(classifier, processor, photos, run
     paths = list(find_images([photos]))[::5]
     ours = classify(open_runtime(classifier, runtime), processor, paths)
     for a, b in zip(ours, classify(classifier, processor, paths), strict=True):
-        torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(a.logits, b.logits, rtol=0, atol=1e-5)
 
 
 def test_predictions_are_those_of_transformers_pipeline(classifier, processor, photos):
@@ -91,7 +92,7 @@ def test_the_batch_size_changes_nothing(classifier, processor, photos):
     one, many = (list(classify(classifier, processor, paths, size)) for size in (1, 100))
     for a, b in zip(one, many, strict=True):
         assert a.path == b.path
-        torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(a.logits, b.logits, rtol=0, atol=1e-5)
 
 
 def test_a_broken_image_is_reported_in_its_place(classifier, processor, photos, broken):
@@ -108,7 +109,7 @@ def test_a_broken_image_changes_nothing_for_its_neighbours(classifier, processor
         list(classify(classifier, processor, [*paths, source])) for source in (broken, blank)
     )
     for a, b in zip(with_broken[:3], with_blank[:3], strict=True):
-        assert torch.equal(a.logits, b.logits)
+        assert np.array_equal(a.logits, b.logits)
 
 
 @pytest.mark.parametrize("batch_size", [4, 7, 100])
@@ -124,7 +125,7 @@ def test_workers_change_not_a_bit(classifier, processor, photos, broken, batch_s
     assert [result.path for result in alone] == [result.path for result in shared] == sources
     assert [result.error for result in alone] == [result.error for result in shared]
     for a, b in zip(alone, shared, strict=True):
-        assert (a.logits is None and b.logits is None) or torch.equal(a.logits, b.logits)
+        assert (a.logits is None and b.logits is None) or np.array_equal(a.logits, b.logits)
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
@@ -150,22 +151,9 @@ def test_an_open_image_that_cannot_be_loaded_is_reported(classifier, processor, 
 
 
 def test_what_cannot_be_sent_to_a_worker_is_an_error(classifier, processor):
-    source = StoredImage("local", lambda: b"")
+    sources = [StoredImage("local", lambda: b"")] * 2
     with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
-        list(classify(classifier, processor, [source], workers=1))
-
-
-def test_workers_do_without_shared_memory(classifier, processor, photos, monkeypatch, caplog):
-    def fail(tensor):
-        raise RuntimeError("no space")
-
-    paths = [photos / "red" / "00.png", photos / "red" / "01.png"]
-    expected = list(classify(classifier, processor, paths, 1))
-    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
-    sys.modules["cvt.data.workers"]._warn_of_shared_memory.cache_clear()
-    found = list(classify(classifier, processor, paths, 1, workers=1))
-    assert all(torch.equal(a.logits, b.logits) for a, b in zip(expected, found, strict=True))
-    assert len([line for line in caplog.messages if "shared memory" in line]) == 1
+        list(classify(classifier, processor, sources, batch_size=1, workers=1))
 
 
 def lose_a_connection(start):
@@ -199,15 +187,8 @@ def test_a_batch_of_broken_images_is_reported(classifier, processor, broken):
     assert "broken.jpg" in result.error
 
 
-def test_training_can_go_on_with_what_classifying_left(classifier, processor, photos):
-    paths = list(find_images([photos / "red"]))
-    (result, *_) = classify(classifier, processor, paths)
-    assert not result.logits.requires_grad
-    assert not result.logits.is_inference()
-
-
 def test_of_equally_likely_classes_the_first_comes_first():
-    assert ranked(torch.tensor([1.0, 3.0, 3.0, 0.0, 3.0])).tolist() == [1, 2, 4, 0, 3]
+    assert ranked(np.array([1.0, 3.0, 3.0, 0.0, 3.0])).tolist() == [1, 2, 4, 0, 3]
 
 
 def test_topk_beyond_the_classes_gives_all(classifier, processor, photos):
@@ -233,8 +214,8 @@ def test_independent_labels_get_independent_scores():
     logits = torch.tensor([0.0, 2.0])
     single, multi = CvtConfig(num_labels=2), CvtConfig(num_labels=2)
     multi.problem_type = "multi_label_classification"
-    torch.testing.assert_close(scores(logits, single), logits.softmax(0))
-    torch.testing.assert_close(scores(logits, multi), logits.sigmoid())
+    for config, expected in ((single, logits.softmax(0)), (multi, logits.sigmoid())):
+        np.testing.assert_allclose(scores(logits.numpy(), config), expected, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------ regression
@@ -321,7 +302,7 @@ def test_a_processor_of_a_small_deviation_is_taken_as_it_is(classifier, photos):
     pixels = deviating(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
     assert pixels.abs().max() > LARGEST
     (result,) = classify(classifier, deviating, [path])
-    torch.testing.assert_close(result.logits, classifier(pixels).logits[0].detach())
+    np.testing.assert_allclose(result.logits, classifier(pixels).logits[0].detach(), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -344,4 +325,4 @@ def test_a_processor_in_units_of_bytes_is_taken(classifier, processor, photos):
     in_bytes = image_processor(classifier.config, image_size=32, **settings)
     path = photos / "red" / "00.png"
     (expected,), (result,) = (classify(classifier, p, [path]) for p in (processor, in_bytes))
-    torch.testing.assert_close(result.logits, expected.logits, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(result.logits, expected.logits, atol=1e-4, rtol=0)

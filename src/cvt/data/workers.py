@@ -111,6 +111,7 @@ class Worker:
     def kill(self) -> None:
         """End the process, whatever it does."""
         self.process.kill()
+        self.process.join(POLL_SECONDS)
 
 
 def _compute(connection: Connection, function: Callable[[Any], Any], parent: int) -> None:
