@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cvt import CvtConfig, CvtForImageClassification
+from cvt.architecture import PER_STAGE
 from cvt.files import sums_of
 from cvt.runtime import available, factory, open_runtime
 from cvt.runtime.base import PixelError
@@ -46,11 +47,7 @@ ONE_STAGE = {
     "depth": [1],
     "cls_token": [True],
 }
-REST = {
-    name: values[:1]
-    for name, values in vars(CvtConfig).items()
-    if isinstance(values, tuple) and len(values) == 3 and name not in ONE_STAGE
-}
+REST = {name: getattr(CvtConfig, name)[:1] for name in PER_STAGE if name not in ONE_STAGE}
 
 
 @pytest.fixture(scope="module")
