@@ -17,7 +17,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
 import cvt
-from cvt.modeling import split_tokens
+from cvt.views import split_tokens
 
 PICTURES = 8
 SIDES = {1: 56, 2: 28, 3: 14}  # of the grids at 224 pixels

@@ -14,7 +14,7 @@ from cvt.data.preprocessing import visible_box
 from cvt.inference.explain import Explainer, explain
 from cvt.inference.explanation import sheet
 from cvt.inference.predict import scores
-from cvt.modeling import split_tokens
+from cvt.views import split_tokens
 
 SIZE = 64
 

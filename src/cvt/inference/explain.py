@@ -24,8 +24,9 @@ from cvt.inference.class_matching import class_indices
 from cvt.inference.classifier import Classifier, image_source
 from cvt.inference.explanation import THUMBNAIL, Explanation, interpolation, sheet
 from cvt.inference.predict import ranked, reader, scores
-from cvt.modeling import CvtForImageClassification, split_tokens
+from cvt.modeling import CvtForImageClassification
 from cvt.runtime.torch_runtime import TorchRuntime
+from cvt.views import split_tokens
 
 Method = Literal["gradcam", "attention", "rollout"]
 ON_SHEET = 60  # images

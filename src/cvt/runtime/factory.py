@@ -45,19 +45,21 @@ def open_model(
     device = _device(device, runtime)
     if runtime == "auto":
         runtime = fastest(device, precision, images)
-    from cvt.checkpoints import load_classifier
-    from cvt.runtime.fused import refuse_offloaded
+    from cvt.checkpoints.plain import read_plain
+    from cvt.runtime import torch_runtime
 
     named = source if isinstance(source, ModelSource) else None
+    if runtime == "fused" and named and (plain := read_plain(named, verify)):
+        return torch_runtime.FusedRuntime.from_weights(*plain, precision, device, threads)
+    from cvt.checkpoints import load_classifier
+
     model: Any = load_classifier(named, verify=verify) if named else source
-    refuse_offloaded(model)
+    torch_runtime.refuse_offloaded(model)
     model.eval()
     if runtime == "openvino":
         return OpenVinoRuntime.from_model(model, precision, threads)
     if runtime == "onnxruntime":
         return OnnxRuntime.from_model(model, precision, device, threads)
-    from cvt.runtime import torch_runtime
-
     if runtime == "fused":
         return torch_runtime.FusedRuntime(model, precision, device, threads)
     if runtime == "compiled":

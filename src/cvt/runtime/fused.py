@@ -9,34 +9,24 @@ Shapes are as in `modeling.py`: B batch, C channels, H W grid, N tokens, h heads
 """
 
 import math
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 
-from cvt.architecture import check_queries, checked_pixels
-from cvt.backbone import CvtBackbone
-from cvt.modeling import (
-    Block,
-    CvtForImageClassification,
-    CvtModel,
-    CvtModelOutput,
-    Projection,
-    QuickGELU,
-    Stage,
-    channels_last,
-    split_tokens,
-    to_heads,
-    to_image,
-    to_tokens,
-)
+from cvt.architecture import Architecture, StageConfig, check_queries, checked_pixels
+from cvt.views import channels_last, split_tokens, to_heads, to_image, to_tokens
+
+if TYPE_CHECKING:
+    from cvt.backbone import CvtBackbone
+    from cvt.modeling import CvtForImageClassification, CvtModel
 
 # Numbers in the hidden layer of an MLP that still pass through a processor's caches.
 CACHED = 2**22
+BATCH_NORM_EPS = 1e-5  # of PyTorch's BatchNorm
 
 # ------------------------------------------------------------------------------ operators
 
@@ -46,20 +36,22 @@ def is_captured() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def expect_plain(module: Any, kind: type[nn.Module]) -> Any:
-    """`module`, which is what the model was built of, not an adapter around it or another head.
+class Weights:
+    """The weights of a part of a model, by the names that transformers gives them in it."""
 
-    Raises:
-        TypeError: it is no `kind`, or computes something else than that.
-    """
-    computed_by = type(module).forward.__module__
-    as_built = computed_by.startswith(("torch.nn.", "cvt.")) and "forward" not in vars(module)
-    if not isinstance(module, kind) or not as_built:
-        raise TypeError(
-            f"the model has a {type(module).__module__}.{type(module).__qualname__} where fuse "
-            f"knows a plain {kind.__name__} only; merge adapters into the model before fusing it"
-        )
-    return module
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        self.tensors, self.prefix = tensors, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.prefix + name].detach()
+
+    def get(self, name: str) -> Tensor | None:
+        """A weight, or None if the part has none of that name."""
+        return self[name] if self.prefix + name in self.tensors else None
+
+    def part(self, name: str) -> "Weights":
+        """Those of a part of this part."""
+        return Weights(self.tensors, f"{self.prefix}{name}.")
 
 
 class Operator(nn.Module):
@@ -123,11 +115,16 @@ class Conv(Operator):
     """Convolution of (B, C, H, W), channels-last."""
 
     def __init__(
-        self, convolution: nn.Conv2d, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        stride: int,
+        padding: int,
+        groups: int = 1,
     ) -> None:
         super().__init__(weight, bias, dtype)
-        geometry = (convolution.padding, convolution.stride, convolution.dilation)
-        self.geometry: list[Any] = [*map(list, geometry), convolution.groups]
+        self.geometry: list[Any] = [[padding] * 2, [stride] * 2, [1, 1], groups]
 
     def grid(self, size: Iterable[int]) -> list[int]:
         """Rows and columns of what comes out of an image of `size`, (H, W)."""
@@ -152,48 +149,48 @@ class Conv(Operator):
 class LayerNorm(Operator):
     """LayerNorm over channels."""
 
-    def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
-        super().__init__(expect_plain(norm, nn.LayerNorm).weight, norm.bias, dtype)
-        self.eps = norm.eps
+    def __init__(self, weights: Weights, dtype: torch.dtype, eps: float) -> None:
+        super().__init__(weights["weight"], weights["bias"], dtype)
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-def pooling(pool: nn.AvgPool2d) -> nn.Module:
-    """The same averages, padded before: OpenVINO divides those of `ceil_mode` by other numbers."""
-    kernel, stride, pad = cast(list[int], [pool.kernel_size, pool.stride, pool.padding])
+def pooling(kernel: int, stride: int, pad: int) -> nn.Module:
+    """The model's averages, padded before: OpenVINO divides those of `ceil_mode` by others."""
     if stride + pad > kernel:  # PyTorch leaves out windows that lie in the padding alone
-        return nn.AvgPool2d(kernel, stride, pad, pool.ceil_mode)
-    averages = nn.AvgPool2d(kernel, stride, 0, pool.ceil_mode, count_include_pad=False)
+        return nn.AvgPool2d(kernel, stride, pad, ceil_mode=True)
+    averages = nn.AvgPool2d(kernel, stride, 0, ceil_mode=True, count_include_pad=False)
     return nn.Sequential(nn.ZeroPad2d(pad), averages)
 
 
-def folded(projection: Projection, dtype: torch.dtype) -> nn.Module:
-    """The convolution of a projection with its BatchNorm in it; pooling or nothing as it is."""
-    module: Any = projection.convolution_projection
-    if isinstance(module, nn.Identity):
+def folded(weights: Weights, stage: StageConfig, part: str, dtype: torch.dtype) -> nn.Module:
+    """The projection of `query`, `key` or `value`: its convolution with its BatchNorm in it."""
+    method, is_query = stage.projection_methods[part], part == "query"
+    stride = stage.stride_q if is_query else stage.stride_kv
+    padding = stage.padding_q if is_query else stage.padding_kv
+    if method == "linear":
         return nn.Identity()
-    if isinstance(module, nn.AvgPool2d):
-        return pooling(module)
-    convolution, norm = expect_plain(module[0], nn.Conv2d), expect_plain(module[1], _BatchNorm)
-    return Conv(convolution, *fold(convolution, norm), dtype)
+    if method == "avg":
+        return pooling(stage.kernel_qkv, stride, padding)
+    projection = weights.part(f"convolution_projection_{part}.convolution_projection")
+    return Conv(*fold(projection), dtype, stride, padding, groups=stage.embed_dim)
 
 
-def fold(convolution: nn.Conv2d, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def fold(weights: Weights) -> tuple[Tensor, Tensor]:
     """Weight and bias, in double precision, of a convolution with its BatchNorm in it."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    gain = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-    bias = norm.bias.double() - norm.running_mean.double() * gain
-    return convolution.weight.double() * gain[:, None, None, None], bias
+    norm = weights.part("normalization")
+    gain = norm["weight"].double() * (norm["running_var"].double() + BATCH_NORM_EPS).rsqrt()
+    bias = norm["bias"].double() - norm["running_mean"].double() * gain
+    return weights["convolution.weight"].double() * gain[:, None, None, None], bias
 
 
-def scaled(linear: nn.Linear, dtype: torch.dtype, by: float = 1.0, activation: str = "") -> Linear:
+def scaled(weights: Weights, dtype: torch.dtype, by: float = 1.0, activation: str = "") -> Linear:
     """A Linear whose output is `by` times as large, in front of an activation."""
-    bias = expect_plain(linear, nn.Linear).bias
+    bias = weights.get("bias")
     scaled_bias = None if bias is None else bias.double() * by
-    return Linear(linear.weight.double() * by, scaled_bias, dtype, activation)
+    return Linear(weights["weight"].double() * by, scaled_bias, dtype, activation)
 
 
 # ------------------------------------------------------------------------------ the network
@@ -202,25 +199,27 @@ def scaled(linear: nn.Linear, dtype: torch.dtype, by: float = 1.0, activation: s
 class FusedBlock(nn.Module):
     """A `Block`, or, of the last one, only what the class token needs."""
 
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights: Weights, stage: StageConfig, config: Architecture, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        attention = block.attention.attention
-        self.heads = attention.num_heads
-        self.norm1 = LayerNorm(block.layernorm_before, dtype)
-        self.convolve_query = folded(attention.convolution_projection_query, dtype)
-        self.convolve_key = folded(attention.convolution_projection_key, dtype)
-        self.convolve_value = folded(attention.convolution_projection_value, dtype)
-        self.query = scaled(attention.projection_query, dtype, by=attention.scale)
-        self.key = scaled(attention.projection_key, dtype)
-        self.value = scaled(attention.projection_value, dtype)
-        self.out = scaled(block.attention.output.dense, dtype)
-        self.norm2 = LayerNorm(block.layernorm_after, dtype)
-        fc1, fc2 = block.intermediate.dense, block.output.dense
-        if isinstance(block.intermediate.activation, QuickGELU):  # silu(1.702 x) / 1.702
+        attention, eps = weights.part("attention.attention"), config.layer_norm_eps
+        self.heads = stage.num_heads
+        self.norm1 = LayerNorm(weights.part("layernorm_before"), dtype, eps)
+        self.convolve_query = folded(attention, stage, "query", dtype)
+        self.convolve_key = folded(attention, stage, "key", dtype)
+        self.convolve_value = folded(attention, stage, "value", dtype)
+        # The whole width, not the head's, as in `cvt.modeling`.
+        self.query = scaled(attention.part("projection_query"), dtype, stage.embed_dim**-0.5)
+        self.key = scaled(attention.part("projection_key"), dtype)
+        self.value = scaled(attention.part("projection_value"), dtype)
+        self.out = scaled(weights.part("attention.output.dense"), dtype)
+        self.norm2 = LayerNorm(weights.part("layernorm_after"), dtype, eps)
+        fc1, fc2 = weights.part("intermediate.dense"), weights.part("output.dense")
+        if config.hidden_act == "quick_gelu":  # silu(1.702 x) / 1.702
             self.fc1 = scaled(fc1, dtype, 1.702, "silu")
-            self.fc2 = Linear(expect_plain(fc2, nn.Linear).weight.double() / 1.702, fc2.bias, dtype)
+            self.fc2 = Linear(fc2["weight"].double() / 1.702, fc2["bias"], dtype)
         else:
-            expect_plain(block.intermediate.activation, nn.GELU)
             self.fc1, self.fc2 = scaled(fc1, dtype, activation="gelu"), scaled(fc2, dtype)
 
     def forward(
@@ -265,15 +264,19 @@ class FusedStage(nn.Module):
 
     cls_token: Tensor | None
 
-    def __init__(self, stage: Stage, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights: Weights, stage: StageConfig, config: Architecture, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        embedding: Any = stage.embedding.convolution_embeddings
-        convolution = expect_plain(embedding.projection, nn.Conv2d)
-        self.embed = Conv(convolution, convolution.weight, convolution.bias, dtype)
-        self.norm = LayerNorm(embedding.normalization, dtype)
-        token = None if stage.cls_token is None else stage.cls_token.detach().to(dtype, copy=True)
+        embedding = weights.part("embedding.convolution_embeddings")
+        projection = embedding.part("projection")
+        stride, padding = stage.patch_stride, stage.patch_padding
+        self.embed = Conv(projection["weight"], projection["bias"], dtype, stride, padding)
+        self.norm = LayerNorm(embedding.part("normalization"), dtype, config.layer_norm_eps)
+        token = weights["cls_token"].to(dtype, copy=True) if stage.cls_token else None
         self.register_buffer("cls_token", token, persistent=False)
-        blocks = [FusedBlock(cast(Block, block), dtype) for block in stage.layers]
+        parts = (weights.part(f"layers.{i}") for i in range(stage.depth))
+        blocks = [FusedBlock(part, stage, config, dtype) for part in parts]
         self.hidden = blocks[0].fc1.weight.shape[0]
         self.blocks = nn.ModuleList(blocks)
 
@@ -315,25 +318,29 @@ class FusedCvt(nn.Module):
     """
 
     def __init__(
-        self, model: CvtModel | CvtForImageClassification | CvtBackbone, dtype: torch.dtype
+        self,
+        config: Architecture,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        feature_maps: list[int] | None = None,
+        output: Callable | None = None,
     ) -> None:
         super().__init__()
-        self.config = model.config
-        self.minimum_image_size = model.config.minimum_image_size
-        self.is_classifier = isinstance(model, CvtForImageClassification)
-        self.feature_maps: list[int] | None = None  # of a backbone: the stages that it returns
-        if isinstance(model, CvtBackbone):
-            self.feature_maps = [model.stage_names.index(name) for name in model.out_features]
-        encoder = (
-            model.cvt.encoder if isinstance(model, CvtForImageClassification) else model.encoder
+        self.config: Any = config
+        self.minimum_image_size = config.minimum_image_size
+        self.is_classifier = "layernorm.weight" in weights
+        self.feature_maps = feature_maps  # of a backbone: the stages that it returns
+        self.output = output  # what the model returns; None where tuples are asked for
+        own = Weights(weights)
+        stages = (own.part("cvt") if self.is_classifier else own).part("encoder.stages")
+        self.stages = nn.ModuleList(
+            FusedStage(stages.part(str(i)), stage, config, dtype)
+            for i, stage in enumerate(config.stages)
         )
-        stages = [FusedStage(cast(Stage, stage), dtype) for stage in encoder.stages]
-        self.stages = nn.ModuleList(stages)
-        if isinstance(model, CvtForImageClassification):
-            self.layernorm = LayerNorm(model.layernorm, dtype)
-            head = model.classifier
-            is_none = isinstance(head, nn.Identity)
-            self.classifier = nn.Identity() if is_none else scaled(cast(nn.Linear, head), dtype)
+        if self.is_classifier:
+            self.layernorm = LayerNorm(own.part("layernorm"), dtype, config.layer_norm_eps)
+            head, has_head = own.part("classifier"), "classifier.weight" in weights
+            self.classifier = scaled(head, dtype) if has_head else nn.Identity()
         super().train(False)
 
     @property
@@ -359,7 +366,7 @@ class FusedCvt(nn.Module):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> ImageClassifierOutput | CvtModelOutput | BackboneOutput | tuple:
+    ) -> Any:
         """Arguments, by name, outputs and errors of the model's own forward."""
         config = self.config
         image = checked_pixels(pixel_values, config.num_channels, self.minimum_image_size)
@@ -383,22 +390,20 @@ class FusedCvt(nn.Module):
             image = to_image(tokens, grid)  # (B, C, H, W)
             hidden_states += (image,)
 
-        output: ImageClassifierOutput | CvtModelOutput | BackboneOutput
-        kept: dict[str, Any] = {
-            "hidden_states": hidden_states if output_hidden_states else None,
-            "attentions": attentions if output_attentions else None,
-        }
         if self.is_classifier:
             pooled = x[:, :1] if stage.cls_token is not None else x
             logits = self.classifier(self.layernorm(pooled).mean(dim=1))  # (B, classes)
-            output = ImageClassifierOutput(logits=logits, **kept)
+            values: dict[str, Any] = {"logits": logits}
         elif self.feature_maps is not None:
-            maps: Any = tuple(hidden_states[i] for i in self.feature_maps)
-            output = BackboneOutput(feature_maps=maps, **kept)
+            values = {"feature_maps": tuple(hidden_states[i] for i in self.feature_maps)}
         else:
-            output = CvtModelOutput(last_hidden_state=image, cls_token_value=class_token, **kept)
+            values = {"last_hidden_state": image, "cls_token_value": class_token}
+        values["hidden_states"] = hidden_states if output_hidden_states else None
+        values["attentions"] = attentions if output_attentions else None
         return_dict = config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        if return_dict and self.output is not None:
+            return self.output(**values)
+        return tuple(value for value in values.values() if value is not None)
 
 
 def refuse_offloaded(model: nn.Module) -> None:
@@ -416,8 +421,37 @@ def refuse_offloaded(model: nn.Module) -> None:
         )
 
 
+def check_plain(model: nn.Module, expected: nn.Module) -> None:
+    """Make sure that a model is built of what its configuration describes.
+
+    Args:
+        model: to be fused.
+        expected: another of its class and configuration.
+
+    Raises:
+        TypeError: there is an adapter in it, another head, or a layer with other settings.
+    """
+    found = dict(model.named_modules())
+    for name, own in expected.named_modules():
+        if any(own.children()) or type(own).__name__ in ("Dropout", "DropPath"):
+            continue  # what is in it is checked; no rate matters
+        kind = _BatchNorm if isinstance(own, _BatchNorm) else type(own)  # one of several processes
+        module = found.pop(name, None)
+        computed_by = type(module).forward.__module__ if module is not None else ""
+        as_built = computed_by.startswith(("torch.nn.", "cvt.")) and "forward" not in vars(module)
+        is_none = name == "classifier" and isinstance(module, nn.Identity)
+        if not is_none and not (
+            isinstance(module, kind) and as_built and module.extra_repr() == own.extra_repr()
+        ):
+            raise TypeError(
+                f"the model has a {type(module).__module__}.{type(module).__qualname__} as {name} "
+                f"where fuse knows a plain {type(own).__name__}({own.extra_repr()}) only; merge "
+                "adapters into the model before fusing it"
+            )
+
+
 def fuse(
-    model: CvtModel | CvtForImageClassification | CvtBackbone, dtype: torch.dtype | None = None
+    model: "CvtModel | CvtForImageClassification | CvtBackbone", dtype: torch.dtype | None = None
 ) -> FusedCvt:
     """The inference form of a model, on its device; the model itself is left as it is.
 
@@ -445,7 +479,18 @@ def fuse(
         ...     torch.allclose(fast(pixels).logits, model(pixels).logits, atol=1e-5)
         True
     """
-    if not isinstance(model, CvtModel | CvtForImageClassification | CvtBackbone):
+    from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
+
+    from cvt.backbone import CvtBackbone
+    from cvt.modeling import CvtForImageClassification, CvtModel, CvtModelOutput
+
+    outputs = {
+        CvtForImageClassification: ImageClassifierOutput,
+        CvtBackbone: BackboneOutput,
+        CvtModel: CvtModelOutput,
+    }
+    kind = next((each for each in outputs if isinstance(model, each)), None)
+    if kind is None:
         raise TypeError(
             "fuse takes a CvtModel, CvtForImageClassification or CvtBackbone of this package, "
             f"not {type(model).__module__}.{type(model).__qualname__}"
@@ -458,4 +503,10 @@ def fuse(
     dtype = dtype or model.dtype
     if not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype}: must be a floating point type")
-    return FusedCvt(model, dtype)
+    config = model.config
+    with torch.device("meta"):
+        check_plain(model, kind(config))
+    feature_maps = None
+    if isinstance(model, CvtBackbone):
+        feature_maps = [model.stage_names.index(name) for name in model.out_features]
+    return FusedCvt(config, model.state_dict(), dtype, feature_maps, outputs[kind])

@@ -1,20 +1,22 @@
 """PyTorch as a runtime: a model as it is, its fused form, and that compiled."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from itertools import chain
 from threading import Lock
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cvt.architecture import Architecture
-from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import Runtime
-from cvt.runtime.fused import fuse, refuse_offloaded
+from cvt.runtime.fused import FusedCvt, fuse, refuse_offloaded
+
+if TYPE_CHECKING:
+    from cvt.modeling import CvtForImageClassification
 
 DTYPES = {
     "fp32": torch.float32,
@@ -90,12 +92,44 @@ class FusedRuntime(TorchRuntime):
 
     def __init__(
         self,
-        model: CvtForImageClassification,
+        model: "CvtForImageClassification",
         precision: str = "fp32",
         device: str = "cpu",
         threads: int | None = None,
     ) -> None:
-        super().__init__(fuse(model, DTYPES[precision]).to(device), threads=threads)
+        self._start(fuse(model, DTYPES[precision]), device, threads)
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: Architecture,
+        weights: Mapping[str, Tensor],
+        precision: str = "fp32",
+        device: str = "cpu",
+        threads: int | None = None,
+    ) -> "FusedRuntime":
+        """The fused form of a classifier that is not built itself.
+
+        Args:
+            config: the classifier's.
+            weights: by transformers' names, as `cvt.checkpoints.plain.read_plain` returns them.
+            precision: a key of `DTYPES`.
+            device: its name in torch.
+            threads: as in `TorchRuntime`.
+        """
+        runtime = cls.__new__(cls)
+        runtime._start(FusedCvt(config, weights, DTYPES[precision]), device, threads)
+        return runtime
+
+    def _start(self, model: FusedCvt, device: str, threads: int | None) -> None:
+        super().__init__(model.to(device), threads=threads)
+
+    @torch.no_grad()
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
+        tensor = torch.from_numpy(pixels).to(self.device, self.dtype)
+        options = {"output_hidden_states": False, "output_attentions": False}
+        (logits,) = self.model(tensor, return_dict=False, **options)
+        return logits.float().cpu().numpy()
 
 
 class CompiledRuntime(FusedRuntime):
@@ -111,7 +145,7 @@ class CompiledRuntime(FusedRuntime):
 
     def __init__(
         self,
-        model: CvtForImageClassification,
+        model: "CvtForImageClassification",
         precision: str = "fp32",
         device: str = "cpu",
         threads: int | None = None,

@@ -1,0 +1,37 @@
+"""Tokens and images, which are views of each other.
+
+B batch, C channels, H W grid, N tokens (H·W, one more with a class token), h heads, d head width.
+"""
+
+from torch import Tensor
+
+
+# Both are views of channels-last memory, also to PyTorch's eyes: after a flatten and a transpose, a
+# CPU's BatchNorm takes the gradient of a single image for one in another order (torch 2.15). Not by
+# `unflatten`: behind it, `torch.onnx.export(dynamo=False)` writes the traced batch's size as fixed.
+def to_tokens(image: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, H·W, C)."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, H·W, C) to (B, C, H, W)."""
+    B, _, C = tokens.shape
+    return tokens.view(B, *grid, C).permute(0, 3, 1, 2)
+
+
+def channels_last(image: Tensor) -> Tensor:
+    """(B, C, H, W) in channels-last memory; vmap has no memory format."""
+    return image.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def to_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, C) to (B, h, N, d)."""
+    B, N, C = x.shape
+    return x.view(B, N, heads, C // heads).transpose(1, 2)
+
+
+def split_tokens(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor | None, Tensor]:
+    """The class token (B, 1, C), None where there is none, and the tokens (B, H·W, C) of `x`."""
+    H, W = grid
+    return (None, x) if x.shape[1] == H * W else x.split((1, H * W), dim=1)
