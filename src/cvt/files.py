@@ -8,6 +8,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,13 @@ def follow_umask(paths: Iterable[Path], folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
+    """The SHA-256 of a file, in hexadecimal digits; a file that stays as it is is read once."""
+    found = path.stat()
+    return _sha256(path.resolve(), found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(1024)
+def _sha256(path: Path, *identity: int) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -169,9 +176,15 @@ def damaged_file(folder: Path, sums: Sums) -> Path | None:
     return None
 
 
-def write_checksums(folder: Path) -> None:
-    """Write `checksums.json`: size and SHA-256 of the weights and the settings of a model."""
-    names = [path.name for form in SUMMED for path in folder.glob(form)]
+def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Write `checksums.json`: size and SHA-256 of files.
+
+    Args:
+        folder: where they are.
+        names: of the files; by default the weights and the settings of a model.
+    """
+    if names is None:
+        names = [path.name for form in SUMMED for path in folder.glob(form)]
     content = json.dumps(sums_of(folder, names), indent=2) + "\n"
     (folder / CHECKSUMS).write_text(content, encoding="utf-8")
 

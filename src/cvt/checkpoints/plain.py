@@ -1,4 +1,4 @@
-"""The weights of a model folder as tensors, without transformers, where nothing is unusual in it."""
+"""The weights of a model folder, without transformers, where nothing is unusual in it."""
 
 from collections.abc import Iterable, Iterator
 

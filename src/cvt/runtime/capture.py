@@ -30,10 +30,10 @@ class Logits(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, C, H, W) to (B, K)."""
-        output = self.model(
-            pixel_values, output_hidden_states=False, return_dict=True, output_attentions=False
+        (logits,) = self.model(
+            pixel_values, output_hidden_states=False, return_dict=False, output_attentions=False
         )
-        return output.logits.float()
+        return logits.float()
 
 
 @torch.no_grad()

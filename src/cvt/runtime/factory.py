@@ -1,14 +1,17 @@
 """From a model or an export to a runtime: what `cvt.runtime.open_runtime` does."""
 
+import logging
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cvt.architecture import ClassifierConfig
-from cvt.checkpoints import ModelSource
-from cvt.files import pointer_fault
+from cvt.checkpoints import ModelSource, load_preprocessing
+from cvt.files import check_checksums, pointer_fault
 from cvt.libraries import is_installed, require
 from cvt.runtime import OF_EXPORTS, available
 from cvt.runtime.base import Runtime
+from cvt.runtime.cache import GraphCache
 from cvt.runtime.manifest import FORMATS, Manifest
 from cvt.runtime.onnx_runtime import OnnxRuntime, uses_cuda
 from cvt.runtime.openvino_runtime import OpenVinoRuntime, computes, demand
@@ -16,6 +19,7 @@ from cvt.runtime.openvino_runtime import OpenVinoRuntime, computes, demand
 if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
 
+logger = logging.getLogger(__name__)
 ON_A_CPU = ("openvino", *OF_EXPORTS)  # these compute nowhere else
 # Images from which on it pays to convert a model for OpenVINO. For cvt-13 on two cores that took 11
 # seconds longer than to fuse it, and an image, of batches of 32, then 3 ms less in fp32 and 7 ms in
@@ -43,12 +47,18 @@ def open_model(
             f"runtime = {runtime}: is for exports; `cvt export` writes one, with --to {form}"
         )
     device = _device(device, runtime)
+    named = source if isinstance(source, ModelSource) else None
+    kept = _kept(named) if named and runtime in ("auto", "openvino") and device == "cpu" else None
     if runtime == "auto":
-        runtime = fastest(device, precision, images)
+        runtime = fastest(device, precision, images, is_converted=bool(kept and kept.is_ready))
+    if runtime == "openvino" and named and kept:
+        if verify:
+            check_checksums(named.path)
+        load = partial(_fused, named, verify)
+        return OpenVinoRuntime.from_source(kept.config, load, kept.graphs, precision, threads)
     from cvt.checkpoints.plain import read_plain
     from cvt.runtime import torch_runtime
 
-    named = source if isinstance(source, ModelSource) else None
     if runtime == "fused" and named and (plain := read_plain(named, verify)):
         return torch_runtime.FusedRuntime.from_weights(*plain, precision, device, threads)
     from cvt.checkpoints import load_classifier
@@ -66,6 +76,47 @@ def open_model(
         return torch_runtime.CompiledRuntime(model, precision, device, threads)
     how = (precision, device, threads, named is None)
     return torch_runtime.TorchRuntime.from_model(model, *how)
+
+
+class _Kept(NamedTuple):
+    """The converted graphs of a model folder.
+
+    Attributes:
+        config: the model's.
+        graphs: those of all sizes of images.
+        is_ready: whether there is one for the size that the preprocessing is set for.
+    """
+
+    config: ClassifierConfig
+    graphs: GraphCache
+    is_ready: bool
+
+
+def _kept(source: ModelSource) -> _Kept | None:
+    """The converted graphs of a model; None if it is no plain folder, or there is no OpenVINO."""
+    if source.kind != "folder" or not source.has_weights or not available("openvino"):
+        return None
+    try:
+        config = ClassifierConfig.from_file(source.path / "config.json")
+        side = getattr(load_preprocessing(source, config), "image_size", None)
+    except (OSError, ValueError):  # loading the model raises it again
+        return None
+    graphs = GraphCache(source)
+    is_ready = isinstance(side, int) and graphs.find((side, side)) is not None
+    return _Kept(config, graphs, is_ready)
+
+
+def _fused(source: ModelSource, verify: bool) -> Any:
+    """The fused form of a classifier in float32, on the CPU."""
+    import torch
+
+    from cvt.checkpoints import load_classifier
+    from cvt.checkpoints.plain import read_plain
+    from cvt.runtime.fused import FusedCvt, fuse
+
+    if plain := read_plain(source, verify):
+        return FusedCvt(*plain, torch.float32)
+    return fuse(load_classifier(source, verify=verify).eval(), torch.float32)
 
 
 def open_export(
@@ -114,19 +165,32 @@ def open_export(
     return ExportedRuntime(graph, config, precision, device, *rest)
 
 
-def fastest(device: str, precision: str, images: int | None = None) -> str:
-    """The fastest of the installed runtimes that compute in a precision on a device.
+def fastest(
+    device: str, precision: str, images: int | None = None, *, is_converted: bool = False
+) -> str:
+    """The installed runtime that is through with images first, on a device and in a precision.
 
     Args:
         device: its name in torch.
         precision: to compute in.
-        images: how many there are, where that is known: for few, the time until the first counts.
+        images: how many there are, where that is known.
+        is_converted: whether the model was converted for OpenVINO earlier, and that was kept.
     """
-    if images is not None and images < MANY:
-        return "fused"
-    if device == "cpu" and precision != "fp16" and available("openvino") and computes(precision):
-        return "openvino"
-    return "fused"
+    if device != "cpu" or precision == "fp16":
+        chosen, reason = "fused", f"it is the fastest on {device} in {precision}"
+    elif not available("openvino"):
+        chosen, reason = "fused", "openvino is not installed"
+    elif not computes(precision):
+        chosen, reason = "fused", f"OpenVINO does not compute in {precision} on this processor"
+    elif is_converted:
+        chosen, reason = "openvino", "the model was converted earlier"
+    elif images is not None and images >= MANY:
+        chosen, reason = "openvino", f"{images} images or more earn the conversion"
+    else:
+        few = "an unknown number of" if images is None else images
+        chosen, reason = "fused", f"{few} images do not earn a conversion; {MANY} would"
+    logger.info("runtime auto takes %s: %s", chosen, reason)
+    return chosen
 
 
 def check_device(device: str) -> None:

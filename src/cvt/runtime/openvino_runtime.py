@@ -16,11 +16,13 @@ import numpy as np
 from cvt.architecture import Architecture
 from cvt.libraries import require
 from cvt.runtime.base import Runtime
+from cvt.runtime.cache import GraphCache
 
 if TYPE_CHECKING:
     import openvino
 
     from cvt.modeling import CvtForImageClassification
+    from cvt.runtime.fused import FusedCvt
 
 PIECE = 4  # images
 LARGE = 256 * 256  # pixels of an image above which it runs alone
@@ -80,20 +82,51 @@ class OpenVinoRuntime(Runtime):
             ImportError: openvino is not installed.
             ValueError: this processor does not compute in that precision.
         """
-        require("the runtime openvino", "openvino")
-        demand(precision)
         import torch
 
-        from cvt.runtime.capture import openvino_graph, torch_graph
         from cvt.runtime.fused import fuse
 
         fused = fuse(model, torch.float32).cpu()
+        return cls.from_source(model.config, lambda: fused, None, precision, threads)
+
+    @classmethod
+    def from_source(
+        cls,
+        config: Architecture,
+        fused: "Callable[[], FusedCvt]",
+        kept: GraphCache | None,
+        precision: str = "fp32",
+        threads: int | None = None,
+    ) -> "OpenVinoRuntime":
+        """A classifier whose graphs were converted earlier, or are converted when they are needed.
+
+        Args:
+            config: the classifier's.
+            fused: returns its fused form in float32 on the CPU; called for sizes of images of which
+                no graph is kept.
+            kept: the graphs of earlier, and where new ones go.
+            precision: as in `from_model`.
+            threads: likewise.
+
+        Raises:
+            ImportError: openvino is not installed.
+            ValueError: this processor does not compute in that precision.
+        """
+        require("the runtime openvino", "openvino")
+        demand(precision)
 
         @lru_cache(KEPT)
         def graph(height: int, width: int) -> "openvino.Model":
-            return openvino_graph(torch_graph(fused, (height, width), {"batch"}))
+            if kept and (found := kept.find((height, width))):
+                return core().read_model(found)
+            from cvt.runtime.capture import openvino_graph, torch_graph
 
-        return cls(graph, model.config, precision, threads)
+            converted = openvino_graph(torch_graph(fused(), (height, width), {"batch"}))
+            if kept:
+                kept.keep((height, width), converted)
+            return converted
+
+        return cls(graph, config, precision, threads)
 
     @classmethod
     def from_file(cls, path: Path, *args: Any, **kwargs: Any) -> "OpenVinoRuntime":
