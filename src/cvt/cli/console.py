@@ -28,7 +28,8 @@ class Printer:
     def print(self, text: str, **style: Any) -> None:
         """Print a message of `cvt.text.printable`; the style is that of `click.style`."""
         color = False if os.environ.get("NO_COLOR") else None  # None: where it is a terminal
-        click.secho(printable(text, keep="\n"), err=self.err, color=color, **style)
+        text = printable(text, keep="\n")
+        click.echo(click.style(text, **style) if style else text, err=self.err, color=color)
 
 
 out = Printer()
@@ -51,7 +52,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if "transformers" in sys.modules:  # it has read the variables already
+    if sys.modules.get("transformers"):  # it has read the variables already
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
