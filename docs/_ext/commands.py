@@ -1,10 +1,11 @@
 """The page of the command line, written from the commands themselves."""
 
+import inspect
 from collections.abc import Iterable
 
-import typer
+import click
 
-from cvt.cli import app
+from cvt.cli import verbs
 
 PANELS = {  # of options, in Chinese
     "Options": "选项",
@@ -20,26 +21,27 @@ PANELS = {  # of options, in Chinese
 def reference(in_chinese: bool) -> str:
     """Markdown of every command: a heading, its help, its usage, and tables of its options."""
     panels = PANELS if in_chinese else {}
-    group = typer.main.get_command(app)
-    context = group.make_context("cvt", [], resilient_parsing=True)
+    context = verbs.make_context("cvt", [], resilient_parsing=True)
     pieces = []
-    for name, command in group.commands.items():
-        with typer.Context(command, info_name=name, parent=context) as own:
+    for name in verbs.list_commands(context):
+        command = verbs.get_command(context, name)
+        with click.Context(command, info_name=name, parent=context) as own:
             pieces.append(_command(name, command, own, panels))
     return "\n\n".join(pieces)
 
 
-def _command(name: str, command, context: typer.Context, names: dict[str, str]) -> str:
+def _command(name: str, command, context: click.Context, names: dict[str, str]) -> str:
     parameters = command.get_params(context)
     usage = " ".join(command.collect_usage_pieces(context))
-    pieces = [f"## cvt {name}", _prose(command.help), f"```sh\ncvt {name} {usage}\n```"]
+    text = _prose(inspect.cleandoc(command.help))
+    pieces = [f"## cvt {name}", text, f"```sh\ncvt {name} {usage}\n```"]
     arguments = [p for p in parameters if p.param_type_name == "argument"]
     if arguments:
         pieces.append(_list(p.get_help_record(context) for p in arguments))
     panels: dict[str, list] = {}
     for option in parameters:
         if option not in arguments:
-            panel = getattr(option, "rich_help_panel", None) or "Options"
+            panel = getattr(option, "group", "Options")
             panels.setdefault(panel, []).append(option.get_help_record(context))
     for panel, rows in panels.items():
         if len(panels) > 1:

@@ -6,7 +6,6 @@ module that registers it. Stand-ins are therefore registered when Keras is impor
 
 import sys
 from importlib import import_module
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -30,8 +29,11 @@ def stand_in(name: str) -> type:
     return type(name, (), {"from_config": classmethod(from_config)})
 
 
-class KerasImportHook(MetaPathFinder):
-    """Calls `register` when Keras is first imported."""
+class KerasImportHook:
+    """Calls `register` when Keras is first imported.
+
+    It is no `MetaPathFinder`, which would be slower to import than all of `cvt`.
+    """
 
     def __init__(self) -> None:
         self.found = False

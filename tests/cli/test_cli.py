@@ -2,6 +2,7 @@ import csv
 import json
 import logging
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -10,17 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 import yaml
 
 from cvt import CvtForImageClassification, explain
 from cvt.checkpoints import transformers_to_authors
-from cvt.cli import app
-from cvt.cli.console import TrainingBars
+from cvt.cli import console, progress, rich_console, verbs
 from cvt.cli.explain import cold
+from cvt.cli.progress import TrainingBars
 from cvt.cli.train import default_output
 from cvt.data import open_training, write_split
 from cvt.runtime import factory
+from cvt.train.recipe import FIELDS
 
 CVT = Path(sys.executable).with_name("cvt")
 
@@ -92,30 +93,73 @@ COMMANDS = {
 
 
 def test_the_command_line_is_what_it_was():
-    commands = typer.main.get_command(app).commands
+    commands = {name: verbs.get_command(None, name) for name in verbs.list_commands(None)}
     assert {
-        name: [parameter.opts[0] for parameter in command.params if parameter.name != "help"]
+        name: [parameter.opts[0] for parameter in command.params]
         for name, command in commands.items()
     } == COMMANDS
 
 
-def test_help_loads_no_framework():
-    """So it answers in a fraction of a second; how fast, `benchmarks/inference.py` measures."""
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_names_every_parameter(cvt, command):
+    code, out, _ = cvt(command, "--help")
+    assert code == 0
+    rows = {row.strip("[].") for row in re.findall(r"^  (\S+)", out, re.MULTILINE)}
+    shown = ["data" if name == "words" else name for name in COMMANDS[command]]
+    assert {name if name.startswith("-") else name.upper() for name in shown} <= rows
+
+
+def test_the_help_of_train_groups_the_settings(cvt):
+    _, out, _ = cvt("train", "--help")
+    sections = re.findall(r"^(\w+):$", out, re.MULTILINE)
+    groups = [spec.metadata["group"] for spec in FIELDS.values() if spec.metadata["group"]]
+    assert sections == ["Arguments", "Options", *groups]
+    machine = out.partition("\nMachine:\n")[2].partition("\n\n")[0]
+    assert re.findall(r"^  --([a-z-]+)", machine, re.MULTILINE)[0] == "precision"
+
+
+def test_the_help_lists_the_first_sentence_of_each_command(cvt):
+    _, out, _ = cvt("--help")
+    listed = " ".join(out.partition("Commands:")[2].split())
+    commands = [verbs.get_command(None, name) for name in verbs.list_commands(None)]
+    assert listed == " ".join(f"{each.name} {each.get_short_help_str(200)}" for each in commands)
+
+
+@pytest.mark.parametrize("many", ["", *COMMANDS])
+def test_help_loads_only_click(many):
+    """So it answers in a fraction of a second."""
     code = """
 import sys
 from cvt.__main__ import main
-sys.argv = ["cvt", "--help"]
+sys.argv = ["cvt", *sys.argv[1].split(), "--help"]
 try:
     main()
 finally:
-    heavy = {"torch", "transformers", "keras", "tensorflow", "numpy", "PIL"}
-    print(sorted(heavy & set(sys.modules)))
+    heavy = {"rich", "typer", "pydantic", "torch", "transformers", "keras", "tensorflow", "yaml"}
+    print(sorted((heavy | {"numpy", "PIL"}) & set(sys.modules)))
 """
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout
-    assert "predict" in answer
+    command = [sys.executable, "-c", code, many]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert answer.startswith("Usage: ")
     assert answer.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (EOFError("the file ends"), 1, "Error: EOFError: the file ends\nRun again with --debug"),
+    ],
+)
+def test_what_ends_a_command_has_an_exit_code(cvt, monkeypatch, error, code, message):
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(verbs.get_command(None, "recipes"), "callback", fail)
+    ended, _, err = cvt("recipes")
+    assert ended == code
+    assert err.lstrip().startswith(message)
+    assert "Abort" not in err
 
 
 def test_version_and_bare_call(cvt):
@@ -491,13 +535,11 @@ def test_a_recipe_is_printed_to_be_edited(cvt, tmp_path, monkeypatch):
 def test_names_reach_the_terminal_without_what_it_obeys(capsys):
     from rich.table import Table
 
-    from cvt.cli import console
-
     table = Table("class", title="[red]\u202e")
     table.add_row("\x1b]0;owned\x07")
     table.add_row("[red]cat[/red]")
-    console.SafeConsole(markup=False, highlight=False, width=100).print(table)
-    console.SafeConsole(markup=False, highlight=False, width=100).print("a\x9b\nb [bold]")
+    rich_console.SafeConsole(markup=False, highlight=False, width=100).print(table)
+    console.out.print("a\x9b\nb [bold]", bold=True)
     shown = capsys.readouterr().out
     assert not set("\x1b\x07\x9b\u202e") & set(shown)
     assert r"[red]\u202e" in shown
@@ -511,6 +553,50 @@ def test_names_reach_the_terminal_without_what_it_obeys(capsys):
 def test_an_error_names_a_file_without_what_a_terminal_obeys(cvt, model_folder):
     code, _, err = cvt("predict", model_folder, "\x1b[2Jnowhere.png")
     assert (code, err) == (1, "Error: \\x1b[2Jnowhere.png does not exist\n")
+
+
+def test_a_usage_error_repeats_a_word_without_what_a_terminal_obeys(cvt):
+    code, _, err = cvt("\x1b[2Jfly")
+    assert code == 2
+    assert "No such command '\\x1b[2Jfly'" in err
+    assert "\x1b" not in err
+
+
+# ------------------------------------------------------------------------------ terminals
+
+
+def test_a_bar_on_a_terminal_leaves_the_output_where_it_goes():
+    """Standard output is a pipe here, standard error a terminal."""
+    code = """
+from cvt.cli.console import err
+from cvt.cli.progress import bar
+with bar("predict", 2) as step:
+    step()
+    print("a.png: cat")
+    err.print("skipped b.png", fg="yellow")
+"""
+    terminal, error_stream = pty.openpty()
+    answer = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=error_stream
+    )
+    os.close(error_stream)
+    shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert answer.stdout == b"a.png: cat\n"
+    assert "skipped b.png" in shown
+    assert "predict" in shown
+    assert "a.png" not in shown
+
+
+def test_without_rich_there_is_no_bar(monkeypatch, capsys):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setitem(sys.modules, "rich", None)  # what Python takes for missing
+    monkeypatch.setattr(progress, "is_installed", lambda name: name != "rich")
+    with progress.bar("predict", 2) as step:
+        step()
+        console.err.print("skipped b.png", fg="yellow")
+    assert capsys.readouterr().err == "skipped b.png\n"
 
 
 @pytest.mark.parametrize("data", [".", "../photos", "{}"])

@@ -16,7 +16,10 @@ from PIL import Image
 # Children of a server that has imported everything: they begin at once.
 forks = multiprocessing.get_context("forkserver")
 forks.set_forkserver_preload(
-    ["__main__", "cvt.cli", "cvt.train.trainer", "torch.utils.tensorboard"]
+    [
+        *("__main__", "cvt.cli.train", "cvt.cli.progress"),
+        *("cvt.train.trainer", "torch.utils.tensorboard"),
+    ]
 )
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 
@@ -108,7 +111,7 @@ def _train(words, log, before, environment):
     import torch
 
     from cvt.__main__ import main
-    from cvt.cli.console import TrainingBars
+    from cvt.cli.progress import TrainingBars
 
     multiprocessing.set_start_method("fork", force=True)  # of workers, as without the server
     os.setsid()

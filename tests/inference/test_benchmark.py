@@ -3,9 +3,8 @@ import functools
 import itertools
 
 import pytest
-import typer
+from click.testing import CliRunner
 from PIL import Image
-from typer.testing import CliRunner
 
 from cvt.cli.benchmark import benchmark as command
 from cvt.export import export
@@ -40,9 +39,7 @@ def clock(monkeypatch):
 
 
 def run(*arguments):
-    app = typer.Typer()
-    app.command()(command)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
 
 
 # ------------------------------------------------------------------------------ turns

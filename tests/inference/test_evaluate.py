@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from timm.data.real_labels import RealLabelsImagenet
 from torch import nn
-from typer.testing import CliRunner
 
 from cvt import CvtConfig, CvtForImageClassification, image_processor
-from cvt.cli import app
+from cvt.cli import verbs
 from cvt.data import LabelledImages, StreamedImages, image_folder
 from cvt.data.class_names import imagenet_classes
 from cvt.inference.class_matching import (
@@ -622,7 +622,7 @@ def test_up_to_a_thousand_classes_are_a_matrix(tmp_path):
 def cli(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     return lambda *arguments: CliRunner().invoke(
-        app, ["evaluate", "--runtime", "torch", *map(str, arguments)]
+        verbs, ["evaluate", "--runtime", "torch", *map(str, arguments)]
     )
 
 

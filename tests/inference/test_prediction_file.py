@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from cvt.cli import app
+from cvt.cli import verbs
 from cvt.inference.predict import Prediction
 from cvt.inference.prediction_file import PredictionFile, run_settings
 from cvt.runtime import open_runtime
@@ -184,7 +184,7 @@ def cvt(model_folder):
 
     def run(*arguments):
         command = ["predict", "--runtime", "torch", model_folder, *arguments]
-        return CliRunner().invoke(app, [*map(str, command)])
+        return CliRunner().invoke(verbs, [*map(str, command)])
 
     return run
 

@@ -13,11 +13,10 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
-import typer
 from helpers.small_models import make, tiny
 
 from cvt import PixelError
-from cvt.cli import app
+from cvt.cli import verbs
 from cvt.runtime import RUNTIMES, factory
 from cvt.runtime.torch_runtime import TorchRuntime
 from cvt.train.recipe import FIELDS, load_recipe, packaged_recipes
@@ -36,7 +35,7 @@ TRANSLATED = {
 PAGES = [*TRANSLATED, *TRANSLATED.values(), "docs/architecture.md"]
 ALL_PAGES = [*PAGES, "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md"]
 COMMENT = re.compile(r"(?:^|(?<=\s))# (.*)$", re.MULTILINE)  # in sh and Python blocks
-CVT = typer.main.get_command(app)
+COMMANDS = {name: verbs.get_command(None, name) for name in verbs.list_commands(None)}
 # Words with an underscore that the training page names and that are no settings.
 NO_SETTINGS = {"ema_loss", "from_pretrained", "save_to_disk"}
 
@@ -123,7 +122,7 @@ def test_every_command_is_understood(page, line, monkeypatch, tmp_path):
     if "cvt" not in words:  # a command of others
         return
     name, *words = words[words.index("cvt") + 1 :]
-    given = CVT.commands[name].make_context(name, words).params
+    given = COMMANDS[name].make_context(name, words).params
     if name == "train":
         changes = dict(word.split("=", 1) for word in given["words"] if "=" in word)
         for unknown in changes.keys() - FIELDS:
@@ -137,7 +136,7 @@ def test_every_command_is_understood(page, line, monkeypatch, tmp_path):
 def test_every_option_that_is_named_exists(page):
     options = {
         option
-        for command in [CVT, *CVT.commands.values()]
+        for command in [verbs, *COMMANDS.values()]
         for parameter in command.params
         for option in [*parameter.opts, *parameter.secondary_opts]
     }

@@ -1,32 +1,43 @@
 """`cvt app`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import typer
+import click
 
-from cvt.cli.options import Device, Threads
+from cvt.cli.options import FILE, argument, command, device_option, threads_option
 
 
+@command
+@argument("model", help="MODEL to show.")
+@click.option(
+    "--port",
+    type=click.IntRange(min=0, max=65535),
+    help="Port; default: the first free one from 7860 on.",
+)
+@click.option(
+    "--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 lets other machines in."
+)
+@click.option(
+    "--lang",
+    type=click.Choice(("en", "zh")),
+    help="Language of the page; default: the browser's.",
+)
+@click.option(
+    "--examples",
+    type=FILE,
+    help="Folder of pictures to try; default: validation images of the run.",
+)
+@device_option
+@threads_option()
 def app(
-    model: Annotated[str, typer.Argument(help="MODEL to show.")],
-    port: Annotated[
-        int | None,
-        typer.Option(min=0, max=65535, help="Port; default: the first free one from 7860 on."),
-    ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
-    ] = "127.0.0.1",
-    lang: Annotated[
-        Literal["en", "zh"] | None,
-        typer.Option(help="Language of the page; default: the browser's."),
-    ] = None,
-    examples: Annotated[
-        Path | None,
-        typer.Option(help="Folder of pictures to try; default: validation images of the run."),
-    ] = None,
-    device: Device = "auto",
-    threads: Threads = None,
+    model: str,
+    port: int | None,
+    host: str,
+    lang: Literal["en", "zh"] | None,
+    examples: Path | None,
+    device: str,
+    threads: int | None,
 ) -> None:
     """Serve a page for the browser: drop a picture, see its classes and their heat maps."""
     from cvt.app.server import is_loopback, serve
@@ -35,9 +46,7 @@ def app(
     def ready(address: str) -> None:
         out.print(f"The page is at {address}  (Ctrl-C stops it)")
         if not is_loopback(host):
-            err.print(
-                f"everyone who reaches {host} of this machine can use the page", style="yellow"
-            )
+            err.print(f"everyone who reaches {host} of this machine can use the page", fg="yellow")
 
     quiet_libraries()
     serve(model, host, port, lang, examples, device, threads, ready)

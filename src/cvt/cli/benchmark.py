@@ -2,48 +2,60 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
-from cvt.cli.options import Device, NoVerify, count, numbers, words
+from cvt.cli.options import (
+    FILE,
+    argument,
+    command,
+    device_option,
+    force_option,
+    no_verify_option,
+    numbers,
+    threads_option,
+    words,
+)
 from cvt.limits import BOUNDS
 
 if TYPE_CHECKING:
     from cvt.inference.benchmark import Measurement
 
 
+@command
+@argument("model", help="MODEL, an exported folder, or a variant: cvt-13, cvt-21, cvt-w24.")
+@click.option(
+    "--runtimes",
+    help="Of auto, torch, fused, compiled, onnxruntime, openvino, commas between; ratios "
+    "are to the first. By default all but compiled.",
+)
+@click.option("--precisions", help="Of fp32, bf16, fp16, int8. By default fp32,bf16.")
+@click.option("--batch-sizes", default="1,32", help="Images at a time.")
+@click.option("--image-sizes", help="Heights and widths in pixels, if not the model's.")
+@threads_option("Of the processor, if not the runtimes' choice.")
+@device_option
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0),
+    default=3.0,
+    help="To spend on each row; it has eight turns at least.",
+)
+@click.option("--output", type=FILE, help="New folder for benchmark.csv and benchmark.png.")
+@no_verify_option
+@force_option("Overwrite files in the output folder.")
 def benchmark(
-    model: Annotated[
-        str,
-        typer.Argument(help="MODEL, an exported folder, or a variant: cvt-13, cvt-21, cvt-w24."),
-    ],
-    runtimes: Annotated[
-        str | None,
-        typer.Option(
-            help="Of auto, torch, fused, compiled, onnxruntime, openvino, commas between; ratios "
-            "are to the first. By default all but compiled."
-        ),
-    ] = None,
-    precisions: Annotated[
-        str | None, typer.Option(help="Of fp32, bf16, fp16, int8. By default fp32,bf16.")
-    ] = None,
-    batch_sizes: Annotated[str, typer.Option(help="Images at a time.")] = "1,32",
-    image_sizes: Annotated[
-        str | None, typer.Option(help="Heights and widths in pixels, if not the model's.")
-    ] = None,
-    threads: Annotated[
-        int | None, count("threads", "Of the processor, if not the runtimes' choice.")
-    ] = None,
-    device: Device = "auto",
-    seconds: Annotated[
-        float, typer.Option(min=0, help="To spend on each row; it has eight turns at least.")
-    ] = 3.0,
-    output: Annotated[
-        Path | None, typer.Option(help="New folder for benchmark.csv and benchmark.png.")
-    ] = None,
-    no_verify: NoVerify = False,
-    force: Annotated[bool, typer.Option(help="Overwrite files in the output folder.")] = False,
+    model: str,
+    runtimes: str | None,
+    precisions: str | None,
+    batch_sizes: str,
+    image_sizes: str | None,
+    threads: int | None,
+    device: str,
+    seconds: float,
+    output: Path | None,
+    no_verify: bool,
+    force: bool,
 ) -> None:
     """Time a model over runtimes, precisions, batch and image sizes, from pixels to logits.
 
@@ -52,7 +64,8 @@ def benchmark(
     """
     batches = numbers(batch_sizes, "--batch-sizes", BOUNDS["batch_size"][1]) or []
     sizes = numbers(image_sizes, "--image-sizes")
-    from cvt.cli.console import bar, out, quiet_libraries
+    from cvt.cli.console import out, quiet_libraries
+    from cvt.cli.progress import bar
     from cvt.files import staged
     from cvt.inference.benchmark import benchmark as time_model
     from cvt.inference.benchmark import versions, write_benchmark
@@ -83,7 +96,8 @@ def print_measurements(rows: "list[Measurement]", title: str) -> None:
     """Print a table, a section for each batch and image size; then what could not be measured."""
     from rich.table import Table
 
-    from cvt.cli.console import err, out
+    from cvt.cli.console import err
+    from cvt.cli.rich_console import print_table
 
     table = Table("batch", "pixels", "runtime", title=title, title_justify="left")
     for name in ("ms", "p95 ms", "images/s", "ratio"):
@@ -98,6 +112,6 @@ def print_measurements(rows: "list[Measurement]", title: str) -> None:
             *(str(row.batch_size), str(row.image_size), f"{row.runtime} {row.precision}"),
             *("–" if figure is None else f"{figure:.2f}" for figure in figures),
         )
-    out.print(table)
+    print_table(table)
     for reason in dict.fromkeys(f"{r.runtime} {r.precision}: {r.reason}" for r in rows if r.reason):
-        err.print(f"skipped {reason}", style="yellow")
+        err.print(f"skipped {reason}", fg="yellow")

@@ -1,23 +1,12 @@
-"""What the commands share: consoles, progress bars, quiet libraries."""
+"""What the commands share: messages, quiet libraries, opening a model. It needs no rich."""
 
 import logging
-import time
+import os
+import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+import click
 
 from cvt.text import printable
 
@@ -26,12 +15,25 @@ if TYPE_CHECKING:
     from cvt.runtime.base import Runtime
 
 
-class SafeConsole(Console):
-    """Prints names of files and classes without what a terminal obeys; never as markup."""
+class Printer:
+    """Prints names of files and classes without what a terminal obeys.
 
-    def render_str(self, text: str, **options: Any) -> Text:
-        """As in rich, of `cvt.text.printable`; cells of tables come here too."""
-        return super().render_str(printable(text, keep="\n"), **options)
+    Args:
+        err: to the error stream instead of the output stream.
+    """
+
+    def __init__(self, err: bool = False) -> None:
+        self.err = err
+
+    def print(self, text: str, **style: Any) -> None:
+        """Print a message of `cvt.text.printable`; the style is that of `click.style`."""
+        color = False if os.environ.get("NO_COLOR") else None  # None: where it is a terminal
+        text = printable(text, keep="\n")
+        click.echo(click.style(text, **style) if style else text, err=self.err, color=color)
+
+
+out = Printer()
+err = Printer(err=True)
 
 
 class SafeFormatter(logging.Formatter):
@@ -42,19 +44,19 @@ class SafeFormatter(logging.Formatter):
         return printable(super().format(record), keep="\n")
 
 
-out = SafeConsole(highlight=False, markup=False, soft_wrap=True)
-# How the figures of a step are shown.
-FORMATS = {"loss": "loss {:.3f}", "lr": "lr {:.2e}", "images_per_second": "{:.0f} images/s"}
-err = SafeConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
-
-
 def quiet_libraries() -> None:
-    """Let this package's warnings through in one line each, and keep transformers' reports back."""
-    from transformers.utils import logging as transformers_logging
+    """Let this package's warnings through in one line each, and keep transformers' reports back.
 
+    transformers is not imported for it: an exported model does without.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if sys.modules.get("transformers"):  # it has read the variables already
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
     handler = logging.StreamHandler()
     handler.setFormatter(SafeFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
@@ -90,78 +92,3 @@ def open_classifier(
     classifier = open_runtime(source, *how, images=images, verify=verify)
     err.print(f"runtime: {classifier.describe}")
     return classifier, load_preprocessing(source, classifier.config)
-
-
-def bars() -> Progress:
-    """A progress display on the error stream, if that is a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
-
-
-@contextmanager
-def bar(description: str, total: int | None) -> Iterator[Callable[[], None]]:
-    """One progress bar; call what it gives after each step."""
-    with bars() as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda: progress.advance(task)
-
-
-class TrainingBars:
-    """The progress of `cvt.train.train`: a bar while it works, a line after each epoch.
-
-    Where the error stream is no terminal, plain lines instead of the bar, a few a minute.
-    """
-
-    EVERY = 20.0  # seconds between plain lines
-
-    def __enter__(self) -> "TrainingBars":
-        self.display = bars()
-        self.display.start()
-        self.printed_at = time.monotonic()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.display.stop()
-
-    def log(self, text: str) -> None:
-        """Print a line about the run."""
-        err.print(text)
-
-    def stage(self, name: str, total: int | None, done: int = 0) -> Callable[..., None]:
-        """Show a bar of `total` steps in the place of the last one."""
-        for task in self.display.task_ids:
-            self.display.remove_task(task)
-        task = self.display.add_task(name, total=total, completed=done)
-        began, begun_at = time.monotonic(), done
-
-        def advance(**figures: float | None) -> None:
-            nonlocal done
-            done += 1
-            text = "  ".join(
-                [name, *(FORMATS[k].format(v) for k, v in figures.items() if v is not None)]
-            )
-            self.display.update(task, advance=1, description=text)
-            now = time.monotonic()
-            if self.display.disable and now - self.printed_at > self.EVERY:
-                self.printed_at = now
-                left = (now - began) / (done - begun_at) * ((total or done) - done)
-                err.print(f"{text}  {done}/{total or '?'}  {timedelta(seconds=round(left))} left")
-
-        return advance
-
-    def epoch(self, row: dict[str, float | None]) -> None:
-        """Print the results of an epoch."""
-        parts = [f"epoch {row['epoch']:>3}  loss {row['train_loss']:.4f}"]
-        for prefix, name in (("val", "val"), ("ema", "averaged")):
-            if (top1 := row.get(f"{prefix}_top1")) is not None:
-                loss = row[f"{prefix}_loss"]
-                parts.append(f"{name} loss {loss:.4f}  top-1 {100 * top1:.2f} %")
-        err.print("  ".join(parts))

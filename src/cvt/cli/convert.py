@@ -1,52 +1,57 @@
 """`cvt convert`."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
 
-import typer
+import click
 
-from cvt.cli.options import NoVerify
-
-
-class Dialect(StrEnum):
-    """What a checkpoint can be converted to."""
-
-    transformers = "transformers"
-    authors = "authors"
+from cvt.cli.options import FILE, argument, command, force_option, no_verify_option
 
 
-class Activation(StrEnum):
-    """The activations a model can have."""
-
-    gelu = "gelu"
-    quick_gelu = "quick_gelu"
-
-
+@command
+@argument("source", help="MODEL to convert.")
+@argument("dest", type=FILE, help="Model folder to write, or .pth file.")
+@click.option(
+    "--to",
+    type=click.Choice(("transformers", "authors")),
+    default="transformers",
+    help="Names and layout to write.",
+)
+@click.option(
+    "--image-size",
+    type=click.IntRange(min=1),
+    help="Preprocessing's height and width, if not the source's.",
+)
+@click.option("--labels", type=FILE, help="Class names: a text file, a line each, or a JSON file.")
+@click.option(
+    "--num-labels",
+    type=click.IntRange(min=1),
+    help="Create a new classifier of this many classes.",
+)
+@click.option("--config", type=FILE, help="config.json of an authors' file that is no variant.")
+@click.option(
+    "--hidden-act",
+    type=click.Choice(("gelu", "quick_gelu")),
+    help="Activation, if not the source's.",
+)
+@click.option(
+    "--allow-nonfinite/--no-allow-nonfinite",
+    default=False,
+    help="Accept NaN and infinite weights.",
+)
+@no_verify_option
+@force_option("Overwrite files in DEST.")
 def convert(
-    source: Annotated[str, typer.Argument(help="MODEL to convert.")],
-    dest: Annotated[Path, typer.Argument(help="Model folder to write, or .pth file.")],
-    to: Annotated[Dialect, typer.Option(help="Names and layout to write.")] = Dialect.transformers,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Preprocessing's height and width, if not the source's."),
-    ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="Class names: a text file, a line each, or a JSON file.")
-    ] = None,
-    num_labels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Create a new classifier of this many classes."),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="config.json of an authors' file that is no variant.")
-    ] = None,
-    hidden_act: Annotated[
-        Activation | None, typer.Option(help="Activation, if not the source's.")
-    ] = None,
-    allow_nonfinite: Annotated[bool, typer.Option(help="Accept NaN and infinite weights.")] = False,
-    no_verify: NoVerify = False,
-    force: Annotated[bool, typer.Option(help="Overwrite files in DEST.")] = False,
+    source: str,
+    dest: Path,
+    to: str,
+    image_size: int | None,
+    labels: Path | None,
+    num_labels: int | None,
+    config: Path | None,
+    hidden_act: str | None,
+    allow_nonfinite: bool,
+    no_verify: bool,
+    force: bool,
 ) -> None:
     """Convert a checkpoint, and check the result by reading it back and comparing outputs."""
     from cvt.checkpoints import convert as convert_checkpoint
@@ -56,12 +61,12 @@ def convert(
     done = convert_checkpoint(
         source,
         dest,
-        to=to.value,
+        to=to,
         image_size=image_size,
         labels=labels,
         num_labels=num_labels,
         config=config,
-        hidden_act=hidden_act and hidden_act.value,
+        hidden_act=hidden_act,
         allow_nonfinite=allow_nonfinite,
         verify=not no_verify,
         force=force,

@@ -6,9 +6,11 @@ import sys
 import time
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
+
+from cvt.cli.options import FILE, command
 
 
 def free(path: Path) -> Path:
@@ -17,15 +19,17 @@ def free(path: Path) -> Path:
     return path if not path.exists() else next(name for name in names if not name.exists())
 
 
-def demo(
-    output: Annotated[
-        Path,
-        typer.Option(help="Run folder to create; where there is one, its name gets a number."),
-    ] = Path("runs/demo"),
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the training images, if not 40.")
-    ] = None,
-) -> None:
+@command
+@click.option(
+    "--output",
+    type=FILE,
+    default=Path("runs/demo"),
+    help="Run folder to create; where there is one, its name gets a number.",
+)
+@click.option(
+    "--epochs", type=click.IntRange(min=1), help="Passes over the training images, if not 40."
+)
+def demo(output: Path, epochs: int | None) -> None:
     """Train a small CvT on scikit-learn's handwritten digits, evaluate it, classify image files.
 
     Nothing is downloaded.
@@ -33,7 +37,8 @@ def demo(
     import torch
 
     from cvt.checkpoints import load_classifier, load_processor
-    from cvt.cli.console import TrainingBars, bar, out, quiet_libraries
+    from cvt.cli.console import out, quiet_libraries
+    from cvt.cli.progress import TrainingBars, bar
     from cvt.data import image_folder, write_digits
     from cvt.inference.evaluate import evaluate
     from cvt.inference.predict import predict
@@ -46,14 +51,14 @@ def demo(
     torch.set_num_threads(1)
 
     out.print(
-        f"1. Training a CvT of 1.0 M parameters on 1,437 images of digits, in {run}", style="bold"
+        f"1. Training a CvT of 1.0 M parameters on 1,437 images of digits, in {run}", bold=True
     )
     recipe = load_recipe("digits", {"epochs": epochs} if epochs else None)
     start = time.perf_counter()
     with TrainingBars() as progress:
         train(recipe, run, progress)
     seconds = time.perf_counter() - start
-    out.print("2. Evaluating the best epoch on the 360 images held out", style="bold")
+    out.print("2. Evaluating the best epoch on the 360 images held out", bold=True)
     classifier = load_classifier(run / "best")
     processor = load_processor(run / "best", classifier.config)
     write_digits(run / "digits")
@@ -61,13 +66,14 @@ def demo(
     with bar("evaluate", len(held_out)) as step:
         evaluation = evaluate(classifier, processor, held_out, progress=step)
 
-    out.print("3. Predicting the same images from their files", style="bold")
+    out.print("3. Predicting the same images from their files", bold=True)
     predictions: Any = list(predict(classifier, processor, held_out.sources))  # all are readable
     plot_predictions(predictions, held_out.labels, run / "predictions.png")
     out.print(
         f"\n{100 * evaluation.top1:.2f} % of the {evaluation.images} held-out images are right, in "
         f"the best of {recipe.epochs} epochs; training took {seconds:.0f} s.",
-        style="bold green",
+        bold=True,
+        fg="green",
     )
     print_what_next(run)
 

@@ -4,19 +4,23 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
 from cvt.cli.options import (
-    BatchSize,
-    Device,
-    MaxPixels,
-    NoVerify,
-    Precision,
-    RuntimeName,
-    Threads,
-    Workers,
+    FILE,
+    argument,
+    batch_size_option,
+    command,
+    device_option,
+    force_option,
+    max_pixels_option,
+    no_verify_option,
+    precision_option,
+    runtime_option,
+    threads_option,
+    workers_option,
 )
 
 if TYPE_CHECKING:
@@ -24,55 +28,63 @@ if TYPE_CHECKING:
     from cvt.inference.metrics import Evaluation
 
 
+@command
+@argument("model", help="MODEL to evaluate, or an exported folder.")
+@argument(
+    "data",
+    help="Folder with a sub-folder per class, .csv, .parquet, hub:NAME, CIFAR, digits; "
+    "of data with splits, the validation split.",
+)
+@batch_size_option()
+@workers_option(0)
+@runtime_option
+@precision_option
+@device_option
+@threads_option()
+@max_pixels_option
+@click.option(
+    "--output",
+    type=FILE,
+    help="New folder for metrics.json, per_class.csv, confusion_matrix.csv, predictions.csv.",
+)
+@click.option("--report", type=FILE, help="New HTML page of figures, tables and pictures.")
+@click.option(
+    "--class-map",
+    type=FILE,
+    help="JSON object, or csv of two columns: names of classes in the data and in the "
+    "model; nothing for classes to leave out.",
+)
+@click.option("--subset", is_flag=True, help="Predict only classes that occur in the data.")
+@click.option("--real-labels", type=FILE, help="ImageNet-ReaL's real.json, to compare with it too.")
+@click.option("--classes", type=FILE, help="Names of the classes of the data, one per line.")
+@click.option("--image-column", help="Column of a table's images.")
+@click.option("--label-column", help="Column of a table's labels.")
+@no_verify_option
+@force_option("Overwrite existing output and report.")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="MODEL to evaluate, or an exported folder.")],
-    data: Annotated[
-        str,
-        typer.Argument(
-            help="Folder with a sub-folder per class, .csv, .parquet, hub:NAME, CIFAR, digits; "
-            "of data with splits, the validation split."
-        ),
-    ],
-    batch_size: BatchSize = 32,
-    workers: Workers = 0,
-    runtime: RuntimeName = "auto",
-    precision: Precision = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    max_pixels: MaxPixels = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="New folder for metrics.json, per_class.csv, confusion_matrix.csv, "
-            "predictions.csv."
-        ),
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="New HTML page of figures, tables and pictures.")
-    ] = None,
-    class_map: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSON object, or csv of two columns: names of classes in the data and in the "
-            "model; nothing for classes to leave out."
-        ),
-    ] = None,
-    subset: Annotated[
-        bool, typer.Option("--subset", help="Predict only classes that occur in the data.")
-    ] = False,
-    real_labels: Annotated[
-        Path | None, typer.Option(help="ImageNet-ReaL's real.json, to compare with it too.")
-    ] = None,
-    classes: Annotated[
-        Path | None, typer.Option(help="Names of the classes of the data, one per line.")
-    ] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column of a table's images.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of a table's labels.")] = None,
-    no_verify: NoVerify = False,
-    force: Annotated[bool, typer.Option(help="Overwrite existing output and report.")] = False,
+    model: str,
+    data: str,
+    batch_size: int,
+    workers: int,
+    runtime: str,
+    precision: str | None,
+    device: str,
+    threads: int | None,
+    max_pixels: int | None,
+    output: Path | None,
+    report: Path | None,
+    class_map: Path | None,
+    subset: bool,
+    real_labels: Path | None,
+    classes: Path | None,
+    image_column: str | None,
+    label_column: str | None,
+    no_verify: bool,
+    force: bool,
 ) -> None:
     """Measure accuracy, per class too, and calibration; classes are matched by name."""
-    from cvt.cli.console import bar, open_classifier, out, quiet_libraries
+    from cvt.cli.console import open_classifier, out, quiet_libraries
+    from cvt.cli.progress import bar
     from cvt.data import StreamedImages, open_labelled
     from cvt.files import staged
     from cvt.inference.class_matching import read_class_map, read_real_labels
@@ -109,7 +121,7 @@ def evaluate(
     for written in filter(None, (output, report)):
         out.print(f"written to {written}")
     if result.failures:
-        raise typer.Exit(3)
+        raise click.exceptions.Exit(3)
 
 
 def report_writer(
@@ -135,15 +147,16 @@ def print_evaluation(result: "Evaluation", subset: bool) -> None:
     from rich.table import Table
 
     from cvt.cli.console import err, out
+    from cvt.cli.rich_console import print_table
 
     for failure in result.failures:
-        err.print(f"skipped {failure.error}", style="yellow")
+        err.print(f"skipped {failure.error}", fg="yellow")
     table = Table("class", "images", "top-1 %", "most often predicted")
     table.columns[1].justify = table.columns[2].justify = "right"
     worst = sorted(result.per_class.items(), key=lambda item: item[1][1])
     for name, (count, top1) in worst[:20]:
         table.add_row(name, str(count), f"{100 * top1:.1f}", result.mistaken_for(name))
-    out.print(table)
+    print_table(table)
     if len(worst) > 20:
         out.print(f"the worst 20 of {len(worst)} classes; all of them in --output")
     if (lacking := len(result.labels) - len(worst)) and not subset:
@@ -180,6 +193,6 @@ def not_trained_on(images: "Images", model: str) -> "Images":
         err.print(
             f"{trained} of the {len(kept)} images have the names of images that the model "
             f"was trained on, by {split_file}: it may be less accurate on others",
-            style="yellow",
+            fg="yellow",
         )
     return kept

@@ -1,51 +1,75 @@
 """`cvt explain`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import typer
+import click
 
-from cvt.cli.options import Device, MaxPixels, NoVerify, Threads
+from cvt.cli.options import (
+    FILE,
+    argument,
+    command,
+    device_option,
+    force_option,
+    max_pixels_option,
+    no_verify_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from cvt.inference.explanation import Explanation
 
 
+@command
+@argument("model", help="MODEL that classifies; no export.")
+@argument("images", nargs=-1, required=True, help="Image files, folders, glob patterns.")
+@click.option("--class", "class_name", help="Class to explain; default: the best of each image.")
+@click.option(
+    "--method",
+    type=click.Choice(("gradcam", "attention", "rollout")),
+    default="gradcam",
+    help="Grad-CAM of any stage, or the class token's attention in the stage that has one: "
+    "of each head and block, or followed through the blocks (rollout).",
+)
+@click.option(
+    "--stage",
+    type=click.IntRange(min=1),
+    help="Stage, counted from 1; default: the last possible.",
+)
+@click.option(
+    "--output",
+    type=FILE,
+    default=Path("explanations"),
+    help="New folder for a .png and an .npz per image and sheet.png.",
+)
+@device_option
+@threads_option()
+@max_pixels_option
+@no_verify_option
+@force_option("Overwrite existing files in the folder.")
 def explain(
-    model: Annotated[str, typer.Argument(help="MODEL that classifies; no export.")],
-    images: Annotated[list[str], typer.Argument(help="Image files, folders, glob patterns.")],
-    class_name: Annotated[
-        str | None,
-        typer.Option("--class", help="Class to explain; default: the best of each image."),
-    ] = None,
-    method: Annotated[
-        Literal["gradcam", "attention", "rollout"],
-        typer.Option(
-            help="Grad-CAM of any stage, or the class token's attention in the stage that has one: "
-            "of each head and block, or followed through the blocks (rollout)."
-        ),
-    ] = "gradcam",
-    stage: Annotated[
-        int | None, typer.Option(min=1, help="Stage, counted from 1; default: the last possible.")
-    ] = None,
-    output: Annotated[
-        Path, typer.Option(help="New folder for a .png and an .npz per image and sheet.png.")
-    ] = Path("explanations"),
-    device: Device = "auto",
-    threads: Threads = None,
-    max_pixels: MaxPixels = None,
-    no_verify: NoVerify = False,
-    force: Annotated[bool, typer.Option(help="Overwrite existing files in the folder.")] = False,
+    model: str,
+    images: tuple[str, ...],
+    class_name: str | None,
+    method: Literal["gradcam", "attention", "rollout"],
+    stage: int | None,
+    output: Path,
+    device: str,
+    threads: int | None,
+    max_pixels: int | None,
+    no_verify: bool,
+    force: bool,
 ) -> None:
     """Draw where a model looks; images that cannot be decoded are skipped (exit code 3)."""
-    from cvt.cli.console import bar, err, out, quiet_libraries
+    from cvt.cli.console import err, out, quiet_libraries
+    from cvt.cli.progress import bar
     from cvt.data.decoding import ImageError
     from cvt.files import staged
     from cvt.inference.explain import Explainer, write_explanations
     from cvt.inference.predict import find_images
 
     quiet_libraries()
-    paths = find_images(images)
+    paths = find_images(list(images))
     skipped = done = 0
     with staged(output, force) as folder:
         explainer = Explainer(model, device, threads, max_pixels=max_pixels, verify=not no_verify)
@@ -55,7 +79,7 @@ def explain(
                 step()
                 if isinstance(result, ImageError):
                     skipped += 1
-                    err.print(f"skipped {result}", style="yellow")
+                    err.print(f"skipped {result}", fg="yellow")
                 else:
                     done += 1
                     out.print(f"{result.name}: {result.caption}{cold(result)}")
@@ -64,7 +88,7 @@ def explain(
     out.print(f"written to {output}")
     if skipped:
         err.print(f"{skipped} of {done + skipped} images skipped")
-        raise typer.Exit(3)
+        raise click.exceptions.Exit(3)
 
 
 def cold(explanation: "Explanation") -> str:

@@ -1,43 +1,63 @@
 """`cvt export`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import typer
+import click
 
-from cvt.cli.options import NoVerify
+from cvt.cli.options import FILE, PRECISIONS, argument, command, force_option, no_verify_option
 
 if TYPE_CHECKING:
     from cvt.runtime.manifest import Manifest
 
 
+@command
+@argument("model", help="MODEL to export.")
+@argument("output", type=FILE, help="Folder to write.")
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(("onnx", "openvino", "torch-export", "saved-model", "litert")),
+    help="Software that is to run it.",
+)
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), default="fp32", help="What it computes in."
+)
+@click.option(
+    "--dynamic",
+    type=click.Choice(("batch", "size", "batch,size", "none")),
+    default="batch",
+    help="What may differ from call to call: number and size of images.",
+)
+@click.option(
+    "--image-size",
+    type=click.IntRange(min=1),
+    help="Height and width of its images, if not the model's.",
+)
+@click.option(
+    "--calibration",
+    type=FILE,
+    help="For int8: a folder of images, such as it will be used on.",
+)
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(min=0, max=1),
+    default=0.99,
+    help="Share of images that int8 must classify as fp32 does.",
+)
+@no_verify_option
+@force_option("Overwrite files in OUTPUT.")
 def export(
-    model: Annotated[str, typer.Argument(help="MODEL to export.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[
-        Literal["onnx", "openvino", "torch-export", "saved-model", "litert"],
-        typer.Option(help="Software that is to run it."),
-    ],
-    precision: Annotated[
-        Literal["fp32", "bf16", "fp16", "int8"], typer.Option(help="What it computes in.")
-    ] = "fp32",
-    dynamic: Annotated[
-        Literal["batch", "size", "batch,size", "none"],
-        typer.Option(help="What may differ from call to call: number and size of images."),
-    ] = "batch",
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Height and width of its images, if not the model's."),
-    ] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="For int8: a folder of images, such as it will be used on.")
-    ] = None,
-    min_agreement: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Share of images that int8 must classify as fp32 does."),
-    ] = 0.99,
-    no_verify: NoVerify = False,
-    force: Annotated[bool, typer.Option(help="Overwrite files in OUTPUT.")] = False,
+    model: str,
+    output: Path,
+    to: Literal["onnx", "openvino", "torch-export", "saved-model", "litert"],
+    precision: Literal["fp32", "bf16", "fp16", "int8"],
+    dynamic: str,
+    image_size: int | None,
+    calibration: Path | None,
+    min_agreement: float,
+    no_verify: bool,
+    force: bool,
 ) -> None:
     """Export a classifier to other software, and check the result against the torch model."""
     from cvt.cli.console import err, out, quiet_libraries
@@ -66,6 +86,7 @@ def print_checks(done: "Manifest") -> None:
     from rich.table import Table
 
     from cvt.cli.console import out
+    from cvt.cli.rich_console import print_table
 
     table = Table("images", "pixels", "same class", "largest difference", "accepted")
     for column in table.columns:
@@ -79,7 +100,7 @@ def print_checks(done: "Manifest") -> None:
             f"{check['difference']:.2g}",
             "" if accepted is None else f"{accepted:.2g}",
         )
-    out.print(table)
+    print_table(table)
     if done.agreement is not None:
         out.print(
             f"of {done.parity['images']} images that were not used for calibration, "

@@ -2,24 +2,26 @@
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
-from cvt.cli.options import count
+from cvt.cli.options import argument, batch_size_option, command
 
 if TYPE_CHECKING:
     from cvt.profile import Profile
 
 
-def info(
-    model: Annotated[str, typer.Argument(help="MODEL, or a variant: cvt-13, cvt-21, cvt-w24.")],
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Height and width in pixels, if not the model's.")
-    ] = None,
-    batch_size: Annotated[int, count("batch_size", "Images at a time, for the memory.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+@command
+@argument("model", help="MODEL, or a variant: cvt-13, cvt-21, cvt-w24.")
+@click.option(
+    "--image-size",
+    type=click.IntRange(min=1),
+    help="Height and width in pixels, if not the model's.",
+)
+@batch_size_option(1, "Images at a time, for the memory.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(model: str, image_size: int | None, batch_size: int, as_json: bool) -> None:
     """Show a model's parameters, operations, stages and memory, without running it."""
     from cvt.checkpoints import image_size_of, load_config, load_processor, model_source
     from cvt.cli.console import out, quiet_libraries
@@ -32,11 +34,11 @@ def info(
     size = image_size or (image_size_of(load_processor(source, config)) if has_processor else 224)
     result = profile(config, size, batch_size)
     if as_json:
-        out.print_json(json.dumps(dataclasses.asdict(result), default=str))
+        out.print(json.dumps(dataclasses.asdict(result), default=str, indent=2))
         return
     out.print(
         f"{model}: {config.num_labels} classes, {config.hidden_act}, {size} x {size} pixels",
-        style="bold",
+        bold=True,
     )
     print_profile(result)
 
@@ -46,6 +48,7 @@ def print_profile(result: "Profile") -> None:
     from rich.table import Table
 
     from cvt.cli.console import out
+    from cvt.cli.rich_console import print_table
 
     out.print(f"parameters  {result.parameters:,}")
     out.print(
@@ -74,7 +77,7 @@ def print_profile(result: "Profile") -> None:
         )
     head = result.parameters - sum(stage.parameters for stage in result.stages)
     table.add_row("head", *[""] * 5, f"{head:,}", "0.00")
-    out.print(table)
+    print_table(table)
 
 
 def mebibytes(size: int) -> str:

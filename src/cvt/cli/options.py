@@ -1,27 +1,100 @@
-"""The options that commands share."""
+"""What commands are built from: their class, their arguments, and the options that they share."""
 
-import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Any, TypeVar
 
-import typer
+import click
 
 from cvt.limits import BOUNDS
 
-# How a model is run, in every command that runs one.
-RuntimeName = Annotated[
-    Literal[
-        "auto", "torch", "fused", "compiled", "onnxruntime", "openvino", "tensorflow", "litert"
-    ],
-    typer.Option("--runtime", help="Runtime; auto is the fastest that is installed."),
-]
-Precision = Annotated[
-    Literal["fp32", "bf16", "fp16", "int8"] | None,
-    typer.Option(help="Precision of the arithmetic; default: fp32, or an export's own."),
-]
+Function = TypeVar("Function", bound=Callable[..., Any])
+Decorator = Callable[[Function], Function]
+
+FILE = click.Path(path_type=Path)  # or a folder; whether it is there, the command checks
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+RUNTIMES = (
+    *("auto", "torch", "fused", "compiled", "onnxruntime", "openvino", "tensorflow", "litert"),
+)
 
 
-def known_device(name: str) -> str:
+class Argument(click.Argument):
+    """An argument with a help text, which click's own has only since 8.5."""
+
+    def __init__(self, *declarations: Any, help: str, **settings: Any) -> None:
+        super().__init__(*declarations, **settings)
+        self.help: str = help
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        """The row of the help."""
+        return self.make_metavar(ctx), f"{self.help}  [required]" if self.required else self.help
+
+
+class Setting(click.Option):
+    """An option that the help shows in a group."""
+
+    def __init__(self, *declarations: Any, group: str, **settings: Any) -> None:
+        super().__init__(*declarations, **settings)
+        self.group = group
+
+
+class Command(click.Command):
+    """A command whose help has a section of arguments, and one for each group of options."""
+
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write nothing, as click did before 8.5: `format_options` writes the arguments."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            is_argument = isinstance(parameter, click.Argument)
+            section = "Arguments" if is_argument else getattr(parameter, "group", "Options")
+            if row := parameter.get_help_record(ctx):
+                sections.setdefault(section, []).append(row)
+        for section, rows in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(rows)
+
+
+def command(function: Callable[..., None]) -> Command:
+    """The command of a function, of its name and its docstring."""
+    return click.command(cls=Command)(function)
+
+
+def argument(name: str, help: str, **settings: Any) -> Decorator:
+    """An argument; `settings` are those of `click.Argument`."""
+    return click.argument(name, cls=Argument, help=help, **settings)
+
+
+def count_option(name: str, help: str, default: int | None = None) -> Decorator:
+    """An option for a whole number within `cvt.limits.BOUNDS`."""
+    least, most = BOUNDS[name]
+    kind = click.IntRange(min=least, max=most)
+    return click.option(f"--{name.replace('_', '-')}", type=kind, default=default, help=help)
+
+
+def batch_size_option(default: int = 32, help: str = "Images at a time.") -> Decorator:
+    """`--batch-size`."""
+    return count_option("batch_size", help, default)
+
+
+def workers_option(default: int) -> Decorator:
+    """`--workers`."""
+    return count_option("workers", "Processes that decode images.", default)
+
+
+def threads_option(help: str = "Threads that run the model on a CPU.") -> Decorator:
+    """`--threads`."""
+    return count_option("threads", help)
+
+
+def force_option(help: str) -> Decorator:
+    """`--force`."""
+    return click.option("--force/--no-force", default=False, help=help)
+
+
+def known_device(ctx: click.Context, parameter: click.Parameter, name: str) -> str:
     """The device; a usage error if there is none of that name."""
     if name in ("auto", "cpu"):  # there always; PyTorch is imported for the others alone
         return name
@@ -30,38 +103,37 @@ def known_device(name: str) -> str:
     try:
         check_device(name)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise click.BadParameter(str(error)) from None
     return name
 
 
-def count(name: str, help: str) -> Any:
-    """An option for a whole number within `cvt.limits.BOUNDS`."""
-    least, most = BOUNDS[name]
-    return typer.Option(min=least, max=most, help=help)
-
-
-Device = Annotated[
-    str,
-    typer.Option(
-        help="cpu, cuda, cuda:1, ...; auto is CUDA where there is.", callback=known_device
-    ),
-]
-Threads = Annotated[int | None, count("threads", "Threads that run the model on a CPU.")]
-BatchSize = Annotated[int, count("batch_size", "Images at a time.")]
-Workers = Annotated[int, count("workers", "Processes that decode images.")]
-MaxPixels = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Pixels that an image may have; larger ones are skipped (default 178956970)."
-    ),
-]
-
-NoVerify = Annotated[
-    bool,
-    typer.Option(
-        "--no-verify", help="Do not compare the files with the SHA-256 that were written with them."
-    ),
-]
+runtime_option = click.option(
+    "--runtime",
+    type=click.Choice(RUNTIMES),
+    default="auto",
+    help="Runtime; auto is the fastest that is installed.",
+)
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Precision of the arithmetic; default: fp32, or an export's own.",
+)
+device_option = click.option(
+    "--device",
+    default="auto",
+    callback=known_device,
+    help="cpu, cuda, cuda:1, ...; auto is CUDA where there is.",
+)
+max_pixels_option = click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    help="Pixels that an image may have; larger ones are skipped (default 178956970).",
+)
+no_verify_option = click.option(
+    "--no-verify",
+    is_flag=True,
+    help="Do not compare the files with the SHA-256 that were written with them.",
+)
 
 
 def words(text: str | None) -> list[str] | None:
@@ -78,44 +150,43 @@ def numbers(text: str | None, option: str, largest: int | None = None) -> list[i
         largest: that a number may be.
 
     Raises:
-        typer.BadParameter: one is no number, below 1 or too large.
+        click.BadParameter: one is no number, below 1 or too large.
     """
     found = words(text)
     if found is None:
         return None
     if not all(word.isdecimal() and int(word) for word in found):
         message = f"{text}: must be whole numbers of at least 1, with commas between"
-        raise typer.BadParameter(message, param_hint=option)
+        raise click.BadParameter(message, param_hint=option)
     values = [int(word) for word in found]
     if largest is not None and max(values) > largest:
-        raise typer.BadParameter(f"{text}: must be at most {largest}", param_hint=option)
+        raise click.BadParameter(f"{text}: must be at most {largest}", param_hint=option)
     return values
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes `**settings` an option for each setting of a recipe but `data`.
-
-    typer reads options from a signature, and this one is computed from the table of settings.
-    """
+def with_settings(function: Function) -> Function:
+    """Give a command that takes `**settings` an option for each setting of a recipe but `data`."""
     from cvt.train.recipe import FIELDS, value_type
 
-    own = inspect.signature(command)
-    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    group = ""
+    options, group = [], ""
     for name, spec in FIELDS.items():
         group = spec.metadata["group"] or group
         kind, _ = value_type(spec)
+        flag = name.replace("_", "-")
         number = f"{spec.default:g}" if kind is float and spec.default else spec.default
         default = "" if spec.default in (None, False) or kind is bool else f" (default {number})"
-        option = typer.Option(
+        option = click.option(
+            f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
+            name,
+            cls=Setting,
+            group=group,
+            type=kind,
+            default=None,
             help=spec.metadata["help"] + default,
             metavar="|".join(spec.metadata["choices"]) or None,
-            rich_help_panel=group,
         )
-        hint = Annotated[kind | None, option]  # type: ignore[valid-type]
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(name, keyword, default=None, annotation=hint))
-    parameters = [parameter for parameter in parameters if parameter.name != "data"]
-    command.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
-    return command
+        if name != "data":
+            options.append(option)
+    for option in reversed(options):
+        function = option(function)
+    return function

@@ -4,59 +4,76 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
 from cvt.cli.options import (
-    BatchSize,
-    Device,
-    MaxPixels,
-    NoVerify,
-    Precision,
-    RuntimeName,
-    Threads,
-    Workers,
+    FILE,
+    argument,
+    batch_size_option,
+    command,
+    device_option,
+    force_option,
+    max_pixels_option,
+    no_verify_option,
+    precision_option,
+    runtime_option,
+    threads_option,
+    workers_option,
 )
 
 if TYPE_CHECKING:
     from cvt.inference.predict import Prediction, Result
 
 
+@command
+@argument("model", help="MODEL that classifies, or an exported folder.")
+@argument("images", nargs=-1, required=True, help="Image files, folders, glob patterns.")
+@click.option(
+    "--topk",
+    type=click.IntRange(min=1),
+    default=5,
+    help="Classes to name for each image; a regression names all.",
+)
+@batch_size_option()
+@workers_option(1)
+@runtime_option
+@precision_option
+@device_option
+@threads_option()
+@click.option("--exact-decoding", is_flag=True, help="Decode large JPEGs whole, which is slower.")
+@max_pixels_option
+@click.option(
+    "--output", type=FILE, help="Write .csv (a row per class) or .jsonl (a line per image)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON line per image.")
+@click.option("--resume", is_flag=True, help="Resume an interrupted run and its output.")
+@no_verify_option
+@force_option("Overwrite the output file, and what an interrupted run left.")
 def predict(
-    model: Annotated[str, typer.Argument(help="MODEL that classifies, or an exported folder.")],
-    images: Annotated[list[str], typer.Argument(help="Image files, folders, glob patterns.")],
-    topk: Annotated[
-        int, typer.Option(min=1, help="Classes to name for each image; a regression names all.")
-    ] = 5,
-    batch_size: BatchSize = 32,
-    workers: Workers = 1,
-    runtime: RuntimeName = "auto",
-    precision: Precision = None,
-    device: Device = "auto",
-    threads: Threads = None,
-    exact_decoding: Annotated[
-        bool, typer.Option("--exact-decoding", help="Decode large JPEGs whole, which is slower.")
-    ] = False,
-    max_pixels: MaxPixels = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Write .csv (a row per class) or .jsonl (a line per image).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line per image.")] = False,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Resume an interrupted run and its output."),
-    ] = False,
-    no_verify: NoVerify = False,
-    force: Annotated[
-        bool, typer.Option(help="Overwrite the output file, and what an interrupted run left.")
-    ] = False,
+    model: str,
+    images: tuple[str, ...],
+    topk: int,
+    batch_size: int,
+    workers: int,
+    runtime: str,
+    precision: str | None,
+    device: str,
+    threads: int | None,
+    exact_decoding: bool,
+    max_pixels: int | None,
+    output: Path | None,
+    as_json: bool,
+    resume: bool,
+    no_verify: bool,
+    force: bool,
 ) -> None:
     """Classify images; those that cannot be decoded are reported and skipped (exit code 3)."""
     if output is not None and output.suffix not in (".csv", ".jsonl"):
-        raise typer.BadParameter(f"{output} must end in .csv or .jsonl", param_hint="--output")
+        raise click.BadParameter(f"{output} must end in .csv or .jsonl", param_hint="--output")
     if resume and output is None:
-        raise typer.BadParameter("needs an --output", param_hint="--resume")
+        raise click.BadParameter("needs an --output", param_hint="--resume")
     from cvt.checkpoints import model_source
     from cvt.cli.console import err, open_classifier, quiet_libraries
     from cvt.inference.predict import find_images, scores_per_image
@@ -65,7 +82,7 @@ def predict(
     from cvt.runtime.factory import MANY
 
     quiet_libraries()
-    paths = find_images(images)
+    paths = find_images(list(images))
     with PredictionFile(output, resume, force) if output else nullcontext() as file:
         first = list(islice(paths, MANY))  # to count them; the rest is read later
         paths = chain(first, paths)
@@ -92,14 +109,15 @@ def predict(
             err.print(f"{output}: {file.count} images classified")
     if skipped:
         err.print(f"{skipped} of {classified + skipped} images skipped")
-        raise typer.Exit(3)
+        raise click.exceptions.Exit(3)
 
 
 def consume(
     results: "Iterator[Prediction | Result]", write: "Callable[[Prediction], None]"
 ) -> tuple[int, int]:
     """Write the predictions and report the errors; returns how many there were of each."""
-    from cvt.cli.console import bar, err
+    from cvt.cli.console import err
+    from cvt.cli.progress import bar
     from cvt.inference.predict import Prediction
 
     skipped = classified = 0
@@ -111,7 +129,7 @@ def consume(
                 write(result)
             else:
                 skipped += 1
-                err.print(f"skipped {result.error}", style="yellow")
+                err.print(f"skipped {result.error}", fg="yellow")
     return skipped, classified
 
 

@@ -1,31 +1,25 @@
 """`cvt push`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
+
+from cvt.cli.options import FILE, argument, command, force_option
 
 if TYPE_CHECKING:
     from cvt.train.push import Upload
 
 
+@command
+@argument("folder", type=FILE, help="Model folder, run folder (its best/), adapter or export.")
+@argument("name", help="USER/NAME on the hub, or USER/NAME@BRANCH.")
+@click.option("--private", is_flag=True, help="Create a repository that only its owner sees.")
+@click.option("--license", help="Licence of the model, as the hub names it: apache-2.0, ...")
+@click.option("--dry-run", is_flag=True, help="Show what would be uploaded; upload nothing.")
+@force_option("Upload to a repository that another program wrote.")
 def push(
-    folder: Annotated[
-        Path, typer.Argument(help="Model folder, run folder (its best/), adapter or export.")
-    ],
-    name: Annotated[str, typer.Argument(help="USER/NAME on the hub, or USER/NAME@BRANCH.")],
-    private: Annotated[
-        bool, typer.Option("--private", help="Create a repository that only its owner sees.")
-    ] = False,
-    license: Annotated[
-        str | None, typer.Option(help="Licence of the model, as the hub names it: apache-2.0, ...")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be uploaded; upload nothing.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option(help="Upload to a repository that another program wrote.")
-    ] = False,
+    folder: Path, name: str, private: bool, license: str | None, dry_run: bool, force: bool
 ) -> None:
     """Upload a model and its model card to the Hugging Face hub, in one commit.
 
@@ -52,11 +46,12 @@ def print_files(upload: "Upload") -> None:
     from rich.table import Table
 
     from cvt.cli.console import out
+    from cvt.cli.rich_console import print_table
 
     table = Table("file", "bytes")
     table.columns[1].justify = "right"
     for file, size in upload.files.items():
         table.add_row(file, f"{size:,}")
-    out.print(f"{upload.folder} to {upload.repository.hub_id}", style="bold")
-    out.print(table)
+    out.print(f"{upload.folder} to {upload.repository.hub_id}", bold=True)
+    print_table(table)
     out.print(upload.card.partition("\n## ")[0].rstrip())

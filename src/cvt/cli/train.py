@@ -3,46 +3,50 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
-from cvt.cli.options import with_settings
+from cvt.cli.options import FILE, argument, command, with_settings
 from cvt.text import printable
 from cvt.train.recipe import Recipe, json_schema, load_recipe, read_settings
 
 
+@command
+@argument(
+    "words",
+    nargs=-1,
+    metavar="[DATA] [KEY=VALUE]...",
+    help="Training data, and settings by their names. DATA is a folder with a folder per "
+    "class, or with train/ and val/ of such; a csv of path and label; a parquet file; "
+    "hub:OWNER/NAME; shards of a webdataset; CIFAR's folder; or the word digits.",
+)
+@click.option(
+    "--config",
+    type=FILE,
+    help="Recipe, a yaml file or a name that `cvt recipes` lists; the settings given here "
+    "win over it.",
+)
+@click.option(
+    "--output",
+    type=FILE,
+    help="Run folder to create (default runs/ and the recipe's name, or train).",
+)
+@click.option(
+    "--resume/--no-resume",
+    default=False,
+    help="Resume the run in the output folder, or start it if there is none.",
+)
+@click.option(
+    "--schema", is_flag=True, help="Print the JSON schema of a recipe, for editors, and exit."
+)
 @with_settings
 def train(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[DATA] [KEY=VALUE]...",
-            help="Training data, and settings by their names. DATA is a folder with a folder per "
-            "class, or with train/ and val/ of such; a csv of path and label; a parquet file; "
-            "hub:OWNER/NAME; shards of a webdataset; CIFAR's folder; or the word digits.",
-            show_default=False,
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Recipe, a yaml file or a name that `cvt recipes` lists; the settings given here "
-            "win over it."
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Run folder to create (default runs/ and the recipe's name, or train)."),
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(help="Resume the run in the output folder, or start it if there is none."),
-    ] = False,
-    schema: Annotated[
-        bool,
-        typer.Option("--schema", help="Print the JSON schema of a recipe, for editors, and exit."),
-    ] = False,
+    words: tuple[str, ...],
+    config: Path | None,
+    output: Path | None,
+    resume: bool,
+    schema: bool,
     **options: Any,
 ) -> None:
     """Train or fine-tune a classifier; the best epoch is kept as a model folder, OUTPUT/best.
@@ -51,17 +55,18 @@ def train(
     torchrun --nproc-per-node 8 -m cvt train ...
     """
     if schema:
-        typer.echo(json.dumps(json_schema(), indent=2))
+        click.echo(json.dumps(json_schema(), indent=2))
         return
-    recipe, changes = read_recipe(words or [], config, options)
-    from cvt.cli.console import TrainingBars, out, quiet_libraries
+    recipe, changes = read_recipe(list(words), config, options)
+    from cvt.cli.console import out, quiet_libraries
+    from cvt.cli.progress import TrainingBars
     from cvt.train import trainer
     from cvt.train.checkpointing import checkpoints
 
     output = output or default_output(recipe.data, config.stem if config else "train")
     resumes = resume and bool(checkpoints(output / "checkpoints"))
     if not resumes and not recipe.data:
-        raise typer.BadParameter("what to train on is missing", param_hint="DATA")
+        raise click.BadParameter("what to train on is missing", param_hint="DATA")
     quiet_libraries()
     with TrainingBars() as progress:
         if resumes:
@@ -88,7 +93,7 @@ def read_recipe(
         options: settings by name; None where not given.
 
     Raises:
-        typer.BadParameter: a setting is given twice, unknown or illegal.
+        click.BadParameter: a setting is given twice, unknown or illegal.
     """
     changes = {name: value for name, value in options.items() if value is not None}
     for word in words:
@@ -97,13 +102,13 @@ def read_recipe(
         if not equals or not name.isidentifier():
             name, value = "data", word
         if name in changes:
-            raise typer.BadParameter(f"{name} is given twice: {changes[name]} and {value}")
+            raise click.BadParameter(f"{name} is given twice: {changes[name]} and {value}")
         changes[name] = value
     try:
         settings = read_settings(config, changes)
         return load_recipe(None, settings), settings
     except ValueError as error:
-        raise typer.BadParameter(printable(str(error), keep="\n")) from None
+        raise click.BadParameter(printable(str(error), keep="\n")) from None
 
 
 def default_output(data: str, name: str) -> Path:

@@ -12,15 +12,13 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from cvt.limits import MOST_AT_ONCE, MOST_IMAGES
 
 PACKAGED = Path(__file__).parent / "recipes"
-NESTED = 8  # levels of a yaml file; a recipe has two
 LARGEST: dict[type, int] = {int: 2**63 - 1}  # that a setting without a limit of its own may be
 
 
@@ -241,9 +239,15 @@ RESUME_OVERRIDES = (
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
 
 
+@cache
+def type_hints() -> dict[str, Any]:
+    """The types of the settings by name."""
+    return typing.get_type_hints(Recipe)
+
+
 def value_type(spec: dataclasses.Field) -> tuple[type, bool]:
     """A setting's type, and whether it may be None."""
-    hint = typing.get_type_hints(Recipe)[spec.name]
+    hint = type_hints()[spec.name]
     if isinstance(hint, types.UnionType):
         return next(t for t in typing.get_args(hint) if t is not type(None)), True
     return hint, False
@@ -318,29 +322,6 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which yaml would take the last, and what unfolds."""
-
-    level = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        alias = self.peek_event() if self.check_event(yaml.AliasEvent) else None
-        self.level += 1
-        if self.level > NESTED:
-            raise yaml.YAMLError(f"it is nested more than {NESTED} levels deep")
-        node = super().compose_node(parent, index)
-        self.level -= 1
-        if alias and not isinstance(node, yaml.ScalarNode):
-            raise yaml.YAMLError(f"*{alias.anchor} repeats a list or a map; a recipe has neither")
-        return node
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
-            raise yaml.YAMLError(f"{', '.join(twice)} is given twice")
-        return super().construct_mapping(node, deep)
-
-
 def packaged_recipes() -> dict[str, Path]:
     """The recipes that come with this package: name to yaml file, sorted by name."""
     return {file.stem: file for file in sorted(PACKAGED.glob("*.yaml"))}
@@ -391,9 +372,11 @@ def read_settings(
     """
     settings: dict[str, Any] = {}
     if file is not None:
+        from cvt.train.strict_yaml import read_yaml  # which `cvt train --help` does without
+
         try:
-            read = yaml.load(find_recipe(file).read_text(encoding="utf-8"), _Loader)
-        except (yaml.YAMLError, ValueError) as error:  # not UTF-8; a date of month 13
+            read = read_yaml(find_recipe(file).read_text(encoding="utf-8"))
+        except ValueError as error:  # not UTF-8; a date of month 13
             raise ValueError(f"{file} is not yaml: {' '.join(str(error).split())}") from None
         if not isinstance(read, dict):
             raise ValueError(f"{file} has no settings, one per line as `epochs: 30`")

@@ -1,0 +1,102 @@
+"""Progress bars of the commands, on the error stream if that is a terminal."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from cvt.cli.console import err
+from cvt.libraries import is_installed
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+# How the figures of a step are shown.
+FORMATS = {"loss": "loss {:.3f}", "lr": "lr {:.2e}", "images_per_second": "{:.0f} images/s"}
+
+
+def bars() -> "Progress":
+    """A progress display on the error stream, if that is a terminal."""
+    from rich import progress
+
+    from cvt.cli.rich_console import console
+
+    stderr = console(stderr=True)
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=stderr,
+        transient=True,
+        # What is printed to the same terminal appears above the bar; a file stays a file.
+        redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
+        disable=not stderr.is_terminal,
+    )
+
+
+@contextmanager
+def bar(description: str, total: int | None) -> Iterator[Callable[[], None]]:
+    """One progress bar; call what it gives after each step. No bar where rich is not installed."""
+    if sys.stderr is None or not sys.stderr.isatty() or not is_installed("rich"):
+        yield lambda: None
+        return
+    with bars() as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda: progress.advance(task)
+
+
+class TrainingBars:
+    """The progress of `cvt.train.train`: a bar while it works, a line after each epoch.
+
+    Where the error stream is no terminal, plain lines instead of the bar, a few a minute.
+    """
+
+    EVERY = 20.0  # seconds between plain lines
+
+    def __enter__(self) -> "TrainingBars":
+        self.display = bars()
+        self.display.start()
+        self.printed_at = time.monotonic()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.display.stop()
+
+    def log(self, text: str) -> None:
+        """Print a line about the run."""
+        err.print(text)
+
+    def stage(self, name: str, total: int | None, done: int = 0) -> Callable[..., None]:
+        """Show a bar of `total` steps in the place of the last one."""
+        for task in self.display.task_ids:
+            self.display.remove_task(task)
+        task = self.display.add_task(name, total=total, completed=done)
+        began, begun_at = time.monotonic(), done
+
+        def advance(**figures: float | None) -> None:
+            nonlocal done
+            done += 1
+            text = "  ".join(
+                [name, *(FORMATS[k].format(v) for k, v in figures.items() if v is not None)]
+            )
+            self.display.update(task, advance=1, description=text)
+            now = time.monotonic()
+            if self.display.disable and now - self.printed_at > self.EVERY:
+                self.printed_at = now
+                left = (now - began) / (done - begun_at) * ((total or done) - done)
+                err.print(f"{text}  {done}/{total or '?'}  {timedelta(seconds=round(left))} left")
+
+        return advance
+
+    def epoch(self, row: dict[str, float | None]) -> None:
+        """Print the results of an epoch."""
+        parts = [f"epoch {row['epoch']:>3}  loss {row['train_loss']:.4f}"]
+        for prefix, name in (("val", "val"), ("ema", "averaged")):
+            if (top1 := row.get(f"{prefix}_top1")) is not None:
+                loss = row[f"{prefix}_loss"]
+                parts.append(f"{name} loss {loss:.4f}  top-1 {100 * top1:.2f} %")
+        err.print("  ".join(parts))
