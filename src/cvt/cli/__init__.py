@@ -28,6 +28,7 @@ VERBS = {
     "outputs.",
     "push": "Upload a model and its model card to the Hugging Face hub, in one commit.",
     "info": "Show a model's parameters, operations, stages and memory, without running it.",
+    "cache": "List or clear the converted graphs that are kept, for a model to start sooner.",
     "recipes": "List the packaged recipes, which `cvt train --config NAME` takes, or print one.",
     "demo": "Train a small CvT on scikit-learn's handwritten digits, evaluate it, classify image "
     "files.",

@@ -44,10 +44,13 @@ class SafeFormatter(logging.Formatter):
         return printable(super().format(record), keep="\n")
 
 
-def quiet_libraries() -> None:
+def quiet_libraries(verbose: bool = False) -> None:
     """Let this package's warnings through in one line each, and keep transformers' reports back.
 
     transformers is not imported for it: an exported model does without.
+
+    Args:
+        verbose: let through what this package logs for information, too.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -60,6 +63,8 @@ def quiet_libraries() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(SafeFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    if verbose:
+        logging.getLogger("cvt").setLevel(logging.INFO)
 
 
 def open_classifier(

@@ -20,6 +20,7 @@ from cvt.cli.options import (
     precision_option,
     runtime_option,
     threads_option,
+    verbose_option,
     workers_option,
 )
 
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 @click.option("--image-column", help="Column of a table's images.")
 @click.option("--label-column", help="Column of a table's labels.")
 @no_verify_option
+@verbose_option
 @force_option("Overwrite existing output and report.")
 def evaluate(
     model: str,
@@ -80,6 +82,7 @@ def evaluate(
     image_column: str | None,
     label_column: str | None,
     no_verify: bool,
+    verbose: bool,
     force: bool,
 ) -> None:
     """Measure accuracy, per class too, and calibration; classes are matched by name."""
@@ -91,7 +94,7 @@ def evaluate(
     from cvt.inference.evaluate import evaluate as evaluate_images
     from cvt.inference.evaluate import write_evaluation
 
-    quiet_libraries()
+    quiet_libraries(verbose)
     columns = {"image_column": image_column, "label_column": label_column}
     images = not_trained_on(open_labelled(data, classes=classes, **columns), model)
     total = images.length if isinstance(images, StreamedImages) else len(images)

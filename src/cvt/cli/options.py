@@ -111,12 +111,15 @@ runtime_option = click.option(
     "--runtime",
     type=click.Choice(RUNTIMES),
     default="auto",
-    help="Runtime; auto is the fastest that is installed.",
+    help="Runtime; auto is the one that is through first.",
 )
 precision_option = click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
     help="Precision of the arithmetic; default: fp32, or an export's own.",
+)
+verbose_option = click.option(
+    "-v", "--verbose", is_flag=True, help="Print which runtime auto takes, and why."
 )
 device_option = click.option(
     "--device",

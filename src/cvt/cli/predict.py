@@ -20,6 +20,7 @@ from cvt.cli.options import (
     precision_option,
     runtime_option,
     threads_option,
+    verbose_option,
     workers_option,
 )
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON line per image.")
 @click.option("--resume", is_flag=True, help="Resume an interrupted run and its output.")
 @no_verify_option
+@verbose_option
 @force_option("Overwrite the output file, and what an interrupted run left.")
 def predict(
     model: str,
@@ -67,6 +69,7 @@ def predict(
     as_json: bool,
     resume: bool,
     no_verify: bool,
+    verbose: bool,
     force: bool,
 ) -> None:
     """Classify images; those that cannot be decoded are reported and skipped (exit code 3)."""
@@ -81,7 +84,7 @@ def predict(
     from cvt.inference.prediction_file import PredictionFile, run_settings
     from cvt.runtime.factory import MANY
 
-    quiet_libraries()
+    quiet_libraries(verbose)
     paths = find_images(list(images))
     with PredictionFile(output, resume, force) if output else nullcontext() as file:
         first = list(islice(paths, MANY))  # to count them; the rest is read later

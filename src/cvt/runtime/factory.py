@@ -1,6 +1,8 @@
 """From a model or an export to a runtime: what `cvt.runtime.open_runtime` does."""
 
 import logging
+import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
 
 logger = logging.getLogger(__name__)
+# The files of a GPU on Linux: of NVIDIA, of Windows below it, of AMD.
+DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 ON_A_CPU = ("openvino", *OF_EXPORTS)  # these compute nowhere else
 # Images from which on it pays to convert a model for OpenVINO. For cvt-13 on two cores that took 11
 # seconds longer than to fuse it, and an image, of batches of 32, then 3 ms less in fp32 and 7 ms in
@@ -216,7 +220,9 @@ def check_device(device: str) -> None:
 
 
 def has_cuda() -> bool:
-    """Whether PyTorch has a CUDA device."""
+    """Whether PyTorch has a CUDA device; it is not imported where no driver has one."""
+    if sys.platform == "linux" and not any(map(os.path.exists, DRIVERS)):
+        return False
     if not is_installed("torch"):
         return False
     import torch
