@@ -22,7 +22,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 
-SKIPPED = ("make demo", "make test", "pip install '.[train,export]'", "pip wheel ")
+# What an export runs on, beside its engine (docs/en/serving.md).
+SMALL = "numpy pillow click"
+SKIPPED = (
+    "pip install --no-deps ",
+    "make demo",
+    "make test",
+    "pip install '.[train,export]'",
+    "pip wheel ",
+)
 # Pieces of the README's commands, and what is run in their place.
 SHORTER = {
     "cvt demo": "cvt demo --epochs 2",
@@ -119,6 +127,22 @@ def build(folder: Path) -> Path:
     return wheel
 
 
+def check_without_torch(wheel: Path, user: Environment, engine: str, exported: str) -> None:
+    """An export answers the same where PyTorch and transformers are not installed."""
+    small = Environment(user.work / f"with-{engine}", user.work)
+    install = f"pip install --no-deps cvt-vision {SMALL} {engine}"
+    for page in ("README.md", "README.zh-CN.md", "docs/en/serving.md", "docs/zh/serving.md"):
+        text = (ROOT / page).read_text("utf-8").replace("onnxruntime", engine)
+        assert install in text, f"{page} has no {install!r}"
+    small.run(f"pip install --quiet --no-deps {shlex.quote(str(wheel))} {SMALL} {engine}")
+    command = f"cvt predict {exported} cat.jpg --json"
+    assert small.run(command) == user.run(command)
+    seconds = small.run(f"TIMEFORMAT='%U + %S'; time {command} > /dev/null 2>&1").strip()
+    packages = small.bin.parent / "lib"
+    size = sum(file.stat().st_size for file in packages.rglob("*") if file.is_file())
+    print(f"  {engine}: {size / 1e6:.0f} MB, {seconds} s of CPU time", flush=True)
+
+
 def main() -> None:
     """Do all of it; the exit code is 1 if something fails."""
     if len(sys.argv) > 1:
@@ -166,6 +190,10 @@ def check(folder: Path) -> None:
             user.run(line)
         if code:
             user.run("python -", stdin=PRELUDES.get(heading, "") + code)
+
+    for engine, to in (("onnxruntime", "onnx"), ("openvino", "openvino")):
+        user.run(f"cvt export cvt-13 small-{to} --to {to}")
+        check_without_torch(wheel, user, engine, f"small-{to}")
 
     user.run("pip install --quiet mypy")
     (folder / "mypy.ini").write_text(MYPY)

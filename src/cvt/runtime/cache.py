@@ -13,7 +13,15 @@ from pathlib import Path
 
 from cvt import __version__
 from cvt.checkpoints import ModelSource
-from cvt.files import check_checksums, sha256, staged, weight_files, write_checksums
+from cvt.files import (
+    CHECKSUMS,
+    read_json,
+    sha256,
+    staged,
+    sums_of,
+    weight_files,
+    write_checksums,
+)
 from cvt.libraries import version_of
 
 logger = logging.getLogger(__name__)
@@ -117,11 +125,13 @@ class GraphCache:
         if not folder.is_dir():
             return None
         try:
-            if not all((folder / name).is_file() for name in (GRAPH, ABOUT, "checksums.json")):
-                raise ValueError(f"{folder} is not complete")
-            check_checksums(folder)
-        except (OSError, ValueError) as error:
-            logger.info("%s; the model is converted again", error)
+            sums = read_json(folder / CHECKSUMS)
+            found = {name: list(each) for name, each in sums_of(folder, sums).items()}
+            is_whole = GRAPH in found and found == sums
+        except (OSError, ValueError, TypeError):
+            is_whole = False
+        if not is_whole:
+            logger.info("%s is damaged; the model is converted again", folder)
             shutil.rmtree(folder, ignore_errors=True)
             return None
         with suppress(OSError):
