@@ -3,7 +3,10 @@
 import csv
 import importlib
 import itertools
+import re
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from functools import partial
@@ -253,8 +256,18 @@ def test_every_model_is_measured_beside_transformers_eager_one(gpu, tmp_path, ca
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_quick_table_is_complete_on_a_cpu(load, tmp_path):
-    rows = table(load("gpu"), tmp_path, "--budget=1700")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="`make gpu` runs the tests marked gpu on it")
+def test_make_gpu_takes_the_same_path_on_a_cpu(tmp_path):
+    words = [f"BIN={Path(sys.executable).parent}", "DEVICE=cpu", "QUICK=1", "BUDGET=1500"]
+    process = subprocess.run(
+        ["make", "gpu", *words, f"OPTIONS=--results {tmp_path}"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert re.search(r"^=* *\d+ skipped, \d+ deselected", process.stdout, re.MULTILINE)
+    rows = written(tmp_path)
     assert [label(row) for row in rows] == TABLE
     for row in rows:
         assert (row["note"], float(row["tflops"]) > 0) == ("", True)

@@ -247,6 +247,12 @@ def test_a_gpu_is_used_where_there_is_one(model, exported, name):
         torch.testing.assert_close(runtime(pixels), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_program_moves_to_another_device_as_a_whole(exported):
+    runtime = open_runtime(exported["torch-export"], device="meta")
+    (logits,) = runtime.graph(*runtime.weights, torch.empty(3, 3, 40, 56, device="meta"))
+    assert (logits.device.type, logits.shape) == ("meta", (3, 5))
+
+
 def test_an_export_opens_in_its_own_runtime(exported):
     described = [open_runtime(folder, threads=1).describe for folder in exported.values()]
     assert described == [
