@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from cvt import CvtConfig, CvtForImageClassification, fuse
-from cvt.configuration import VARIANTS
 from cvt.macs import MacCounter
 from cvt.runtime import open_runtime
 from cvt.runtime.capture import onnx_graph, openvino_graph
@@ -54,7 +53,8 @@ YARDSTICKS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2")  # t
 
 def shape(variant: str) -> CvtConfig:
     """A variant, `tiny`, or the last block of that; drop path is zero, so that none skips work."""
-    config = CvtConfig.from_variant(variant) if variant in VARIANTS else CvtConfig(**TINY)
+    is_tiny = variant in ("tiny", "one-block")
+    config = CvtConfig(**TINY) if is_tiny else CvtConfig.from_variant(variant)
     if variant == "one-block":
         lists = {name: value for name, value in config.to_dict().items() if isinstance(value, list)}
         last = {name: value[2:] for name, value in lists.items() if not name.startswith("out_")}
