@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: browser demo test test-tensorflow test-notebooks test-oldest test-wheel notebooks lint bench docs docs-en docs-zh docs-examples clean
+.PHONY: browser demo test test-tensorflow test-notebooks test-oldest test-wheel notebooks lint bench gpu docs docs-en docs-zh docs-examples clean
 
 demo: $(VENV)/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
 	$(BIN)/cvt demo --output runs/demo
@@ -49,6 +49,38 @@ lint: $(VENV)/dev.stamp  ## ruff, mypy and the import layers
 bench: $(VENV)/train.stamp  ## the training step beside transformers'; leaves benchmarks/results/*.csv
 	$(BIN)/python benchmarks/training.py
 
+# In its own environment, or with BIN=/path/bin in one that exists, in which nothing is installed.
+# A GPU may be there for ten minutes only: each step has a limit, and the least important is last.
+DEVICE ?= cuda
+BUDGET ?= 300
+ifeq ($(origin BIN),command line)
+GPU_BIN := $(BIN)
+else
+GPU_BIN := .venv-gpu/bin
+gpu: .venv-gpu/gpu.stamp
+endif
+GPU_PYTHON = PYTHONPATH=src $(GPU_BIN)/python
+GPU_TESTS = $(GPU_PYTHON) -m pytest --timeout 100 --continue-on-collection-errors
+GPU_TABLE = $(GPU_PYTHON) benchmarks/gpu.py --device $(DEVICE) --budget $(BUDGET) \
+  $(if $(QUICK),--quick --results runs/gpu --overwrite) $(OPTIONS)
+
+gpu:  ## test and measure on a CUDA device within ten minutes; DEVICE=cpu QUICK=1 tries it on a CPU
+	$(GPU_TABLE) --list
+	failed=0; \
+	$(GPU_TESTS) --session-timeout 150 -m gpu $$(grep -rl --include='test_*.py' mark.gpu tests | sort) || failed=1; \
+	$(GPU_TABLE) || failed=1; \
+	$(if $(QUICK),true,$(GPU_TESTS) --session-timeout 60 tests/gpu_kernels) || failed=1; \
+	exit $$failed
+
+# The torch of $(PYTHON) is used where there is one: it fits the machine's driver, and is large.
+.venv-gpu/gpu.stamp: pyproject.toml
+	test -x .venv-gpu/bin/python || $(PYTHON) -m venv --system-site-packages .venv-gpu
+	.venv-gpu/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+	  > .venv-gpu/constraints.txt 2> /dev/null || true
+	.venv-gpu/bin/python -m pip install --quiet --constraint .venv-gpu/constraints.txt \
+	  --editable '.[train,export]' pytest pytest-timeout
+	touch $@
+
 # Offline, with warnings as errors. The examples of the reference are the same in both languages.
 SPHINX = $(BIN)/python -m sphinx -q -W --keep-going -c docs
 
@@ -65,7 +97,7 @@ docs-examples: $(VENV)/docs.stamp
 	$(SPHINX) -b doctest -t en -d docs/_build/en docs/en docs/_build/examples
 
 clean:  ## remove what the targets above made, but never runs/
-	rm -rf .venv .venv-oldest build dist docs/_build
+	rm -rf .venv .venv-oldest .venv-gpu build dist docs/_build
 
 # One stamp an extra: the environment is made again only when the dependencies change.
 $(VENV)/%.stamp: pyproject.toml

@@ -194,11 +194,10 @@ def result_file(
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]], mode: str) -> None:
-    """Write rows of the same columns; the mode is that of the file: x, w, or a to go on with it."""
+    """Write rows of the same columns; the mode is that of the file: x, or w to replace it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open(mode, newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        if mode != "a":
-            writer.writeheader()
+        writer.writeheader()
         writer.writerows(rows)
     print(path)

@@ -1,61 +1,52 @@
-"""How fast does CvT train and answer on a GPU, and how much of that GPU does it use?
+"""How fast are inference and training of CvT on a GPU, compared with transformers' CvT?
 
-    python benchmarks/gpu.py
-    python benchmarks/gpu.py --only training --variants cvt-13,cvt-w24-384 --precisions bf16
-    python benchmarks/gpu.py --budget 480     # begin nothing new after so many seconds
-    python benchmarks/gpu.py --quick          # a tiny model, on a CPU too: does all of it run?
+    python benchmarks/gpu.py                # `make gpu` also sets up the environment and runs tests
+    python benchmarks/gpu.py --budget 240   # stop after so many seconds, compilation included
+    python benchmarks/gpu.py --list         # print what is measured, in this order
+    python benchmarks/gpu.py --quick        # one block, on a CPU too: does the script run?
 
-Questions:
-- inference: from images to logits.
-- training: a step of forward, cross-entropy, backward and a fused AdamW.
-Both on one random batch that stays where it is, by random weights without drop path. All of it
-takes hours, most of them to compile, so what matters most comes first, and every table is added to
-the csv as soon as it is there.
+Tasks: inference from images to logits, in bf16, and a training step of forward, cross-entropy,
+backward and fused AdamW, under bf16 autocast. Both process one random batch that stays on the
+device, with random weights and without drop path.
 
-Peers: transformers' CvT and ours, of the same shape, eager and compiled by torch.compile for
-that very size. Forms of ours are the model as `cvt train` has it, that with Triton's kernels
-(`cvt.kernels.apply_triton`), and the fused one (`cvt.fuse`), which also runs as a CUDA graph
-(mode="reduce-overhead"). Beside cvt-13 at 224, timm's models of its size. All are
-channels-last but transformers' CvT, which cannot be. bf16 is autocast, but for the fused form,
-whose weights are bf16; tf32 and fp32 say how products and convolutions of fp32 are computed.
+Models: transformers' CvT, ours and, at 224 pixels, timm's models of the size of cvt-13. "eager" is
+PyTorch without compilation, "compiled" is torch.compile for the size at hand, without
+max-autotune. Ours is also measured in the inference form ("fused", `cvt.fuse`); its last rows
+decide about code that is off until it has run on a GPU: the Triton kernels
+(`cvt.kernels.apply_triton`) and CUDA graphs (torch.compile's mode "reduce-overhead"). All use
+channels-last but transformers' CvT, which cannot.
 
-Speed: all of a table take turns in one process. A turn is a burst of steps, queued without waiting
-for them, between two CUDA events. Figures are medians of the turns, and ratios medians of the
-turns' own ratios to transformers' eager and compiled.
+What needs no compilation comes first. Each row is printed and written to the csv as soon as it is
+measured; at the end of the budget the row in progress is cut, and each row without figures has its
+reason in the column `note`.
 
-Memory: the most that a peer has allocated at a time in its steps, batch, weights and
-optimizer included, but not what compiling takes, nor what was there before it.
+Speed: a model and transformers' eager one take turns in one process. A turn is a burst of steps,
+queued without waiting for them, between two CUDA events. `ms_per_step` is the median of the
+turns, `speed_ratio` the median of the turns' own ratios.
 
-Operations: those of matrix products, convolutions and attention, forward and backward, as
-`cvt.macs` counts them, in an eager step on fake tensors; of what is compiled or has kernels,
-in its form without. What attention computes again on the way back is counted. The matrix
-share is their rate beside that of a product of matrices in the same precision.
+Memory: the peak of what a step allocates, weights, batch and optimizer included.
 
-Bytes: the least that these operations could move, which is the inputs and outputs of each, as if
-all else (norms, activations, sums, copies, the optimizer) were fused into them. A step moves more.
-The copy share is the rate of these bytes beside that of a copy on the device. Product and copy take
-their turns with the peers.
+Operations: two for each multiply-accumulate of the forward pass, as `cvt.macs` counts them, and
+three times as many in a training step. `matrix_share` is their rate, compared with that of a
+matrix product in bf16, the first row.
 
-A peer that fails has a row that says why. Prints tables and writes
-`results/gpu-<device>-torch<version>-<date>.csv`. So far it has run on a CPU only,
-where PyTorch's own operators take the place of the kernels.
+Writes `results/gpu-<device>-torch<version>-<date>.csv`. So far it has run on a CPU only.
 """
 
 import argparse
-import functools
+import csv
 import gc
-import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from common import (
     CLOCKS,
-    QUICK,
     VARIANTS,
     Row,
     command_line,
@@ -63,38 +54,27 @@ from common import (
     duration,
     per_image,
     result_file,
-    show,
-    some_of,
-    write_rows,
 )
-from peers import YARDSTICKS, Logits, build, shape, training_step
-from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from peers import YARDSTICKS, Logits, build, forward_operations, shape, training_step
 
 from cvt import fuse
-from cvt.inference.benchmark import Turns, device_name, in_turns, middle, speed_ratios, versions
+from cvt.inference.benchmark import device_name, in_turns, middle, speed_ratios, versions
 from cvt.kernels import apply_triton, recompute_activations
-from cvt.macs import MacCounter
 
-QUESTIONS = ("inference", "training")
-PRECISIONS = ("bf16", "tf32", "fp32")
-TURN = 0.2  # seconds of a burst
+BF16 = torch.bfloat16
+QUICK = ("one-block", 32, 2)  # compiling more takes a CPU many minutes
+BURST = 0.2  # seconds
+MODES = {"compiled": None, "CUDA graph": "reduce-overhead"}  # of torch.compile
+LIBRARIES = ("torch", "triton", "transformers", "timm", "cvt")
 
 
 class Case(NamedTuple):
-    """What is asked of all peers of one table."""
+    """A task, and the size that all models have in it."""
 
-    question: str
+    task: str
     variant: str
     image_size: int
     batch_size: int
-    precision: str
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is computed in."""
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 class Peer(NamedTuple):
@@ -105,289 +85,250 @@ class Peer(NamedTuple):
     run: str
 
 
-RUNS = ("eager", "compiled")
-EAGER, COMPILED = REFERENCES = tuple(Peer("transformers", "", run) for run in RUNS)
-MODELS = tuple(Peer("cvt", form, run) for form in ("", "triton") for run in RUNS)
-FUSED = tuple(Peer("cvt", "fused", run) for run in (*RUNS, "CUDA graph"))
-LIMITS = MATRICES, COPY = Peer("product of matrices", "", ""), Peer("copy", "", "")
-COLUMNS = (
-    *Case._fields,
-    *Peer._fields,
-    *("images_per_second", "ms_per_step", "ratio_to_eager", "ratio_to_compiled"),
-    *("peak_memory_mib", "tflops", "matrix_share", "gb_per_second", "copy_share", "note"),
+REFERENCE = Peer("transformers", "", "eager")
+FIGURES = (
+    "images_per_second",
+    "ms_per_step",
+    "speed_ratio",
+    "memory_mib",
+    "tflops",
+    "matrix_share",
 )
+COLUMNS = (*Case._fields, *Peer._fields, *FIGURES, "note")
+WIDTHS = (14, 7, 10, 10, 28, 6, 10, *(len(name) for name in FIGURES), 0)
+References = dict[Case, Callable[[], object]]
 
 
-def peers(case: Case) -> list[Peer]:
-    """What the shares are of, then who takes part in a case, most important first."""
-    fused = FUSED if case.question == "inference" else ()
-    beside = {VARIANTS["cvt-13"]: YARDSTICKS, QUICK: ("test_convnext",)}
-    others = beside.get((case.variant, case.image_size, case.batch_size), ())
-    yardsticks = [Peer(name, "", run) for run in ("compiled", "eager") for name in others]
-    return [*LIMITS, *REFERENCES, *MODELS, *fused, *yardsticks]
+def plan(options: argparse.Namespace) -> list[tuple[Case, Peer]]:
+    """What is measured, most important first, and what has to be compiled last."""
+    sizes = [QUICK] if options.quick else [VARIANTS["cvt-13"], VARIANTS["cvt-13-384"]]
+    sizes = [(name, side, options.batch_size or images) for name, side, images in sizes]
+    others = ("test_convnext",) if options.quick else YARDSTICKS
+    cases = [Case(task, *size) for size in sizes for task in ("inference", "training")]
+    first_inference, first_training = cases[:2]
+
+    def rows(case: Case, run: str) -> list[tuple[Case, Peer]]:
+        fused = [Peer("cvt", "fused", run)] if case.task == "inference" else []
+        return [
+            (case, peer) for peer in (Peer("transformers", "", run), Peer("cvt", "", run), *fused)
+        ]
+
+    eager = [row for case in cases for row in rows(case, "eager")]
+    timm = [(case, Peer(name, "", "eager")) for case in cases[:2] for name in others]
+    compiled = [row for case in cases for row in rows(case, "compiled")]
+    undecided = [
+        *((first_training, Peer("cvt", "triton", run)) for run in ("eager", "compiled")),
+        (first_inference, Peer("cvt", "fused", "CUDA graph")),
+    ]
+    return [*eager, *timm, *compiled, *undecided]
 
 
 # ------------------------------------------------------------------------------ peers
 
 
-def case_model(name: str, case: Case, device: str) -> nn.Module:
-    """A model of the size of a case."""
+def prepare(case: Case, peer: Peer, device: str) -> Callable[[], object]:
+    """A function that takes a step of a model; it does not wait for a GPU."""
     with torch.device(device):
-        model = build(name, shape(case.variant))
-    return model if name == "transformers" else model.to(memory_format=torch.channels_last)
-
-
-def stepping(model: nn.Module, peer: Peer, case: Case, device: str) -> Callable[[], object]:
-    """A function that takes a step of a peer's model; a GPU is not waited for."""
-    name, form, run = peer
+        model = build(peer.model, shape(case.variant))
     images = torch.randn(case.batch_size, 3, case.image_size, case.image_size, device=device)
-    if name != "transformers":
+    if peer.model != "transformers":
+        model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
-    training = case.question == "training"
-    if name == "cvt" and training:
-        recompute_activations(model)
-    if form == "triton":
+    if peer.form == "triton":
         apply_triton(model)
-    if form == "fused":
-        model = fuse(model, case.dtype)
-    mode = "reduce-overhead" if run == "CUDA graph" else None
-    forward = Logits(model if run == "eager" else torch.compile(model, dynamic=False, mode=mode))
-    autocast = case.dtype is not torch.float32 and form != "fused"
+    if case.task == "training":
+        if peer.model == "cvt":
+            recompute_activations(model)  # as `cvt train` does
+        return training_step(model, runnable(model, peer.run), images, BF16)
+    model = fuse(model, BF16) if peer.form == "fused" else model.to(BF16)
+    forward, pixels = runnable(model, peer.run), images.to(BF16)
 
     @torch.no_grad()
-    def answer() -> None:
-        with torch.autocast(device, case.dtype, enabled=autocast):
-            forward(images)
+    def classify() -> None:
+        forward(pixels)
 
-    return training_step(model, forward, images, case.dtype) if training else answer
-
-
-class Counter(MacCounter):
-    """Adds up the operations of products, convolutions and attention, and the bytes at their ends.
-
-    Attributes:
-        bytes: of the tensors that these operators read and write.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def add(self, macs: int, args: tuple, result: Any) -> None:
-        """Count one call of an operator."""
-        super().add(macs, args, result)
-        tensors = (x for x in tree_leaves((args, result)) if isinstance(x, Tensor))
-        self.bytes += sum(tensor.nbytes for tensor in tensors)
-
-    @property
-    def operations(self) -> int:
-        """Floating point: two for each multiply-accumulate."""
-        return 2 * self.macs
+    return classify
 
 
-@functools.cache
-def counted(name: str, form: str, case: Case, device: str) -> tuple[int, int]:
-    """The operations and the bytes of a model's step."""
-    model = case_model(name, case, "meta")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device=device)
-        step = stepping(model, Peer(name, form, "eager"), case, device)
-        with Counter() as counter:
-            step()
-    return counter.operations, counter.bytes
+def runnable(model: torch.nn.Module, run: str) -> torch.nn.Module:
+    """Pixels to logits, eager or compiled."""
+    if run == "eager":
+        return Logits(model)
+    torch.compiler.reset()  # else each model would be a recompilation of the one before it
+    return Logits(torch.compile(model, dynamic=False, mode=MODES[run]))
+
+
+def operations(case: Case, peer: Peer) -> int:
+    """Floating point operations of a step."""
+    passes = 3 if case.task == "training" else 1  # backward: of the inputs and of the weights
+    each = forward_operations(peer.model, case.variant, case.image_size, peer.form == "fused")
+    return passes * case.batch_size * each
 
 
 # ------------------------------------------------------------------------------ measuring
 
 
-class Prepared(NamedTuple):
-    """What is ready to take steps: how many are a burst, and what is in a step."""
-
-    step: Callable[[], object]
-    burst: int
-    images: int = 0
-    operations: int = 0
-    bytes: int = 0
-    memory: int = 0
-    note: str = ""
+class BudgetSpentError(BaseException):
+    """The time is up; no `except Exception` of a compiler holds it."""
 
 
-def burst(step: Callable[[], object], device: str) -> int:
-    """How many steps make a burst."""
-    return max(1, int(TURN / max(CLOCKS[device](step), 1e-6)))
+@contextmanager
+def within(options: argparse.Namespace) -> Iterator[None]:
+    """Interrupts what runs, compilation too, at the end of the budget.
+
+    Raises:
+        BudgetSpentError: the budget is spent, before or while it runs.
+    """
+
+    def stop(*_: object) -> None:
+        raise BudgetSpentError(f"cut: the budget of {options.budget:g} s is spent")
+
+    left = options.deadline - time.monotonic()
+    if left <= 0:
+        raise BudgetSpentError(f"skipped: the budget of {options.budget:g} s is spent")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, min(left, 1e6))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def prepare_limit(limit: Peer, case: Case, device: str) -> Prepared:
-    """A product of matrices of 8192 x 8192, or a copy of a GiB."""
-    n = 64 if case.variant == "tiny" else 8192
-    if limit == MATRICES:
-        a, b = torch.randn(2, n, n, device=device).to(case.dtype)
-        step, executed = partial(torch.mm, a, b), {"operations": 2 * n**3}
-    else:
-        numbers = torch.randn(4 * n * n, device=device)
-        step = partial(torch.empty_like(numbers).copy_, numbers)
-        executed = {"bytes": 2 * numbers.nbytes}
-    step()
-    return Prepared(step, burst(step, device), **executed)
+def repeat(step: Callable[[], object], times: int) -> None:
+    """Take so many steps."""
+    for _ in range(times):
+        step()
 
 
-def prepare(peer: Peer, case: Case, device: str) -> Prepared:
-    """Make a peer, compile it, and see how much memory its steps take."""
-    if device == "cuda":
+def burst_of(step: Callable[[], object], device: str) -> int:
+    """How many steps fill a burst."""
+    return max(1, int(BURST / max(CLOCKS[device](step), 1e-6)))
+
+
+def matrix_rate(options: argparse.Namespace) -> float:
+    """Operations per second of a product of matrices of 8192 x 8192 in bf16."""
+    n = 64 if options.quick else 8192
+    a, b = torch.randn(2, n, n, device=options.device).to(BF16)
+    multiply = partial(torch.mm, a, b)
+    multiply()
+    steps = burst_of(multiply, options.device)
+    clock = CLOCKS[options.device]
+    times = in_turns({"": partial(repeat, multiply, steps)}, 0, options.turns, turn=0, clock=clock)
+    return 2 * n**3 * steps / middle(times[""])
+
+
+def measure(
+    case: Case, peer: Peer, references: References, rate: float, options: argparse.Namespace
+) -> Row:
+    """The figures of a model, in turns with transformers' eager one, which is kept for the next."""
+    device, on_gpu = options.device, options.device == "cuda"
+    if on_gpu:
         gc.collect()
         torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    step = stepping(case_model(peer.model, case, device), peer, case, device)
-    step()  # compiles
-    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+    step = prepare(case, peer, device)
+    repeat(step, 2)  # compiles, and records a CUDA graph
+    figures = {}
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    step()  # records, if it is a CUDA graph
-    ready = Prepared(step, burst(step, device), case.batch_size)
-    ready = ready._replace(memory=torch.cuda.max_memory_allocated() - before)
-    form = "" if peer.form == "triton" else peer.form
-    # On a CPU the fused form packs its weights, which fake tensors do not know.
-    on = "cuda" if form == "fused" else device
-    try:
-        operations, moved = counted(peer.model, form, case, on)
-    except Exception as error:
-        return ready._replace(note=f"not counted: {reason(error)}")
-    return ready._replace(operations=operations, bytes=moved)
+        step()
+        figures["memory_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    runs = {peer: step}
+    if case in references:
+        runs[REFERENCE] = references[case]
+    bursts = {name: burst_of(run, device) for name, run in runs.items()}
+    repeated = {name: partial(repeat, run, bursts[name]) for name, run in runs.items()}
+    times = in_turns(repeated, options.seconds, options.turns, turn=0, clock=CLOCKS[device])
+    times = {name: per_image(bursts[name], turns) for name, turns in times.items()}
+    if peer == REFERENCE:
+        references[case] = step
+    seconds = middle(times[peer])
+    figures |= {"ms_per_step": 1000 * seconds, "images_per_second": case.batch_size / seconds}
+    if REFERENCE in times:
+        figures["speed_ratio"] = speed_ratios(times[REFERENCE], times[peer])[1]
+    done = operations(case, peer) / seconds
+    figures |= {"tflops": done / 1e12, "matrix_share": done / rate}
+    return {name: f"{value:.4g}" for name, value in figures.items()}
 
 
-def reason(error: Exception) -> str:
-    """What went wrong, in a line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def prepare_all(
-    case: Case, options: argparse.Namespace
-) -> tuple[dict[Peer, Prepared], dict[Peer, str]]:
-    """Those that are ready, and the reasons why others are not."""
-    prepared, reasons = {}, {}
-    for peer in peers(case):
-        one = prepare_limit if peer in LIMITS else prepare
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each measurement, as soon as it is done."""
+    references: References = {}
+    rate = float("nan")
+    for case, peer in [(None, None), *plan(options)]:
+        row = dict.fromkeys(COLUMNS, "")
         try:
-            if time.monotonic() > options.deadline:
-                raise TimeoutError(f"the budget of {options.budget:g} seconds is spent")
-            prepared[peer] = one(peer, case, options.device)
+            if case is None:
+                row["task"] = "matrix product"
+                with within(options):
+                    rate = matrix_rate(options)
+                    row["tflops"] = f"{rate / 1e12:.4g}"
+            else:
+                row |= case._asdict() | peer._asdict()
+                with within(options):
+                    row |= measure(case, peer, references, rate, options)
+        except BudgetSpentError as end:
+            row["note"] = str(end)
         except Exception as error:
-            reasons[peer] = reason(error)
-    return prepared, reasons
-
-
-def seconds_of_steps(
-    prepared: dict[Peer, Prepared],
-    reasons: dict[Peer, str],
-    options: argparse.Namespace,
-) -> dict[Peer, Turns]:
-    """Seconds of a step, turn by turn, of those that never failed; adds to the reasons."""
-
-    def take_turn(peer: Peer) -> None:
-        step, steps, *_ = prepared[peer]
-        try:
-            for _ in range(0 if peer in reasons else steps):
-                step()
-        except Exception as error:  # now that all are there, each has less memory
-            reasons[peer] = reason(error)
-
-    runs = {peer: partial(take_turn, peer) for peer in prepared}
-    clock = CLOCKS[options.device]
-    times = in_turns(runs, options.seconds, options.turns, turn=0, clock=clock)
-    return {c: per_image(prepared[c].burst, times[c]) for c in times if c not in reasons}
-
-
-def speed_rows(case: Case, options: argparse.Namespace) -> list[Row]:
-    """A row for each peer of a case, and for what the shares are of."""
-    torch.compiler.reset()  # else this case's models would count as recompilations of another's
-    tf32 = case.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    prepared, reasons = prepare_all(case, options)
-    times = seconds_of_steps(prepared, reasons, options)
-    rows = []
-    for peer in peers(case):
-        row = dict.fromkeys(COLUMNS, "") | case._asdict() | peer._asdict()
-        if peer in times:
-            row |= figures(peer, prepared, times)
-        row["note"] = reasons.get(peer) or prepared[peer].note
-        rows.append(row)
-    return rows
-
-
-def figures(
-    peer: Peer,
-    prepared: dict[Peer, Prepared],
-    times: dict[Peer, Turns],
-) -> Row:
-    """What a row tells of a peer that was measured."""
-    own, seconds = prepared[peer], middle(times[peer])
-    found = {"ms_per_step": 1000 * seconds}
-    if own.images:
-        found["images_per_second"] = own.images / seconds
-        for column, reference in (("ratio_to_eager", EAGER), ("ratio_to_compiled", COMPILED)):
-            if reference in times:
-                found[column] = speed_ratios(times[reference], times[peer])[1]
-    if own.memory:
-        found["peak_memory_mib"] = own.memory / 2**20
-    if own.operations:
-        found["tflops"] = own.operations / seconds / 1e12
-    if own.operations and MATRICES in times:
-        share = own.operations / prepared[MATRICES].operations
-        found["matrix_share"] = share * middle(times[MATRICES]) / seconds
-    if own.bytes:
-        found["gb_per_second"] = own.bytes / seconds / 1e9
-    if own.bytes and COPY in times:
-        found["copy_share"] = own.bytes / prepared[COPY].bytes * middle(times[COPY]) / seconds
-    return {column: f"{value:.4g}" for column, value in found.items()}
+            row["note"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        yield row
 
 
 # ------------------------------------------------------------------------------ command line
 
 
-def measure(options: argparse.Namespace) -> Iterator[list[Row]]:
-    """The tables, one after the other."""
-    sizes = [QUICK] if options.quick else [VARIANTS[name] for name in options.variants]
-    for precision, size, question in product(options.precisions, sizes, options.only):
-        yield speed_rows(Case(question, *size, precision), options)
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = command_line(__doc__, on_gpu=True)
-    for name, choices in (
-        ("--only", QUESTIONS),
-        ("--variants", VARIANTS),
-        ("--precisions", PRECISIONS),
-    ):
-        parser.add_argument(
-            name, type=some_of(choices), default=list(choices), help=f"of {', '.join(choices)}"
-        )
-    parser.add_argument("--quick", action="store_true", help="a tiny model on 2 small images")
-    parser.add_argument("--seconds", type=duration, default=3.0, help="of each peer's turns")
-    parser.add_argument("--turns", type=count, default=8, help="of each peer, at least")
     parser.add_argument(
-        "--budget", type=duration, default=math.inf, help="seconds, after which nothing is begun"
+        "--quick", action="store_true", help="measure a model of one block on 2 images"
     )
+    parser.add_argument("--list", action="store_true", help="print what is measured, and stop")
+    parser.add_argument(
+        "--budget", type=duration, default=300.0, help="stop after so many seconds (default 300)"
+    )
+    parser.add_argument(
+        "--batch-size", type=count, help="images in a step, for a GPU with little memory"
+    )
+    parser.add_argument(
+        "--seconds", type=duration, default=1.5, help="measure each model for at least so long"
+    )
+    parser.add_argument("--turns", type=count, default=5, help="take at least so many turns")
     options = parser.parse_args(arguments)
     if options.device == "cpu" and not options.quick:
-        parser.error("there is no GPU; --quick tries the program on a CPU")
+        parser.error("there is no GPU; --quick tries the script on a CPU")
     if options.quick:
-        options.turns, options.seconds = 2, 0.0
+        options.seconds = 0
     options.deadline = time.monotonic() + options.budget
     return options
 
 
+def show(cells: list[object]) -> None:
+    """Print a line of the table."""
+    print(*(f"{cell!s:{width}}" for cell, width in zip(cells, WIDTHS, strict=True)), flush=True)
+
+
 def run(options: argparse.Namespace) -> None:
-    """Measures, prints, writes."""
+    """Measure, print, write."""
     name = "gpu-quick" if options.quick else "gpu"
     path = result_file(options.results, name, options.device, options.overwrite)
-    mode = "w" if options.overwrite else "x"
-    for rows in measure(options):
-        print(*(f"{name} {rows[0][name]}" for name in Case._fields), sep=", ")
-        show([{name: row[name] for name in COLUMNS if name not in Case._fields} for row in rows])
-        libraries = ("torch", "triton", "transformers", "timm", "cvt")
-        about = {"device": device_name(options.device), **versions(libraries)}
-        write_rows(path, [row | about for row in rows], mode)
-        mode = "a"
+    if options.list:
+        for case, peer in plan(options):
+            print(*case, *filter(None, peer))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    show(list(COLUMNS))
+    with path.open("w" if options.overwrite else "x", newline="") as file:
+        columns = (*COLUMNS, "device", *LIBRARIES)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        for row in rows(options):
+            show([row[name] for name in COLUMNS])
+            about = {"device": device_name(options.device), **versions(LIBRARIES)}
+            writer.writerow(row | about)
+            file.flush()
+    print(path)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,13 @@ YARDSTICKS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2")  # t
 
 
 def shape(variant: str) -> CvtConfig:
-    """A variant of the paper, or `tiny`; its drop path is zero, so that none skips work."""
-    config = CvtConfig(**TINY) if variant == "tiny" else CvtConfig.from_variant(variant)
+    """A variant, `tiny`, or the last block of that; drop path is zero, so that none skips work."""
+    is_tiny = variant in ("tiny", "one-block")
+    config = CvtConfig(**TINY) if is_tiny else CvtConfig.from_variant(variant)
+    if variant == "one-block":
+        lists = {name: value for name, value in config.to_dict().items() if isinstance(value, list)}
+        last = {name: value[2:] for name, value in lists.items() if not name.startswith("out_")}
+        config = CvtConfig(**last | {"depth": [1], "num_labels": config.num_labels})
     config.drop_path_rate = [0.0] * len(config.depth)
     return config
 
@@ -199,17 +204,22 @@ def in_openvino(
     return run
 
 
-def operations(peer: Peer, options: argparse.Namespace) -> int:
-    """Floating point operations that a peer executes for an image.
+def forward_operations(name: str, variant: str, image_size: int, is_fused: bool) -> int:
+    """Floating point operations of a model for an image: matrix products and convolutions.
 
-    Those of matrix products and convolutions, attention included. Our fused form skips what the
-    last block does for nothing; nothing else skips any.
+    Our fused form skips what the last block does for nothing; nothing else skips any.
     """
     with torch.device("meta"), torch.no_grad():
-        model = build(peer.model, shape(options.variant))
-        if peer.model == "cvt" and peer.runtime != "torch":
+        model = build(name, shape(variant))
+        if is_fused:
             model = fuse(model)
-        pixels = torch.empty(1, 3, options.image_size, options.image_size)
+        pixels = torch.empty(1, 3, image_size, image_size)
         with MacCounter() as counter:
             model(pixels)
     return 2 * counter.macs
+
+
+def operations(peer: Peer, options: argparse.Namespace) -> int:
+    """Floating point operations that a peer executes for an image."""
+    is_fused = peer.model == "cvt" and peer.runtime != "torch"
+    return forward_operations(peer.model, options.variant, options.image_size, is_fused)

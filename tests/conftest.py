@@ -10,10 +10,19 @@ import torch
 from PIL import Image
 
 torch.set_num_threads(1)  # two fight over two cores as soon as anything else runs
+torch.backends.cudnn.allow_tf32 = False  # a GPU's fp32 is compared with that of a CPU
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
+
+
+def pytest_collection_modifyitems(items):
+    """Without a GPU, `-m gpu` skips what it selects."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,12 @@
 import csv
 import importlib
 import itertools
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -207,129 +213,153 @@ def test_what_the_inference_benchmark_cannot_measure_is_wrong_usage(inference, a
 @pytest.fixture
 def gpu(load, monkeypatch):
     module = load("gpu")
-    monkeypatch.setattr(module, "TURN", 0)
-    # Compiling takes minutes and is tested elsewhere.
+    monkeypatch.setattr(module, "BURST", 0)
+    # Compiling takes minutes: the slow test does it.
     monkeypatch.setattr(torch, "compile", lambda model, dynamic, mode: model)
     return module
 
 
 def table(gpu, folder, *arguments):
-    return results(gpu, folder, "--device=cpu", "--precisions=bf16", *arguments)
+    return results(gpu, folder, "--device=cpu", "--turns=2", *arguments)
 
 
 def label(row):
-    return " ".join(filter(None, (row["model"], row["form"], row["run"])))
+    return " ".join(filter(None, (row["task"], row["model"], row["form"], row["run"])))
 
 
-LIMITS = ["product of matrices", "copy"]
-PEERS = [
-    *("transformers eager", "transformers compiled", "cvt eager", "cvt compiled"),
-    *("cvt triton eager", "cvt triton compiled"),
+TABLE = [
+    "matrix product",
+    *("inference transformers eager", "inference cvt eager", "inference cvt fused eager"),
+    *("training transformers eager", "training cvt eager"),
+    *("inference test_convnext eager", "training test_convnext eager"),
+    *("inference transformers compiled", "inference cvt compiled", "inference cvt fused compiled"),
+    *("training transformers compiled", "training cvt compiled"),
+    *("training cvt triton eager", "training cvt triton compiled"),
+    "inference cvt fused CUDA graph",
 ]
-FUSED = [
-    *("cvt fused eager", "cvt fused compiled", "cvt fused CUDA graph"),
-]
-YARDSTICKS = ["test_convnext compiled", "test_convnext eager"]
 
 
-@pytest.mark.parametrize(("question", "forms"), [("inference", FUSED), ("training", [])])
-def test_all_peers_are_measured_beside_transformers_and_the_limits(
-    gpu, tmp_path, capsys, question, forms
-):
-    rows = table(gpu, tmp_path, f"--only={question}")
-    assert [label(row) for row in rows] == [*LIMITS, *PEERS, *forms, *YARDSTICKS]
+def test_every_model_is_measured_beside_transformers_eager_one(gpu, tmp_path, capsys):
+    matrices, *rows = table(gpu, tmp_path)
+    assert [label(row) for row in (matrices, *rows)] == TABLE
     printed = capsys.readouterr().out
-    matrices, copy, *peers = rows
-    assert (matrices["matrix_share"], copy["copy_share"]) == ("1", "1")
-    for row in peers:
-        assert (row["question"], row["variant"], row["precision"]) == (question, "tiny", "bf16")
-        assert row["note"] == ""
-        assert row["images_per_second"] in printed
-        for column in ("ms_per_step", "ratio_to_eager", "ratio_to_compiled"):
+    for row in rows:
+        assert (row["variant"], row["batch_size"], row["note"]) == ("one-block", "2", "")
+        assert row["memory_mib"] == ""  # of a GPU only
+        for column in ("images_per_second", "ms_per_step", "speed_ratio"):
             assert float(row[column]) > 0
-        for own, limit, share in (
-            ("tflops", matrices, "matrix_share"),
-            ("gb_per_second", copy, "copy_share"),
-        ):
-            expected = float(row[own]) / float(limit[own])
-            assert float(row[share]) == pytest.approx(expected, rel=2e-3)
-    assert peers[0]["ratio_to_eager"] == peers[1]["ratio_to_compiled"] == "1"
+            assert row[column] in printed
+        share = float(row["tflops"]) / float(matrices["tflops"])
+        assert float(row["matrix_share"]) == pytest.approx(share, rel=2e-3)
+    assert {row["speed_ratio"] for row in rows if label(row) in (TABLE[1], TABLE[4])} == {"1"}
 
 
-@pytest.mark.parametrize("calls", [0, 5])
-def test_a_peer_that_fails_at_once_or_in_its_turns_has_a_row_with_the_reason(
-    gpu, tmp_path, monkeypatch, calls
-):
-    left = iter(range(calls))
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="`make gpu` runs the tests marked gpu on it")
+def test_make_gpu_takes_the_same_path_on_a_cpu(tmp_path):
+    words = [f"BIN={Path(sys.executable).parent}", "DEVICE=cpu", "QUICK=1", "BUDGET=1500"]
+    process = subprocess.run(
+        ["make", "gpu", *words, f"OPTIONS=--results {tmp_path}"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert re.search(r"^=* *\d+ skipped, \d+ deselected", process.stdout, re.MULTILINE)
+    rows = written(tmp_path)
+    assert [label(row) for row in rows] == TABLE
+    for row in rows:
+        assert (row["note"], float(row["tflops"]) > 0) == ("", True)
 
-    def fail_in_the_end(model, pixels):
-        if next(left, None) is None:
-            raise RuntimeError("out of memory\nfor the graph")
 
+def test_what_matters_most_and_needs_no_compilation_comes_first(gpu, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    gpu.run(gpu.parse(["--list", "--batch-size=8", f"--results={tmp_path}"]))
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == "inference cvt-13 224 8 transformers eager"
+    for timm in ("swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2"):
+        assert f"training cvt-13 224 8 {timm} eager" in rows
+    assert "training cvt-13 384 8 cvt eager" in rows
+    compiled = [i for i, row in enumerate(rows) if row.endswith("compiled")]
+    assert all(row.endswith("eager") for row in rows[: compiled[0]])
+    assert [row.split(maxsplit=4)[4] for row in rows[-3:]] == [
+        *("cvt triton eager", "cvt triton compiled", "cvt fused CUDA graph")
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_run_has_a_row_with_the_reason(gpu, tmp_path, monkeypatch):
     def compiled(model, dynamic, mode):
         if mode == "reduce-overhead":
-            model.register_forward_pre_hook(fail_in_the_end)
+            raise RuntimeError("out of memory\nfor the graph")
         return model
 
     monkeypatch.setattr(torch, "compile", compiled)
-    few = [*gpu.LIMITS, *gpu.REFERENCES, gpu.FUSED[2]]
-    monkeypatch.setattr(gpu, "peers", lambda case: few)
-    *rows, failed = table(gpu, tmp_path, "--only=inference")
-    assert label(failed) == "cvt fused CUDA graph"
+    *rows, failed = table(gpu, tmp_path)
     assert (failed["note"], failed["ms_per_step"]) == ("RuntimeError: out of memory", "")
-    for row in rows:
-        assert (row["note"], bool(row["ms_per_step"])) == ("", True)
+    assert {row["note"] for row in rows} == {""}
+
+
+def test_without_transformers_model_ours_has_no_ratio(gpu, tmp_path, monkeypatch):
+    build = gpu.build
+    monkeypatch.setattr(
+        gpu, "build", lambda name, config: build({"transformers": ""}.get(name, name), config)
+    )
+    rows = table(gpu, tmp_path)
+    for row in rows[1:]:
+        fails = row["model"] == "transformers"
+        assert (bool(row["note"]), bool(row["ms_per_step"])) == (fails, not fails)
+        assert row["speed_ratio"] == ""
 
 
 def test_after_the_budget_nothing_starts_and_every_row_has_the_reason(gpu, tmp_path):
     rows = table(gpu, tmp_path, "--budget=0")
-    assert [row["question"] for row in rows] == ["inference"] * 13 + ["training"] * 10
+    assert [label(row) for row in rows] == TABLE
     for row in rows:
-        assert row["note"] == "TimeoutError: the budget of 0 seconds is spent"
-        assert row["ms_per_step"] == ""
+        assert row["note"] == "skipped: the budget of 0 s is spent"
+        assert row["ms_per_step"] == row["tflops"] == ""
+
+
+def test_at_the_end_of_the_budget_a_compilation_is_cut(gpu, tmp_path, monkeypatch):
+    def compiled(model, dynamic, mode):
+        with suppress(Exception):  # as compilers do that have another way
+            time.sleep(300)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(gpu, "matrix_rate", lambda options: 1e12)
+    compile_first = lambda options: [(gpu.Case("inference", *gpu.QUICK), gpu.REFERENCE)]  # noqa: E731
+    monkeypatch.setattr(gpu, "plan", compile_first)
+    monkeypatch.setattr(gpu, "prepare", lambda *_: torch.compile(None, False, None))
+    first, *rest = table(gpu, tmp_path, "--budget=1")
+    assert (first["tflops"], rest[0]["note"]) == ("1", "cut: the budget of 1 s is spent")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_what_was_measured_before_a_kill_is_kept(gpu, tmp_path, monkeypatch):
-    def killed_in_training(case, options):
-        if case.question == "training":
+    def killed_in_training(case, *_):
+        if case.task == "training":
             raise KeyboardInterrupt
-        return [dict.fromkeys(gpu.COLUMNS, "x")]
+        return {"ms_per_step": "3"}
 
-    monkeypatch.setattr(gpu, "speed_rows", killed_in_training)
+    monkeypatch.setattr(gpu, "measure", killed_in_training)
     with pytest.raises(KeyboardInterrupt):
         table(gpu, tmp_path)
-    assert [row["model"] for row in written(tmp_path)] == ["x"]
-
-
-def test_tables_come_in_the_order_of_their_importance(gpu, monkeypatch):
-    monkeypatch.setattr(gpu, "speed_rows", lambda case, options: case)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    options = gpu.parse(["--variants=cvt-13,cvt-w24-384", "--precisions=bf16,fp32"])
-    assert [" ".join(map(str, case)) for case in gpu.measure(options)] == [
-        *("inference cvt-13 224 256 bf16", "training cvt-13 224 256 bf16"),
-        *("inference cvt-w24 384 32 bf16", "training cvt-w24 384 32 bf16"),
-        *("inference cvt-13 224 256 fp32", "training cvt-13 224 256 fp32"),
-        *("inference cvt-w24 384 32 fp32", "training cvt-w24 384 32 fp32"),
-    ]
-    assert [c.model for c in gpu.peers(gpu.Case("training", "cvt-13", 224, 256, "bf16"))][-3:] == [
-        "swin_tiny_patch4_window7_224",
-        "convnext_tiny",
-        "pvt_v2_b2",
-    ]
+    assert [row["ms_per_step"] for row in written(tmp_path)] == ["", "3", "3", "3"]
 
 
 @pytest.mark.parametrize(
-    ("question", "form", "precision", "attention", "block", "autocast"),
+    ("task", "form", "attention", "block"),
     [
-        ("inference", "", "bf16", SelfAttention, Block, True),
-        ("inference", "triton", "bf16", OnePassAttention, Block, True),
-        ("inference", "fused", "bf16", None, None, False),
-        ("training", "", "fp32", SelfAttention, RecomputingBlock, False),
-        ("training", "triton", "bf16", OnePassAttention, RecomputingBlock, True),
+        ("inference", "", SelfAttention, Block),
+        ("inference", "fused", None, None),
+        ("training", "", SelfAttention, RecomputingBlock),
+        ("training", "triton", OnePassAttention, RecomputingBlock),
     ],
 )
 def test_a_step_has_the_kernels_and_the_precision_of_its_peer(
-    gpu, monkeypatch, question, form, precision, attention, block, autocast
+    gpu, monkeypatch, task, form, attention, block
 ):
     seen, chosen = [], {attention, block} - {None}
 
@@ -340,42 +370,26 @@ def test_a_step_has_the_kernels_and_the_precision_of_its_peer(
     def note(model, pixels):
         kinds = {type(module) for module in model.modules()}
         assert {kind for kind in kinds if issubclass(kind, SelfAttention | Block)} == chosen
-        seen.append((torch.is_autocast_enabled("cpu"), model.training))
+        seen.append((torch.is_autocast_enabled("cpu"), model.training, pixels[0].dtype))
 
     monkeypatch.setattr(torch, "compile", compiled)
-    case = gpu.Case(question, *gpu.QUICK, precision)
-    peer = gpu.Peer("cvt", form, "compiled")
-    step = gpu.stepping(gpu.case_model("cvt", case, "cpu"), peer, case, "cpu")
+    step = gpu.prepare(gpu.Case(task, *gpu.QUICK), gpu.Peer("cvt", form, "compiled"), "cpu")
     step()
-    assert seen == [(autocast, question == "training")]
+    trains = task == "training"
+    assert seen == [(trains, trains, torch.float32 if trains else torch.bfloat16)]
 
 
-def test_operations_and_bytes_are_those_of_products_there_and_back(gpu):
-    a, b = torch.ones(2, 3, requires_grad=True), torch.ones(3, 5, requires_grad=True)
-    with gpu.Counter() as counter:
-        c = (a.relu() @ b).relu()
-    assert (counter.operations, counter.bytes) == (2 * 30, 4 * (6 + 15 + 10))
-    with counter:
-        c.sum().backward()
-    assert (counter.operations, counter.bytes) == (3 * 2 * 30, 3 * 4 * (6 + 15 + 10))
+def test_the_operations_of_a_step_are_those_of_the_profile(gpu):
+    def operations(task, model, form=""):
+        return gpu.operations(gpu.Case(task, "tiny", 64, 2), gpu.Peer(model, form, "eager"))
+
+    answer = 2 * 2 * profile(importlib.import_module("peers").shape("tiny"), 64).macs
+    assert operations("inference", "cvt") == operations("inference", "transformers") == answer
+    assert 0.9 * answer < operations("inference", "cvt", "fused") < 0.95 * answer
+    assert operations("training", "cvt") == 3 * answer
 
 
-def test_the_operations_of_a_step_are_all_that_it_executes(gpu):
-    def operations(model, question, form="", device="cpu"):
-        return gpu.counted(model, form, gpu.Case(question, *gpu.QUICK, "bf16"), device)[0]
-
-    config = gpu.shape("tiny")
-    answer = 2 * 2 * profile(config, 64).macs
-    assert operations("cvt", "inference") == operations("transformers", "inference") == answer
-    assert 0.9 * answer < operations("cvt", "inference", "fused", "cuda") < 0.95 * answer
-    # Nobody wants the gradient of the images.
-    embedding = 2 * 2 * (16 * 16 * config.embed_dim[0]) * (3 * 7 * 7)
-    assert operations("transformers", "training") == 3 * answer - embedding
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--device=cpu"], ["--quick", "--only=speed"], ["--quick", "--variants=cvt-1"]]
-)
+@pytest.mark.parametrize("arguments", [["--device=cpu"], ["--quick", "--batch-size=0"]])
 def test_what_the_gpu_benchmark_cannot_measure_is_wrong_usage(gpu, arguments):
     with pytest.raises(SystemExit) as stop:
         gpu.parse(arguments)
@@ -513,7 +527,6 @@ def test_the_model_that_is_timed_has_the_activation(load):
         ("gpu", ["--quick", "--device=cuda"], "--device: there is no GPU"),
         ("gpu", ["--quick", "--budget=-1"], "--budget: '-1' is no number from 0 on"),
         ("gpu", ["--quick", "--budget=nan"], "--budget: 'nan' is no number from 0 on"),
-        ("gpu", ["--quick", "--variants=cvt-13,"], "--variants: '' is none of cvt-13,"),
         ("memory", ["--variants=cvt-1"], "--variants: 'cvt-1' is none of cvt-13,"),
         ("memory", ["--results=pyproject.toml"], "--results: pyproject.toml is no folder"),
         ("training", ["--variant=cvt-1"], "--variant: invalid choice: 'cvt-1'"),

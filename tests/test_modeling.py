@@ -258,6 +258,20 @@ def state_after_steps(model, checkpointing, steps=2):
     return losses, gradients(model), dict(model.named_buffers())
 
 
+@pytest.mark.gpu
+def test_a_gpu_computes_the_same_logits_and_gradients():
+    model = make(mixed()).double().train()
+    found = []
+    for device in ("cpu", "cuda"):
+        on_device = copy.deepcopy(model).to(device)
+        logits = on_device(images().double().to(device)).logits
+        logits.logsumexp(dim=1).mean().backward()
+        gradients = [parameter.grad.cpu() for parameter in on_device.parameters()]
+        found.append([logits.cpu(), *gradients])
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, atol=1e-10, rtol=1e-8)
+
+
 @every_kind
 @pytest.mark.parametrize(
     "arguments",

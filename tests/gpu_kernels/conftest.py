@@ -4,6 +4,5 @@ import os
 
 import torch
 
-torch.backends.cudnn.allow_tf32 = False  # of the convolutions that are compared with
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # which Triton reads when it is imported

@@ -21,6 +21,8 @@ from cvt.kernels import apply_triton, qkv_projection, qkv_triton
 from cvt.kernels.qkv_projection import convolve
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Relative, of a loss after steps; the convolutions of a GPU add in an order that changes.
+LOSS_TOLERANCE = 1e-3 if DEVICE == "cuda" else 1e-5
 GUARD = 8192  # numbers before and after each tensor: more than an image has
 
 
@@ -220,7 +222,8 @@ def test_memory_need_not_be_aligned():
     tokens, taps, bias, *options = (*SMALL.arguments(1), True)
     reference = convolve(tokens, taps, bias, *options)
     moved = convolve(guarded(tokens, before=1), guarded(taps, before=1), bias, *options)
-    assert all(map(torch.equal, moved, reference))
+    for found, expected in zip(moved, reference, strict=True):  # a GPU may add in another order
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_upstream_gradients_may_have_any_layout():
@@ -319,7 +322,7 @@ def nothing(model):
 def test_steps_follow_each_other_as_before():
     losses = steps(nothing, 20)
     assert losses[-1] < 0.6 * losses[0]
-    assert steps(apply_triton, 20) == pytest.approx(losses, rel=1e-5)
+    assert steps(apply_triton, 20) == pytest.approx(losses, rel=LOSS_TOLERANCE)
 
 
 @pytest.mark.usefixtures("no_recompilation")
@@ -327,7 +330,8 @@ def test_training_compiles_into_one_graph():
     def compiled(model):
         return torch.compile(model, fullgraph=True, backend="aot_eager")
 
-    assert steps(apply_triton, 3, compiled) == pytest.approx(steps(nothing, 3), rel=1e-5)
+    expected = pytest.approx(steps(nothing, 3), rel=LOSS_TOLERANCE)
+    assert steps(apply_triton, 3, compiled) == expected
 
 
 def test_models_compute_the_same_in_eval_mode():

@@ -37,14 +37,22 @@ def broken(tmp_path):
     return path
 
 
-def close(ours, theirs):
+def close(ours, theirs, tolerance=1e-6):
     """Whether two lists of records have the same labels and scores."""
     return [r["label"] for r in ours] == [r["label"] for r in theirs] and [
         r["score"] for r in ours
-    ] == pytest.approx([r["score"] for r in theirs], abs=1e-6)
+    ] == pytest.approx([r["score"] for r in theirs], abs=tolerance)
 
 
 # ------------------------------------------------------------------------------ calls
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("runtime", ["torch", "fused"])
+def test_a_gpu_gives_the_answers_of_a_cpu(model_folder, paths, runtime):
+    on_gpu, on_cpu = (Classifier(model_folder, runtime, device=d)(paths) for d in ("cuda", "cpu"))
+    for found, expected in zip(on_gpu, on_cpu, strict=True):
+        assert close(found, expected, tolerance=1e-4)
 
 
 def test_answers_are_those_of_transformers_pipeline(clf, classifier, processor, paths):

@@ -45,6 +45,18 @@ def pixels_of(explainer, picture):
 # ------------------------------------------------------------------------------ values
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["gradcam", "attention", "rollout"])
+def test_a_gpu_gives_the_maps_of_a_cpu(classifier, method):
+    processor = image_processor(classifier.config, image_size=SIZE)
+    on_gpu, on_cpu = (
+        Explainer(classifier, device, processor=processor)(photo(), class_name=1, method=method)
+        for device in ("cuda", "cpu")
+    )
+    np.testing.assert_allclose(on_gpu.grid, on_cpu.grid, rtol=1e-3, atol=1e-5)
+    assert on_gpu.score == pytest.approx(on_cpu.score, abs=1e-5)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_grad_cam_is_the_gradient_times_the_tokens_before_the_last_block(explainer, stage):
     model, picture = explainer.model, photo()

@@ -258,6 +258,20 @@ def test_a_run_stopped_between_an_epochs_last_step_and_its_end_resumes(recipe, t
     equal(final_state(tmp_path / "whole"), final_state(tmp_path / "stopped"))
 
 
+def test_a_run_whose_metrics_are_read_a_step_later_as_on_a_gpu_is_the_same(
+    recipe, tmp_path, monkeypatch
+):
+    train(recipe(save_steps=2), tmp_path / "whole")
+    monkeypatch.setattr(trainer, "READ_BEHIND", {"cpu": 1})
+    with pytest.raises(Stopped):
+        train(recipe(save_steps=2), tmp_path / "late", progress=Watcher(stop_after=1))
+    assert final_state(tmp_path / "late")["step"] == 2  # one more had begun
+    resume(tmp_path / "late")
+    equal(final_state(tmp_path / "whole"), final_state(tmp_path / "late"))
+    results = [(tmp_path / name / "results.csv").read_bytes() for name in ("whole", "late")]
+    assert results[0] == results[1]
+
+
 def test_ctrl_c_saves_too_and_exits_130(recipe, tmp_path):
     watcher = Watcher(stop_after=1, signal=signal.SIGINT)
     with pytest.raises(Stopped) as stop:

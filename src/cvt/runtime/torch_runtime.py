@@ -1,8 +1,7 @@
 """PyTorch as a runtime: a model as it is, its fused form, and that compiled."""
 
 import copy
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from collections.abc import Mapping
 from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
@@ -24,8 +23,6 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
-KEPT = 4  # shapes of pixels that stay captured
-CAPTURE = Lock()  # PyTorch captures one CUDA graph at a time in a process
 
 
 class TorchRuntime(Runtime):
@@ -137,8 +134,7 @@ class CompiledRuntime(FusedRuntime):
 
     That takes up to a minute. On a CPU, where a batch is no faster than its parts, it runs in
     pieces of four, and what is left one by one: two shapes for each size of image. On a GPU shapes
-    share what is compiled from the second on, and the last `KEPT` stay captured as CUDA graphs;
-    this was never run on a GPU, only tested with stand-ins for its graphs.
+    share what is compiled from the second on; that was never run on a GPU.
     """
 
     name = "compiled"
@@ -151,16 +147,11 @@ class CompiledRuntime(FusedRuntime):
         threads: int | None = None,
     ) -> None:
         super().__init__(model, precision, device, threads)
-        self.lock = Lock()  # each shape is compiled once, and the graphs share their memory
-        self.captured: Callable[[torch.Size], CudaGraph] | None = None
+        self.lock = Lock()  # each shape is compiled once
         if device == "cpu":
             self.model.compile(dynamic=False, options={"freezing": True})
         else:
             self.model.compile()
-        if device.startswith("cuda"):
-            with torch.cuda.device(self.device):
-                memory, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-            self.captured = lru_cache(KEPT)(partial(CudaGraph, self.model, memory, stream))
 
     def images_at_once(self, pixels: np.ndarray) -> int:
         """Four on a CPU, else all."""
@@ -168,43 +159,4 @@ class CompiledRuntime(FusedRuntime):
 
     def _run(self, pixels: np.ndarray) -> np.ndarray:
         with self.lock:
-            if self.captured is None:
-                return super()._run(pixels)
-            with torch.cuda.device(self.device):
-                tensor = torch.from_numpy(pixels)
-                return self.captured(tensor.shape)(tensor).numpy()
-
-
-class CudaGraph:
-    """A model as a CUDA graph for pixels of one shape.
-
-    The graphs of `torch.compile(mode="reduce-overhead")` belong to the capturing thread; any
-    thread may replay this one, while no other runs that shares its memory.
-
-    Args:
-        model: in eval mode, on the current GPU; takes `return_dict=True`, gives `.logits`.
-        memory: a handle, from `torch.cuda.graph_pool_handle`.
-        stream: to capture on, the same for all graphs that share memory.
-        shape: of the pixels, (B, C, H, W).
-    """
-
-    @torch.no_grad()
-    def __init__(
-        self, model: nn.Module, memory: Any, stream: torch.cuda.Stream, shape: torch.Size
-    ) -> None:
-        weight = next(model.buffers())
-        self.pixels = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compiles; libraries allocate what they need at first use
-                model(self.pixels, return_dict=True)
-        # "thread_local": other threads may use the GPU meanwhile. The capture waits for `stream`.
-        with CAPTURE, torch.cuda.graph(self.graph, memory, stream, "thread_local"):
-            self.logits = model(self.pixels, return_dict=True).logits
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """The logits, (B, K) in float32 on the CPU."""
-        self.pixels.copy_(pixels)
-        self.graph.replay()
-        return self.logits.to("cpu", torch.float32, copy=True)
+            return super()._run(pixels)

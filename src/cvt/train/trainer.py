@@ -40,6 +40,8 @@ from cvt.train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 MAX_WAITING_SHARE = 0.2  # of an epoch's time
+# Steps that run before the metrics of one are read, by device: a GPU then never waits for Python.
+READ_BEHIND = {"cuda": 1}
 
 
 class Stopped(SystemExit):
@@ -243,9 +245,8 @@ class Trainer:
         end = min(begin + plan.steps_per_epoch, plan.steps)
         name = f"epoch {epoch + 1}/{plan.epochs_in(plan.steps)}"
         shown = self.progress.stage(name, end - begin, self.step - begin)
-        # On a GPU the metrics of a step are read while the next one runs, so that it never waits.
         unread: deque[StepMetrics] = deque()
-        behind = 1 if self.setup.device.type == "cuda" else 0
+        behind = READ_BEHIND.get(self.setup.device.type, 0)
         self.train_step.waited = 0.0
         first, clock = self.step, time.perf_counter()
         while self.step < end:
