@@ -75,11 +75,11 @@ def separate_activations(graph: "openvino.Model") -> None:
     from openvino import opset14
 
     for node in graph.get_ordered_ops():
-        if node.get_type_name() in ACTIVATIONS and node.get_input_size() == 1:
-            x = node.input_value(0)
+        if node.get_type_name() in ACTIVATIONS:
+            x, *slope = node.input_values()
             mirrored = opset14.negative(x)
             if node.get_type_name() == "Swish":
-                activated = opset14.swish(mirrored)
+                activated = opset14.swish(mirrored, *slope)
             else:
                 form = node.get_attributes()["approximation_mode"].lower()
                 activated = opset14.gelu(mirrored, form)
