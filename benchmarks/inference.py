@@ -2,16 +2,21 @@
 
     python benchmarks/inference.py
     python benchmarks/inference.py --only model,rate --batch-sizes 1
+    python benchmarks/inference.py --only openvino    # a few minutes
     python benchmarks/inference.py --quick    # a tiny model: does all of it run?
 
 All have the same shape and random weights, and each the activation that it gives the variant.
 Questions:
 - model: from pixels to logits. Transformers' CvT eager in fp32 is the reference, beside its exports
   to ONNX Runtime and OpenVINO (for any batch, and compiled for the very shape) and our runtimes.
-  The int8 export is calibrated on the pictures of the folder; its accuracy is not asked here.
-- rate: the machine's best rate of fp32 matrix products, as PyTorch's own and as oneDNN's with
-  packed weights. With `model`, the fastest of them takes its turns too, and the matrix share is
-  what a peer reaches of its rate, counting the operations that it really executes.
+  The exports in int8, ours and transformers' as nncf quantizes a transformer, are calibrated on
+  pictures of the folder; quantization.py asks for their accuracy.
+- openvino: of the same, only transformers' CvT as an expert builds it by hand, and ours, in fp32
+  and int8; `rate` with it. A run without --only has it in `model`.
+- rate: the machine's best rate of matrix products in each precision, as PyTorch's own, as oneDNN's
+  with packed weights and as OpenVINO's. With `model`, the fastest of each precision takes its turns
+  too, and the matrix share is what a peer reaches of its rate, counting the operations that it
+  really executes.
 - memory: one large image, each peer alone in a process of its own; and ours on images of
   several sizes. Memory is the peak of the process, libraries and weights included.
 - folder: JPEGs of 1024 x 768 end to end; transformers.pipeline with several batch sizes, of which
@@ -57,20 +62,35 @@ from common import (
     write_pictures,
     write_rows,
 )
-from peers import CPU, OURS, REFERENCE, Peer, build, opened, operations, shape
+from peers import (
+    BY_HAND,
+    CPU,
+    INT8,
+    OPENVINO,
+    OURS,
+    REFERENCE,
+    Peer,
+    build,
+    by_hand_in_int8,
+    opened,
+    operations,
+    product,
+    shape,
+)
 
 from cvt import image_processor
 from cvt.inference.benchmark import device_name, in_turns, middle, speed_ratios, timed, versions
 from cvt.inference.classifier import Classifier
 from cvt.runtime import open_runtime
+from cvt.runtime.openvino_runtime import computes
 
-INT8 = Peer("cvt", "openvino", "int8")
 PIPELINE = Peer("transformers.pipeline", "torch", "fp32")
-QUESTIONS = ("rate", "model", "memory", "folder", "import")
+QUESTIONS = ("rate", "model", "memory", "folder", "import")  # openvino repeats rows of model
+CALIBRATION = 32  # pictures
 COLUMNS = (
     *("question", "peer", "runtime", "precision", "batch_size", "image_size", "ms_per_image"),
-    *("images_per_second", "seconds", "ratio", "ratio_quartiles", "gflops", "matrix_share"),
-    *("peak_memory_mib", "note"),
+    *("images_per_second", "seconds", "ratio", "ratio_quartiles", "ratio_to_by_hand"),
+    *("gflops", "matrix_share", "peak_memory_mib", "note"),
 )
 
 
@@ -84,63 +104,87 @@ def row(question: str, peer: Peer, **figures: object) -> Row:
 
 
 class Product(NamedTuple):
-    """A product of square fp32 matrices."""
+    """A product of square matrices."""
 
     peer: Peer
     run: Callable[[], object]
     operations: int
 
 
-def matrix_products(sizes: Iterable[int]) -> Iterator[Product]:
-    """PyTorch's own, and oneDNN's with one matrix packed beforehand."""
+def matrix_products(options: argparse.Namespace) -> Iterator[Product]:
+    """PyTorch's own, oneDNN's with one matrix packed beforehand, and OpenVINO's."""
     mkldnn = torch.ops.mkldnn
-    for size in sizes:
+    for size in options.matrix_sizes:
         a, b = torch.randn(2, size, size)
         packed = mkldnn._reorder_linear_weight(b, size)
         onednn = partial(mkldnn._linear_pointwise, a, packed, None, "none", [], "")
-        for runtime, run in (("torch", partial(torch.mm, a, b)), ("oneDNN", onednn)):
-            yield Product(Peer(f"matrices of {size}", runtime, "fp32"), run, 2 * size**3)
+        runs = {("torch", "fp32"): partial(torch.mm, a, b), ("oneDNN", "fp32"): onednn}
+        for precision in ("fp32", *(["bf16"] if computes("bf16") else []), "int8"):
+            runs["openvino", precision] = product(size, precision, options)
+        for (runtime, precision), run in runs.items():
+            yield Product(Peer(f"matrices of {size}", runtime, precision), run, 2 * size**3)
 
 
-def rate_rows(options: argparse.Namespace) -> tuple[list[Row], Product]:
-    """The rate of every product, and the fastest product."""
-    products = list(matrix_products(options.matrix_sizes))
+def rate_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, Product]]:
+    """The rate of every product, and the fastest product in each precision."""
+    products = list(matrix_products(options))
     times = in_turns({p.peer: p.run for p in products}, least=options.turns)
     seconds = {p.peer: middle(times[p.peer]) for p in products}
-    products.sort(key=lambda p: seconds[p.peer] / p.operations)
+    products.sort(key=lambda p: p.operations / seconds[p.peer])
     return [
         row("rate", peer, gflops=round(executed / seconds[peer] / 1e9, 1))
-        for peer, _, executed in products
-    ], products[0]
+        for peer, _, executed in reversed(products)
+    ], {p.peer.precision: p for p in products}
 
 
-def model_rows(options: argparse.Namespace, work: Path, product: Product | None) -> list[Row]:
-    """From pixels to logits, for each batch size; shares are of the rate of `product`."""
-    peers = [c for c in CPU if options.compiled or c.runtime != "compiled"]
-    models, rows = {}, []
-    for peer in peers:
-        try:
-            models[peer] = opened(peer, options)
-        except ValueError as error:
-            rows.append(row("model", peer, note=f"left out: {error}"))
-    models[INT8] = open_runtime(write_export(options, work), threads=options.threads)
+def model_rows(
+    options: argparse.Namespace,
+    work: Path,
+    products: dict[str, Product],
+    peers: Iterable[Peer] = CPU,
+    question: str = "model",
+) -> list[Row]:
+    """From pixels to logits, for each batch size; shares are of the rates of `products`."""
+    models, rows = open_peers(peers, options, work)
     for batch_size in options.batch_sizes:
         pixels = torch.randn(batch_size, 3, options.image_size, options.image_size)
         runs = {peer: partial(model, pixels) for peer, model in models.items()}
-        if product:
-            runs[product.peer] = product.run
+        runs |= {fastest.peer: fastest.run for fastest in products.values()}
         times = in_turns(runs, options.seconds, options.turns)
         for peer in models:
             turns = times[peer]
             figures = speed(per_image(batch_size, turns)) | ratio(turns, times[REFERENCE])
-            if product and peer.precision == "fp32":
+            if by_hand := times.get(BY_HAND[peer.precision]):
+                figures["ratio_to_by_hand"] = ratio(turns, by_hand)["ratio"]
+            if fastest := products.get(peer.precision):
                 executed = batch_size * operations(peer, options)
-                _, faster, _ = speed_ratios(times[product.peer], turns)
+                _, faster, _ = speed_ratios(times[fastest.peer], turns)
                 figures["gflops"] = round(executed / middle(turns) / 1e9, 1)
-                figures["matrix_share"] = round(executed / product.operations * faster, 3)
+                figures["matrix_share"] = round(executed / fastest.operations * faster, 3)
             where = {"batch_size": batch_size, "image_size": options.image_size}
-            rows.append(row("model", peer, **where, **figures))
+            rows.append(row(question, peer, **where, **figures))
     return rows
+
+
+def open_peers(
+    peers: Iterable[Peer], options: argparse.Namespace, work: Path
+) -> tuple[dict[Peer, Callable], list[Row]]:
+    """What runs each peer, ours in int8 at the end; and a row for each that cannot run here."""
+    models: dict[Peer, Callable] = {}
+    rows = []
+    for peer in peers:
+        if peer.runtime == "compiled" and not options.compiled:
+            continue
+        try:
+            if peer == BY_HAND["int8"]:
+                calibrating = sorted(pictures(options, work).iterdir())[:CALIBRATION]
+                models[peer] = by_hand_in_int8(calibrating, options)
+            else:
+                models[peer] = opened(peer, options)
+        except ValueError as error:
+            rows.append(row("model", peer, note=f"left out: {error}"))
+    models[INT8] = open_runtime(write_export(options, work), threads=options.threads)
+    return models, rows
 
 
 def write_export(options: argparse.Namespace, work: Path) -> Path:
@@ -155,7 +199,7 @@ def write_export(options: argparse.Namespace, work: Path) -> Path:
             to="openvino",
             precision="int8",
             calibration=pictures(options, work),
-            calibration_images=64,
+            calibration_images=CALIBRATION,
             min_agreement=0.0,  # what random weights tell apart may well change
         )
     return folder
@@ -282,12 +326,14 @@ def import_rows(options: argparse.Namespace) -> list[Row]:
 def measure(options: argparse.Namespace, work: Path) -> Iterator[list[Row]]:
     """The rows of each question that is asked."""
     torch.set_num_threads(options.threads)
-    product = None
-    if "rate" in options.only:
-        rows, product = rate_rows(options)
+    products: dict[str, Product] = {}
+    if "rate" in options.only or "openvino" in options.only:
+        rows, products = rate_rows(options)
         yield rows
     if "model" in options.only:
-        yield model_rows(options, work, product)
+        yield model_rows(options, work, products)
+    if "openvino" in options.only:
+        yield model_rows(options, work, products, OPENVINO, "openvino")
     if "memory" in options.only:
         yield memory_rows(options)
     if "folder" in options.only:
@@ -301,9 +347,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = command_line(__doc__)
     parser.add_argument(
         "--only",
-        type=some_of(QUESTIONS),
+        type=some_of((*QUESTIONS, "openvino")),
         default=list(QUESTIONS),
-        help=f"of {', '.join(QUESTIONS)}",
+        help=f"of {', '.join(QUESTIONS)}, openvino",
     )
     parser.add_argument("--variant", choices=SHAPES, default="cvt-13")
     parser.add_argument("--quick", action="store_true", help="a tiny model, few and small images")

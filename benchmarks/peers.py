@@ -2,16 +2,19 @@
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from common import transformers_cvt
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cvt import CvtConfig, CvtForImageClassification, fuse
+from cvt import CvtConfig, CvtForImageClassification, fuse, image_processor
+from cvt.export.quantization import preprocessed
 from cvt.macs import MacCounter
 from cvt.runtime import open_runtime
 from cvt.runtime.capture import onnx_graph, openvino_graph
@@ -40,6 +43,7 @@ CPU = (
     Peer("transformers", "openvino of fixed shape", "fp32"),
     Peer("transformers", "openvino", "bf16"),
     Peer("transformers", "openvino of fixed shape", "bf16"),
+    Peer("transformers", "openvino of fixed shape", "int8"),
     Peer("cvt", "torch", "fp32"),
     OURS,
     Peer("cvt", "compiled", "fp32"),
@@ -47,6 +51,18 @@ CPU = (
     Peer("cvt", "openvino", "fp32"),
     Peer("cvt", "fused", "bf16"),
     Peer("cvt", "openvino", "bf16"),
+)
+INT8 = Peer("cvt", "openvino", "int8")
+BY_HAND = {  # what an expert builds of transformers' CvT, for one shape
+    precision: Peer("transformers", "openvino of fixed shape", precision)
+    for precision in ("fp32", "bf16", "int8")
+}
+OPENVINO = (
+    REFERENCE,
+    BY_HAND["fp32"],
+    BY_HAND["int8"],
+    OURS,
+    Peer("cvt", "openvino", "fp32"),
 )
 YARDSTICKS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "pvt_v2_b2")  # timm's
 
@@ -131,7 +147,8 @@ def opened(peer: Peer, options: argparse.Namespace) -> Callable[[Tensor], Tensor
         return in_onnxruntime(exported(model, options), options)
     if runtime.startswith("openvino"):
         fixed = runtime.endswith("fixed shape")
-        return in_openvino(exported(model, options), precision, fixed, options)
+        graph = openvino_graph(exported(model, options))
+        return in_openvino(graph, precision, fixed, options)
     return in_torch(model, precision, runtime == "compiled")
 
 
@@ -181,16 +198,65 @@ def core() -> Any:
     return openvino.Core()
 
 
+def by_hand_in_int8(
+    pictures: Sequence[Path], options: argparse.Namespace
+) -> Callable[[Tensor], Tensor]:
+    """Transformers' CvT in OpenVINO for a fixed shape, as nncf quantizes a transformer.
+
+    Args:
+        pictures: to calibrate with.
+        options: of the benchmark.
+    """
+    import nncf
+
+    config = shape(options.variant)
+    processor = image_processor(config, image_size=options.image_size)
+    graph = openvino_graph(exported(Logits(build("transformers", config)), options))
+    quantized = nncf.quantize(
+        graph,
+        nncf.Dataset(pictures, lambda path: {"pixel_values": preprocessed([path], processor)}),
+        model_type=nncf.ModelType.TRANSFORMER,
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(pictures),
+    )
+    return in_openvino(quantized, "int8", True, options)
+
+
+def settings(precision: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Of OpenVINO; threads that stay on their core would wait there for other programs."""
+    hints = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": hints[precision],
+        "INFERENCE_NUM_THREADS": options.threads,
+        "ENABLE_CPU_PINNING": False,
+    }
+
+
+def product(size: int, precision: str, options: argparse.Namespace) -> Callable[[], object]:
+    """A function that multiplies square matrices of `size` in OpenVINO."""
+    import openvino
+    from openvino import opset14
+
+    a, b = torch.randn(2, size, size).numpy()
+    left = opset14.parameter([size, size], np.float32)
+    right = opset14.constant(b)
+    factors = [left, right]
+    if precision == "int8":
+        low, high = (opset14.constant(np.float32(limit)) for limit in (-4, 4))
+        factors = [
+            opset14.fake_quantize(factor, low, high, low, high, levels)
+            for factor, levels in ((left, 256), (right, 255))
+        ]
+    graph = openvino.Model([opset14.matmul(*factors, False, False)], [left])
+    compiled = core().compile_model(graph, "CPU", settings(precision, options))
+    return functools.partial(compiled.create_infer_request().infer, [a])
+
+
 def in_openvino(
-    program: ExportedProgram, precision: str, fixed: bool, options: argparse.Namespace
+    graph: Any, precision: str, fixed: bool, options: argparse.Namespace
 ) -> Callable[[Tensor], Tensor]:
     """A graph in OpenVINO, for any batch or compiled anew for the shape of each."""
-    graph = openvino_graph(program)
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
-        "INFERENCE_NUM_THREADS": options.threads,
-    }
     compiled = {}
 
     def run(pixels: Tensor) -> Tensor:
@@ -198,7 +264,7 @@ def in_openvino(
         if key not in compiled:
             if fixed:
                 graph.reshape(list(key))
-            compiled[key] = core().compile_model(graph, "CPU", settings)
+            compiled[key] = core().compile_model(graph, "CPU", settings(precision, options))
         return torch.from_numpy(compiled[key](pixels.numpy())[0])
 
     return run

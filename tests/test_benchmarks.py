@@ -11,12 +11,14 @@ import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import openvino
 import pytest
 import torch
 from PIL import Image
 
+from cvt import CvtConfig, CvtForImageClassification, image_processor
 from cvt.inference.classifier import Classifier
 from cvt.kernels.qkv_projection import OnePassAttention
 from cvt.kernels.recompute import RecomputingBlock
@@ -113,19 +115,86 @@ def test_models_are_timed_beside_transformers_and_beside_the_machines_rate(
     few = (inference.REFERENCE, inference.OURS, inference.OURS._replace(precision="bf16"))
     monkeypatch.setattr(inference, "CPU", few)
     rows = asked(inference, tmp_path, "--only=rate,model")
-    rates, models = rows[:2], rows[2:]
-    assert sorted(names(rates)) == ["matrices of 64 oneDNN fp32", "matrices of 64 torch fp32"]
-    assert float(rates[0]["gflops"]) >= float(rates[1]["gflops"]) > 0
+    rates = [row for row in rows if row["question"] == "rate"]
+    models = rows[len(rates) :]
+    engines = {"oneDNN fp32", "torch fp32", "openvino fp32", "openvino int8"}
+    assert engines <= {f"{row['runtime']} {row['precision']}" for row in rates}
+    assert {row["peer"] for row in rates} == {"matrices of 64"}
+    speeds = [float(row["gflops"]) for row in rates]
+    assert speeds == sorted(speeds, reverse=True)
+    assert speeds[-1] > 0
+    measured = {row["precision"] for row in rates}
     assert names(models) == 2 * [
         *("transformers torch fp32", "cvt fused fp32", "cvt fused bf16", "cvt openvino int8")
     ]
     assert [row["batch_size"] for row in models] == 4 * ["1"] + 4 * ["2"]
     for row in models:
         assert float(row["ms_per_image"]) > 0
-        assert bool(row["matrix_share"]) == (row["precision"] == "fp32")
+        assert bool(row["matrix_share"]) == (row["precision"] in measured)
         assert (row["variant"], row["threads"]) == ("tiny", "1")
     assert models[0]["ratio"] == models[4]["ratio"] == "1.0"
     assert models[1]["ms_per_image"] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_an_expert_builds_of_transformers_is_a_peer(inference, tmp_path, monkeypatch):
+    given = {}
+
+    def by_hand_in_int8(pictures, options):
+        given["pictures"] = pictures
+        return inference.opened(inference.REFERENCE, options)
+
+    by_hand = inference.BY_HAND["int8"]
+    monkeypatch.setattr(inference, "OPENVINO", (inference.REFERENCE, by_hand))
+    monkeypatch.setattr(inference, "by_hand_in_int8", by_hand_in_int8)
+    rows = asked(inference, tmp_path, "--only=openvino")
+    assert len(given["pictures"]) == 4
+    assert all(path.suffix == ".jpg" for path in given["pictures"])
+    rows = [row for row in rows if row["question"] == "openvino"]
+    assert names(rows) == 2 * [
+        *("transformers torch fp32", "transformers openvino of fixed shape int8"),
+        "cvt openvino int8",
+    ]
+    assert [row["ratio_to_by_hand"] for row in rows[:2]] == ["", "1.0"]
+    assert float(rows[2]["ratio_to_by_hand"]) > 0
+    assert float(rows[2]["matrix_share"]) > 0
+
+
+def test_int8_is_compared_with_fp32_on_labelled_images(load, tmp_path, monkeypatch):
+    """Every row has its own runtime; here, one of them gives the same class to all images."""
+    quantization = load("quantization")
+    config = CvtConfig.from_variant("cvt-digits", depth=[1, 1, 1])
+    config.class_names = ["dark", "light"]
+    model = CvtForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "run" / "best")
+    image_processor(config, image_size=16).save_pretrained(tmp_path / "run" / "best")
+    for name, level in (("dark", 10), ("light", 240)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(3):
+            picture = Image.new("RGB", (16, 16), (level, level, 10 * i))
+            picture.save(tmp_path / "images" / name / f"{i}.png")
+
+    def light(*_):
+        return lambda pixels: torch.tensor([[0.0, 1.0]]).expand(len(pixels), -1)
+
+    def by_level(*_, **__):
+        return lambda pixels: torch.stack([torch.zeros(len(pixels)), pixels.mean((1, 2, 3))], 1)
+
+    monkeypatch.setattr(quantization, "export", lambda *_, **__: SimpleNamespace(file="model.xml"))
+    monkeypatch.setattr(quantization, "core", lambda: SimpleNamespace(read_model=lambda path: path))
+    monkeypatch.setattr(quantization, "open_runtime", by_level)
+    monkeypatch.setattr(quantization, "in_openvino", light)
+    images = str(tmp_path / "images")
+    arguments = [str(tmp_path / "run" / "best"), images, images, f"--results={tmp_path / 'csv'}"]
+    quantization.run(quantization.parse(arguments))
+    (path,) = (tmp_path / "csv").iterdir()
+    with path.open() as file:
+        fp32, as_run, as_computed = csv.DictReader(file)
+    for row in (fp32, as_run):
+        assert (row["top1"], row["points_lost"], row["agreement"]) == ("100.0", "0.0", "100.0")
+    assert as_computed["precision"] == "int8 as computed in 8 bits"
+    assert (as_computed["top1"], as_computed["points_lost"]) == ("50.0", "50.0")
+    assert (as_computed["agreement"], as_computed["images"]) == ("50.0", "6")
 
 
 def test_a_peer_that_the_processor_cannot_run_has_a_row_with_the_reason(

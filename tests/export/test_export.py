@@ -15,12 +15,13 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 import cvt.export
 from cvt import CvtConfig, CvtForImageClassification, image_processor
+from cvt.checkpoints import load_processor
 from cvt.data import open_training
 from cvt.data.decoding import ImageError
 from cvt.export import export, quantization
 from cvt.export.parity import compare
 from cvt.export.quantization import preprocessed, two_splits
-from cvt.runtime import capture, open_runtime
+from cvt.runtime import capture, open_runtime, openvino_graph
 from cvt.runtime.manifest import Manifest
 
 FILES = {
@@ -235,6 +236,25 @@ def test_int8_names_the_classes_of_fp32(digits, tmp_path, to, dynamic, resolutio
     same = sum(check["same_class"] for check in counted)
     assert manifest.agreement == same / manifest.parity["images"]
     assert min(check["difference"] for check in checks) > 1e-3  # it is in int8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{"avx2"}, {"avx2", "avx512_vnni"}], ids=["floats", "8 bits"])
+def test_int8_keeps_the_accuracy_of_the_digits(digits, tmp_path, monkeypatch, flags):
+    """Whichever way a processor computes it; see `cvt.runtime.openvino_graph`."""
+    monkeypatch.setattr(openvino_graph, "instructions", lambda: frozenset(flags))
+    arguments = {"precision": "int8", "calibration": digits / "images"}
+    export(digits / "model", tmp_path / "out", "openvino", **arguments)
+    _, test, _ = open_training("digits")
+    model = CvtForImageClassification.from_pretrained(digits / "model").eval()
+    pixels = preprocessed(test.sources, load_processor(digits / "model", model.config))
+    labels = torch.tensor([model.config.class_names.index(label) for label in test.labels])
+    in_fp32, in_int8 = (
+        (logits.argmax(dim=1) == labels).float().mean()
+        for logits in (logits_of(model, pixels), open_runtime(tmp_path / "out")(pixels))
+    )
+    assert in_fp32 > 0.9
+    assert in_fp32 - in_int8 <= 0.005
 
 
 def test_int8_below_the_agreement_asked_for_is_not_written(digits, tmp_path, monkeypatch):

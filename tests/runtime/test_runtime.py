@@ -471,12 +471,23 @@ def test_a_gpu_gives_eight_threads_the_logits_of_a_compiled_model(model):
 
 
 def test_openvino_keeps_few_shapes_compiled_and_runs_large_images_alone(exported):
-    runtime = open_runtime(exported["openvino"])
+    runtime = open_runtime(exported["openvino"], threads=2)
     for side in range(32, 32 + KEPT + 2):
         runtime(random_pixels(1, 3, side, 32))
     assert runtime.compiled.cache_info().currsize == KEPT
-    assert runtime.images_at_once(random_pixels(8, 3, 224, 224)) == 4
+    assert runtime.images_at_once(random_pixels(9, 3, 224, 224)) == 9
+    assert runtime.images_at_once(random_pixels(1, 3, 224, 224)) == 1
     assert runtime.images_at_once(random_pixels(8, 3, 384, 384)) == 1
+    assert runtime.images_at_once(random_pixels(19, 3, 32, 32)) == 16  # pieces of eight
+    assert runtime.images_at_once(random_pixels(7, 3, 32, 32)) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_openvino_gives_the_images_of_a_batch_back_in_order(exported, threads):
+    runtime = open_runtime(exported["openvino"], threads=threads)
+    pixels = random_pixels(27, 3, 48, 32)
+    alone = torch.cat([runtime(image[None]) for image in pixels])
+    torch.testing.assert_close(runtime(pixels), alone, atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------------ export.json

@@ -36,6 +36,11 @@ def is_captured() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def silu_is_separate() -> bool:
+    """Whether silu takes longer within oneDNN's products than after them, as with AVX2."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 class Weights:
     """The weights of a part of a model, by the names that transformers gives them in it."""
 
@@ -104,9 +109,12 @@ class Linear(Operator):
         if self.packs():
             operators = torch.ops.mkldnn
             if self.packed is None:
-                self.packed = operators._reorder_linear_weight(self.weight, 256)
-            name, algorithm = self.ONEDNN[self.activation]
-            return operators._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
+                rows = x[..., 0].numel()
+                self.packed = operators._reorder_linear_weight(self.weight, rows)
+            separate = self.activation == "silu" and silu_is_separate()
+            name, algorithm = self.ONEDNN["" if separate else self.activation]
+            y = operators._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
+            return F.silu(y, inplace=True) if separate else y
         y = F.linear(x, self.weight, self.bias)
         return getattr(F, self.activation)(y) if self.activation else y
 

@@ -1,8 +1,9 @@
 """OpenVINO as a runtime, on a CPU.
 
-It computes fastest when it knows every shape, and when few images at a time keep the work in the
-processor's caches. So a batch runs in pieces, and the graph is compiled for each shape of a piece;
-a model is even captured for each size of image, since a graph for any size stays slower.
+It computes fastest when it knows every shape, when a piece of a batch keeps the work in the
+processor's caches, and when no thread waits for another. So the graph is compiled for each shape of
+a piece; a model is even captured for each size of image, since a graph for any size stays slower.
+One image gets all threads; of a batch, each thread gets pieces of its own.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from cvt.architecture import Architecture
 from cvt.libraries import require
 from cvt.runtime.base import Runtime
 from cvt.runtime.cache import GraphCache
+from cvt.runtime.openvino_graph import adapted
 
 if TYPE_CHECKING:
     import openvino
@@ -24,9 +26,10 @@ if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
     from cvt.runtime.fused import FusedCvt
 
-PIECE = 4  # images
-LARGE = 256 * 256  # pixels of an image above which it runs alone
-KEPT = 4  # shapes that stay compiled, each with a packed copy of the weights
+PIECE = 224 * 224  # pixels in all images of a piece together
+MOST = 8  # images of a piece
+LARGE = 256 * 256  # pixels of an image above which it runs alone, for the memory that it takes
+KEPT = 4  # graphs that stay compiled, each with a packed copy of the weights
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "bf16"}
 
 
@@ -55,19 +58,25 @@ class OpenVinoRuntime(Runtime):
         single: bool = False,
     ) -> None:
         super().__init__(config, precision, "cpu", threads, image_size, single)
+        computes_in = HINTS[precision] if computes(precision) else "f32"
+        self.streams = threads or core().get_property("CPU", "RANGE_FOR_STREAMS")[1]
         settings: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": HINTS[precision] if computes(precision) else "f32",
+            "INFERENCE_PRECISION_HINT": computes_in,
+            "ENABLE_CPU_PINNING": False,  # a pinned thread waits for whoever else is on its core
         }
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
 
         @lru_cache(KEPT)
-        def compiled(*shape: int) -> "openvino.InferRequest":
-            static = graph(*shape[2:]).clone()
+        def compiled(streams: int, *shape: int) -> "openvino.AsyncInferQueue":
+            import openvino
+
+            static = adapted(graph(*shape[2:]), precision, computes_in)
             static.reshape(list(shape))
-            return core().compile_model(static, "CPU", settings).create_infer_request()
+            hint = "LATENCY" if streams == 1 else "THROUGHPUT"
+            parallel = {"PERFORMANCE_HINT": hint, "NUM_STREAMS": streams}
+            network = core().compile_model(static, "CPU", settings | parallel)
+            return openvino.AsyncInferQueue(network, streams)
 
         self.compiled = compiled
         self.lock = Lock()  # each request uses all threads
@@ -148,15 +157,39 @@ class OpenVinoRuntime(Runtime):
         return runtime
 
     def images_at_once(self, pixels: np.ndarray) -> int:
-        """Four images, or one large one."""
-        H, W = pixels.shape[2:]
-        return PIECE if H * W <= LARGE else 1
+        """All that fill pieces, where no thread is left without one; else a single image."""
+        B, _, H, W = pixels.shape
+        images = piece(H, W)
+        idle_threads = images == 1 and self.streams > B
+        return 1 if idle_threads or H * W > LARGE else B - B % images or 1
 
     def _run(self, pixels: np.ndarray) -> np.ndarray:
+        """The logits, (B, K), of one image, or of pieces that have a thread each."""
+        B, *shape = pixels.shape
+        if B == 1:
+            with self.lock:
+                request = self.compiled(1, B, *shape)[0]
+                request.infer([pixels], share_inputs=True)
+                return request.get_output_tensor().data.copy()
+
+        logits: dict[int, np.ndarray] = {}
+
+        def keep(request: "openvino.InferRequest", start: int) -> None:
+            logits[start] = request.get_output_tensor().data.copy()
+
+        images = piece(*shape[1:])
         with self.lock:
-            request = self.compiled(*pixels.shape)
-            request.infer([pixels], share_inputs=True)
-            return request.get_output_tensor().data.copy()
+            queue = self.compiled(self.streams, images, *shape)
+            queue.set_callback(keep)
+            for start in range(0, B, images):
+                queue.start_async([pixels[start : start + images]], start, share_inputs=True)
+            queue.wait_all()
+        return np.concatenate([logits[start] for start in sorted(logits)])
+
+
+def piece(height: int, width: int) -> int:
+    """How many images of a size, in pixels, a thread takes at a time."""
+    return min(MOST, max(1, PIECE // (height * width)))
 
 
 def demand(precision: str) -> None:
