@@ -260,7 +260,8 @@ class Classifier:
 
 def is_loaded(model: Any) -> bool:
     """Whether it is a model of PyTorch, which need not be imported for others."""
-    return "torch" in sys.modules and isinstance(model, sys.modules["torch"].nn.Module)
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(model, torch.nn.Module)
 
 
 def _streamed(result: Prediction | Result) -> dict[str, Any]:
