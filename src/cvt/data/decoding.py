@@ -248,9 +248,10 @@ def _file(source: Any, name: str) -> IO[bytes]:
 
 def _opened(file: IO[bytes], name: str) -> Image.Image:
     """The image, its header read, whatever its size."""
-    if not file.read(1):
+    start = file.read(12)
+    if not start:
         raise ImageError(f"{name}: is empty")
-    if HAS_HEIF:
+    if HAS_HEIF and start[4:8] == b"ftyp":  # of which HEIF is one; importing it takes a while
         import pillow_heif
 
         pillow_heif.register_heif_opener()
