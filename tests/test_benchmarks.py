@@ -513,6 +513,38 @@ def test_the_benchmark_of_the_projections_tells_bandwidth_and_gain(load, tmp_pat
         projections.parse(["--device=cpu"])
 
 
+# ------------------------------------------------------------------------------ start
+
+
+def test_the_start_of_each_process_is_compared_turn_by_turn(load, tmp_path, monkeypatch):
+    start = load("start")
+    calls, caches = itertools.count(-1), []  # the first fills the warm cache
+
+    def timed(command, cache):
+        caches.append((command, cache.name))
+        slow = 1 + next(calls) // 9  # the machine gets slower with each turn
+        return slow * (8.0 if start.PIPELINE_CODE in command else 2.0), 1.0
+
+    monkeypatch.setattr(start, "timed", timed)
+    rows = start.measure(tmp_path, tmp_path / "picture.jpg", 3)
+    names = [row["process"] for row in rows]
+    assert names == list(start.processes(tmp_path, tmp_path / "picture.jpg"))
+    ratios = {row["process"]: row["times transformers.pipeline"] for row in rows}
+    assert ratios.pop(start.PIPELINE) == "1.00"
+    assert set(ratios.values()) == {"0.25"}
+    folder = [cache for command, cache in caches if str(tmp_path / "model") in command]
+    assert folder == ["warm", *["cold", "warm"] * 4]
+
+
+def test_a_process_that_fails_ends_the_benchmark(load, tmp_path):
+    start = load("start")
+    with pytest.raises(SystemExit, match="no such thing"):
+        start.timed((sys.executable, "-c", "import sys; sys.exit('no such thing')"), tmp_path)
+    seconds, of_cpu = start.timed((sys.executable, "-c", "pass"), tmp_path)
+    assert of_cpu > 0
+    assert seconds > 0
+
+
 # ------------------------------------------------------------------------------ memory
 
 
