@@ -1,6 +1,7 @@
 """`cvt app` in a process of its own, and visitors that speak to it as its page does."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -22,10 +23,14 @@ class Page:
         address: of the page, without a slash at the end.
         process: the process.
         folder: where it keeps files.
+        left: a folder like that of a page that was killed, with a picture in it.
     """
 
     def __init__(self, model, place, *options, settings=None):
         self.log = place / "log"
+        self.left = place / "cvt-app-left"
+        self.left.mkdir()
+        (self.left / "photo.png").write_bytes(b"left")
         environment = os.environ | {"TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
         command = [
             sys.executable,
@@ -47,7 +52,7 @@ class Page:
             assert time.monotonic() < end, self.printed
             time.sleep(0.1)
         self.address = found[1]
-        (self.folder,) = place.glob("cvt-app-*")
+        (self.folder,) = (path for path in place.glob("cvt-app-*") if path != self.left)
 
     @property
     def printed(self):
@@ -80,6 +85,12 @@ def served(model, place, *options, **how):
             page.process.wait()
 
 
+@functools.cache  # visitors of one page have the same
+def configuration(address):
+    """The components and events of a page."""
+    return httpx.get(f"{address}/config", timeout=120).json()
+
+
 class Visitor:
     """One visitor, who sends what the page in a browser sends.
 
@@ -88,16 +99,16 @@ class Visitor:
     """
 
     def __init__(self, address, language="en"):
-        self.web = httpx.Client(base_url=f"{address}/{language}", timeout=120)
+        self.address = f"{address}/{language}"
+        self.web = httpx.Client(base_url=self.address, timeout=120)
         self.session = secrets.token_hex(8)
-        self.config = None
 
     def event(self, component, name):
         """The number of the handler of an event of a component, by its elem_id."""
-        self.config = self.config or self.web.get("/config").json()
-        ids = {each["props"].get("elem_id"): each["id"] for each in self.config["components"]}
+        config = configuration(self.address)
+        ids = {each["props"].get("elem_id"): each["id"] for each in config["components"]}
         target = [ids[component], name]
-        (found,) = (d for d in self.config["dependencies"] if target in d["targets"])
+        (found,) = (d for d in config["dependencies"] if target in d["targets"])
         return found["id"]
 
     def upload(self, *pictures):

@@ -118,11 +118,11 @@ def test_a_model_that_is_only_named_is_not_downloaded(hasty):
 
 def test_an_exported_folder_runs_as_what_it_is(hasty, model_folder, tmp_path):
     folder = tmp_path / "export"
-    export(model_folder, folder, "torch-export")
-    (row,) = benchmark(folder, batch_sizes=[2], threads=1, device="cpu", seconds=0)
+    export(model_folder, folder, "torch-export", dynamic=())
+    (row,) = benchmark(folder, batch_sizes=[1], threads=1, device="cpu", seconds=0)
     assert (row.runtime, row.precision, row.image_size) == ("torch", "fp32", 32)
     assert row.calls
-    _, other = benchmark(folder, ["torch", "fused"], batch_sizes=[2], seconds=0)
+    _, other = benchmark(folder, ["torch", "fused"], batch_sizes=[1], seconds=0)
     assert "is an export for torch" in other.reason
 
 

@@ -280,8 +280,7 @@ class Counting(nn.Module):
         return self.model(pixels, **options)
 
 
-@pytest.mark.parametrize("world", [2, 3, 50])
-@pytest.mark.parametrize("batch_size", [1, 4, 7])
+@pytest.mark.parametrize(("world", "batch_size"), [(2, 7), (3, 4), (50, 1)])
 @pytest.mark.parametrize("kind", ["folder", "stream"])
 def test_shares_join_to_what_one_process_gives(
     classifier, processor, with_broken, world, batch_size, kind

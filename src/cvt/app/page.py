@@ -14,6 +14,7 @@ from cvt.app.viewer import enlarged
 from cvt.data.decoding import decode
 
 EXAMPLE_SIDE = 256  # pixels of the longer side of an example on the page
+FORMAT = "jpeg"  # of what is shown; gradio's own, WebP, takes 25 times as long to write
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "PingFang SC",
          "Microsoft YaHei", "WenQuanYi Micro Hei", "sans-serif"]  # fmt: skip
 
@@ -51,7 +52,7 @@ def build_page(handlers: Handlers, card: str, texts: Texts) -> gr.Blocks:
                 heat_map = gr.Image(
                     label=texts.heat_map,
                     interactive=False,
-                    format="webp",
+                    format=FORMAT,
                     buttons=["download", "fullscreen"],
                     elem_id="heat_map",
                 )
@@ -107,7 +108,7 @@ def gallery(**how: Any) -> gr.Gallery:
         object_fit="cover",
         height="auto",
         buttons=[],
-        format="webp",
+        format=FORMAT,
         fit_columns=False,
         **how,
     )

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import ctypes
+import gc
 import os
 import shutil
 import signal
@@ -116,6 +118,8 @@ def build(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        gc.collect()
+        gc.freeze()  # what was loaded stays, so a sweep need not look through it
         task = asyncio.create_task(sweep(folder, sessions))
         yield
         task.cancel()
@@ -149,6 +153,15 @@ async def sweep(folder: Path, sessions: Sessions) -> None:
         await asyncio.sleep(SWEEP_SECONDS)
         sessions.drop_expired()
         await asyncio.to_thread(delete_older, folder, ABANDONED_SECONDS, own)
+        await asyncio.to_thread(return_memory)
+
+
+def return_memory() -> None:
+    """Give the system what is free: gradio leaves cycles, and glibc keeps what threads freed."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def delete_older(folder: Path, seconds: float, own: Set[Path] = frozenset()) -> None:

@@ -85,7 +85,7 @@ class Viewer:
             scores[self._index[record["label"]]] = record["score"]
         image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
-        image.save(buffer, "PNG")
+        image.save(buffer, "PNG", compress_level=1)  # a fifth of the time for a sixth more bytes
         return Picture(name, buffer.getvalue(), scores)
 
     def heat_map(self, picture: Picture, index: int) -> Image.Image:
