@@ -67,7 +67,8 @@ GPU_TABLE = $(GPU_PYTHON) benchmarks/gpu.py --device $(DEVICE) --budget $(BUDGET
 gpu:  ## test and measure on a CUDA device within ten minutes; DEVICE=cpu QUICK=1 tries it on a CPU
 	$(GPU_TABLE) --list
 	failed=0; \
-	$(GPU_TESTS) --session-timeout 150 -m gpu $$(grep -rl --include='test_*.py' mark.gpu tests | sort) || failed=1; \
+	$(GPU_TESTS) --session-timeout 150 -m gpu \
+	  $$(grep -rl --include='test_*.py' mark.gpu tests | sort) || failed=1; \
 	$(GPU_TABLE) || failed=1; \
 	$(if $(QUICK),true,$(GPU_TESTS) --session-timeout 60 tests/gpu_kernels) || failed=1; \
 	exit $$failed
