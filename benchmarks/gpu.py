@@ -206,8 +206,8 @@ def burst_of(step: Callable[[], object], device: str) -> int:
     return max(1, int(BURST / max(CLOCKS[device](step), 1e-6)))
 
 
-def matrix_rate(options: argparse.Namespace) -> float:
-    """Operations per second of a product of matrices of 8192 x 8192 in bf16."""
+def matrix_product(options: argparse.Namespace) -> Row:
+    """The rate of a product of matrices of 8192 x 8192 in bf16."""
     n = 64 if options.quick else 8192
     a, b = torch.randn(2, n, n, device=options.device).to(BF16)
     multiply = partial(torch.mm, a, b)
@@ -215,11 +215,11 @@ def matrix_rate(options: argparse.Namespace) -> float:
     steps = burst_of(multiply, options.device)
     clock = CLOCKS[options.device]
     times = in_turns({"": partial(repeat, multiply, steps)}, 0, options.turns, turn=0, clock=clock)
-    return 2 * n**3 * steps / middle(times[""])
+    return {"tflops": f"{2 * n**3 * steps / middle(times['']) / 1e12:.4g}"}
 
 
 def measure(
-    case: Case, peer: Peer, references: References, rate: float, options: argparse.Namespace
+    case: Case, peer: Peer, references: References, peak: float, options: argparse.Namespace
 ) -> Row:
     """The figures of a model, in turns with transformers' eager one, which is kept for the next."""
     device, on_gpu = options.device, options.device == "cuda"
@@ -247,32 +247,32 @@ def measure(
     figures |= {"ms_per_step": 1000 * seconds, "images_per_second": case.batch_size / seconds}
     if REFERENCE in times:
         figures["speed_ratio"] = speed_ratios(times[REFERENCE], times[peer])[1]
-    done = operations(case, peer) / seconds
-    figures |= {"tflops": done / 1e12, "matrix_share": done / rate}
+    tflops = operations(case, peer) / seconds / 1e12
+    figures |= {"tflops": tflops, "matrix_share": tflops / peak}
     return {name: f"{value:.4g}" for name, value in figures.items()}
+
+
+def attempt(labels: Row, run: Callable[[], Row], options: argparse.Namespace) -> Row:
+    """A row with the figures that a function returns, or with the reason why there are none."""
+    row = dict.fromkeys(COLUMNS, "") | labels
+    try:
+        with within(options):
+            return row | run()
+    except BudgetSpentError as end:
+        return row | {"note": str(end)}
+    except Exception as error:
+        return row | {"note": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
     """A row for each measurement, as soon as it is done."""
+    matrices = attempt({"task": "matrix product"}, partial(matrix_product, options), options)
+    yield matrices
+    peak = float(matrices["tflops"] or "nan")
     references: References = {}
-    rate = float("nan")
-    for case, peer in [(None, None), *plan(options)]:
-        row = dict.fromkeys(COLUMNS, "")
-        try:
-            if case is None:
-                row["task"] = "matrix product"
-                with within(options):
-                    rate = matrix_rate(options)
-                    row["tflops"] = f"{rate / 1e12:.4g}"
-            else:
-                row |= case._asdict() | peer._asdict()
-                with within(options):
-                    row |= measure(case, peer, references, rate, options)
-        except BudgetSpentError as end:
-            row["note"] = str(end)
-        except Exception as error:
-            row["note"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        yield row
+    for case, peer in plan(options):
+        run = partial(measure, case, peer, references, peak, options)
+        yield attempt(case._asdict() | peer._asdict(), run, options)
 
 
 # ------------------------------------------------------------------------------ command line

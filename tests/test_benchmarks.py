@@ -397,7 +397,7 @@ def test_at_the_end_of_the_budget_a_compilation_is_cut(gpu, tmp_path, monkeypatc
             time.sleep(300)
 
     monkeypatch.setattr(torch, "compile", compiled)
-    monkeypatch.setattr(gpu, "matrix_rate", lambda options: 1e12)
+    monkeypatch.setattr(gpu, "matrix_product", lambda options: {"tflops": "1"})
     compile_first = lambda options: [(gpu.Case("inference", *gpu.QUICK), gpu.REFERENCE)]  # noqa: E731
     monkeypatch.setattr(gpu, "plan", compile_first)
     monkeypatch.setattr(gpu, "prepare", lambda *_: torch.compile(None, False, None))
