@@ -89,25 +89,6 @@ def digits(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module", autouse=True)
-def captured_once():
-    """Capturing a graph takes seconds; the tests export the same two models again and again."""
-    programs = {}
-
-    def torch_graph(model, size, dynamic):
-        weights = tuple(
-            (w.dtype, w.double().numpy().tobytes()) for w in model.state_dict().values()
-        )
-        key = (weights, tuple(size), frozenset(dynamic), capture.without_guards)
-        if key not in programs:
-            programs[key] = capture.torch_graph(model, size, dynamic)
-        return programs[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cvt.export, "torch_graph", torch_graph)
-        yield
-
-
 @pytest.fixture
 def run(cvt):
     """Runs `cvt export` in this process; answers exit code, output and errors."""
