@@ -49,7 +49,7 @@ def compare(options: argparse.Namespace, work: Path) -> list[Row]:
     classes = model.config.class_names
     labels = torch.tensor([classes.index(label) for label in images.labels])
     batches = [
-        preprocessed(images.sources[start : start + BATCH], processor)
+        torch.from_numpy(preprocessed(images.sources[start : start + BATCH], processor))
         for start in range(0, len(images.sources), BATCH)
     ]
     manifest = export(
