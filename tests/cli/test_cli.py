@@ -40,7 +40,7 @@ COMMANDS = {
     "predict": [
         "model", "images", "--topk", "--batch-size", "--workers", "--runtime", "--precision",
         "--device", "--threads", "--exact-decoding", "--max-pixels", "--output",
-        "--json", "--resume", "--no-verify", "--force",
+        "--json", "--resume", "--no-verify", "--verbose", "--force",
     ],
     "train": [
         "words", "--config", "--output", "--resume", "--schema",
@@ -64,7 +64,7 @@ COMMANDS = {
         "model", "data", "--batch-size", "--workers", "--runtime", "--precision", "--device",
         "--threads", "--max-pixels", "--output", "--report", "--class-map",
         "--subset", "--real-labels", "--classes", "--image-column", "--label-column",
-        "--no-verify", "--force",
+        "--no-verify", "--verbose", "--force",
     ],
     "app": [
         "model", "--port", "--host", "--lang", "--examples", "--device", "--threads",
@@ -87,6 +87,7 @@ COMMANDS = {
     ],
     "push": ["folder", "name", "--private", "--license", "--dry-run", "--force"],
     "info": ["model", "--image-size", "--batch-size", "--json"],
+    "cache": ["action"],
     "recipes": ["name"],
     "demo": ["--output", "--epochs"],
 }  # fmt: skip
@@ -95,7 +96,7 @@ COMMANDS = {
 def test_the_command_line_is_what_it_was():
     commands = {name: verbs.get_command(None, name) for name in verbs.list_commands(None)}
     assert {
-        name: [parameter.opts[0] for parameter in command.params]
+        name: [parameter.opts[-1] for parameter in command.params]
         for name, command in commands.items()
     } == COMMANDS
 
@@ -104,7 +105,7 @@ def test_the_command_line_is_what_it_was():
 def test_the_help_of_a_command_names_every_parameter(cvt, command):
     code, out, _ = cvt(command, "--help")
     assert code == 0
-    rows = {row.strip("[].") for row in re.findall(r"^  (\S+)", out, re.MULTILINE)}
+    rows = {row.strip("[].") for row in re.findall(r"^  (?:-v, )?(\S+)", out, re.MULTILINE)}
     shown = ["data" if name == "words" else name for name in COMMANDS[command]]
     assert {name if name.startswith("-") else name.upper() for name in shown} <= rows
 
@@ -408,7 +409,7 @@ def test_info_needs_no_weights(cvt, model_folder, name):
 def test_auto_chooses_by_the_number_of_images(cvt, photos, model_folder, monkeypatch, many):
     counted = []
 
-    def fastest(device, precision, images):
+    def fastest(device, precision, images, is_converted):
         counted.append(images)
         return "fused"
 

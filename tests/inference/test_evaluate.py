@@ -115,8 +115,13 @@ def test_the_confusion_matrix_counts_predictions(classifier, processor, images):
     )
 
 
+def logits_of(results):
+    """(B, K)."""
+    return torch.stack([torch.from_numpy(result.logits) for result in results])
+
+
 def test_the_loss_is_the_models_own(classifier, processor, images):
-    logits = torch.stack([r.logits for r in classify(classifier, processor, images.sources)])
+    logits = logits_of(classify(classifier, processor, images.sources))
     targets = torch.tensor([classifier.config.label2id[label] for label in images.labels])
     expected = nn.functional.cross_entropy(logits, targets).item()
     assert evaluate(classifier, processor, images).loss == pytest.approx(expected, abs=1e-5)
@@ -137,7 +142,9 @@ def test_large_photographs_are_decoded_whole(tmp_path):
     model, processor = tiny(["blue", "green", "red"])
     images = LabelledImages([tmp_path / "red.jpg"], ["red"])
     whole, part = (
-        next(classify(model, processor, images.sources, exact=exact)).logits.log_softmax(0)[2]
+        torch.from_numpy(
+            next(classify(model, processor, images.sources, exact=exact)).logits
+        ).log_softmax(0)[2]
         for exact in (True, False)
     )
     assert evaluate(model, processor, images).loss == pytest.approx(-whole.item(), abs=1e-6)
@@ -191,7 +198,7 @@ def test_the_best_five_of_fewer_classes_are_all(photos, classes):
     model, processor = tiny(names)
     images = LabelledImages([photos / "red" / f"{i:02d}.png" for i in range(4)], ["red"] * 4)
     evaluation = evaluate(model, processor, images)
-    logits = torch.stack([r.logits for r in classify(model, processor, images.sources)])
+    logits = logits_of(classify(model, processor, images.sources))
     assert evaluation.images == 4
     in_top5 = logits.topk(min(5, classes)).indices.eq(classes - 1).any(1)
     assert evaluation.top5 == in_top5.double().mean().item()
@@ -466,7 +473,7 @@ def test_in_a_subset_only_the_classes_of_the_data_compete(photos, images):
         model.classifier.bias[0] = 9.0  # x always wins
     assert evaluate(model, processor, images).top1 == 0
     evaluation = evaluate(model, processor, images, subset=True)
-    logits = torch.stack([r.logits for r in classify(model, processor, images.sources)])
+    logits = logits_of(classify(model, processor, images.sources))
     targets = torch.tensor([["blue", "green", "red"].index(label) for label in images.labels])
     competing = logits[:, [1, 3, 4]]
     assert evaluation.top1 == (competing.argmax(1) == targets).double().mean().item()
@@ -493,7 +500,7 @@ def imagenet(tmp_path_factory, photos):
 
 def test_real_labels_are_timms(imagenet, tmp_path):
     model, processor, images = imagenet
-    logits = torch.stack([r.logits for r in classify(model, processor, images.sources)])
+    logits = logits_of(classify(model, processor, images.sources))
     real = [
         [[best, 5], [(best + 1) % 1000], []][i % 3]
         for i, best in enumerate(logits.argmax(1).tolist())
@@ -517,7 +524,7 @@ def test_real_labels_are_matched_by_wordnet_id_where_a_model_has_another_order(i
     _, _, images = imagenet
     ids = list(imagenet_classes())
     model, processor = tiny([*ids[1:], ids[0]])
-    logits = torch.stack([r.logits for r in classify(model, processor, images.sources)])
+    logits = logits_of(classify(model, processor, images.sources))
     best = [(i + 1) % 1000 for i in logits.argmax(1).tolist()]  # as real.json counts them
     real = [[label] if i % 3 else [(label + 1) % 1000] for i, label in enumerate(best)]
     evaluation = evaluate(model, processor, images, real_labels=real)

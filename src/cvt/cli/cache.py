@@ -6,7 +6,7 @@ from cvt.cli.options import argument, command
 
 
 @command
-@argument("action", type=click.Choice(["list", "clear"]), help="What to do.")
+@argument("action", type=click.Choice(["list", "clear"]), metavar="ACTION", help="list or clear.")
 def cache(action: str) -> None:
     """List or clear the converted graphs that are kept, for a model to start sooner.
 

@@ -251,11 +251,12 @@ def _opened(file: IO[bytes], name: str) -> Image.Image:
     start = file.read(12)
     if not start:
         raise ImageError(f"{name}: is empty")
-    if HAS_HEIF and start[4:8] == b"ftyp":  # of which HEIF is one; importing it takes a while
+    openers = [kind for kind in IMAGE_FORMATS if kind not in ("MPO", "HEIF")]  # a JPEG's opens MPO
+    if HAS_HEIF and start[4:8] == b"ftyp":  # as HEIF and AVIF begin; importing it takes a while
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-    openers = [kind for kind in IMAGE_FORMATS if kind != "MPO"]  # which the one of JPEG opens
+        openers.append("HEIF")
     try:
         with _quiet_pillow(inf):
             return Image.open(file, formats=openers)  # which seeks the start

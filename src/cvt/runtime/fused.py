@@ -109,8 +109,8 @@ class Linear(Operator):
         if self.packs():
             operators = torch.ops.mkldnn
             if self.packed is None:
-                rows = x[..., 0].numel()
-                self.packed = operators._reorder_linear_weight(self.weight, rows)
+                # For a fixed number of rows: no answer may depend on the batch that came first.
+                self.packed = operators._reorder_linear_weight(self.weight, 256)
             separate = self.activation == "silu" and silu_is_separate()
             name, algorithm = self.ONEDNN["" if separate else self.activation]
             y = operators._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
