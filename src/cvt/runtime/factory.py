@@ -15,7 +15,7 @@ from cvt.runtime import OF_EXPORTS, available
 from cvt.runtime.base import Runtime
 from cvt.runtime.cache import GraphCache
 from cvt.runtime.manifest import FORMATS, Manifest
-from cvt.runtime.onnx_runtime import OnnxRuntime, uses_cuda
+from cvt.runtime.onnx_runtime import OnnxRuntime
 from cvt.runtime.openvino_runtime import OpenVinoRuntime, computes, demand
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def _device(device: str, runtime: str) -> str:
         ValueError: there is none of that name, or the runtime cannot use it.
     """
     if device == "auto":
-        usable = uses_cuda() if runtime == "onnxruntime" else runtime not in ON_A_CPU
+        usable = runtime not in (*ON_A_CPU, "onnxruntime")  # on a GPU, nobody has run that one yet
         return "cuda" if usable and has_cuda() else "cpu"
     if runtime in ON_A_CPU and device != "cpu":
         raise ValueError(f"device = {device}: the runtime {runtime} computes on a CPU")

@@ -95,14 +95,6 @@ class OnnxRuntime(Runtime):
         return self.session.run(["logits"], {"pixel_values": pixels})[0]
 
 
-def uses_cuda() -> bool:
-    """Whether the onnxruntime installed here computes on CUDA devices."""
-    require("the runtime onnxruntime", "onnxruntime")
-    import onnxruntime
-
-    return PROVIDERS["cuda"] in onnxruntime.get_available_providers()
-
-
 def _provider(device: str) -> tuple[str, dict[str, str]]:
     """What computes on a device in ONNX Runtime, and its settings.
 
