@@ -64,7 +64,6 @@ from common import (
 )
 from peers import (
     BY_HAND,
-    CPU,
     INT8,
     OPENVINO,
     OURS,
@@ -141,11 +140,11 @@ def model_rows(
     options: argparse.Namespace,
     work: Path,
     products: dict[str, Product],
-    peers: Iterable[Peer] = CPU,
+    peers: Iterable[Peer] | None = None,
     question: str = "model",
 ) -> list[Row]:
     """From pixels to logits, for each batch size; shares are of the rates of `products`."""
-    models, rows = open_peers(peers, options, work)
+    models, rows = open_peers(CPU if peers is None else peers, options, work)
     for batch_size in options.batch_sizes:
         pixels = torch.randn(batch_size, 3, options.image_size, options.image_size)
         runs = {peer: partial(model, pixels) for peer, model in models.items()}

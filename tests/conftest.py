@@ -1,8 +1,11 @@
 import os
 import signal
 import sys
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network by accident
+CACHE = tempfile.TemporaryDirectory(prefix="cvt-tests-", ignore_cleanup_errors=True)
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # converted graphs; the user's cache is left alone
 
 import numpy as np
 import pytest

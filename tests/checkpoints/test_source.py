@@ -130,7 +130,7 @@ def test_the_classes_take_a_name_of_the_hub_and_ask_for_no_file_twice(server, re
         name, local = f"someone/colours{revision}", repositories[f"someone/colours{revision}"]
         opened = [cvt.Classifier(model, runtime="torch") for model in (name, local)]
         assert opened[0](photo) == opened[1](photo)
-        assert opened[0].processor.size == {"shortest_edge": 32}
+        assert opened[0].processor.image_size == 32
     assert cvt.image_processor("someone/colours").size == {"shortest_edge": 32}
     asked = files_asked_for(server)
     server.requests.clear()

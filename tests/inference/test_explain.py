@@ -39,7 +39,7 @@ def explainer(classifier):
 
 
 def pixels_of(explainer, picture):
-    return explainer.processor(picture, return_tensors="pt")["pixel_values"]
+    return torch.from_numpy(explainer.processor([picture]))
 
 
 # ------------------------------------------------------------------------------ values

@@ -21,8 +21,9 @@ from torch import nn
 
 from cvt import CvtConfig, CvtForImageClassification
 from cvt.architecture import PER_STAGE
+from cvt.checkpoints import loading
 from cvt.files import sums_of
-from cvt.runtime import available, factory, open_runtime
+from cvt.runtime import available, open_runtime
 from cvt.runtime.base import PixelError
 from cvt.runtime.capture import onnx_graph, openvino_graph, torch_graph
 from cvt.runtime.factory import MANY
@@ -87,13 +88,13 @@ def opened(tmp_path_factory, model, exported):
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     runtimes = {f"{kind} export": open_runtime(path) for kind, path in exported.items()}
-    load = factory.load_classifier
+    load = loading.load_classifier
     with pytest.MonkeyPatch.context() as patch:
         for name in MODELS:
             loaded = load(folder)
             pop = {folder: loaded}.pop
             patch.setattr(
-                factory, "load_classifier", lambda source, verify, pop=pop: pop(source.path)
+                loading, "load_classifier", lambda source, verify, pop=pop: pop(source.path)
             )
             runtimes[name] = open_runtime(folder, name)
             runtimes[name].loaded = weakref.ref(loaded)
@@ -221,18 +222,18 @@ def test_an_export_for_single_images_of_one_size_takes_batches_but_no_other_size
 )
 def test_auto_takes_a_runtime_that_computes_in_bf16(model, monkeypatch, capabilities, expected):
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: capabilities)
-    runtime = open_runtime(model, device="cpu", precision="bf16")
+    runtime = open_runtime(model, device="cpu", precision="bf16", images=MANY)
     assert (runtime.name, runtime.precision) == (expected, "bf16")
 
 
 def test_auto_is_the_fastest_that_is_installed(model, monkeypatch):
     monkeypatch.setattr(OpenVinoRuntime, "from_model", lambda *arguments: arguments[1:])
-    assert open_runtime(model, device="cpu", threads=2) == ("fp32", 2)
+    assert open_runtime(model, device="cpu").describe == "fused fp32 on cpu"
     assert open_runtime(model, device="cpu", threads=2, images=MANY) == ("fp32", 2)
     assert open_runtime(model, device="cpu", images=MANY - 1).describe == "fused fp32 on cpu"
     assert open_runtime(model, device="cpu", precision="fp16").describe == "fused fp16 on cpu"
     without(monkeypatch, "openvino")
-    assert open_runtime(model, device="cpu").describe == "fused fp32 on cpu"
+    assert open_runtime(model, device="cpu", images=MANY).describe == "fused fp32 on cpu"
 
 
 @pytest.mark.gpu

@@ -140,7 +140,7 @@ def test_every_option_that_is_named_exists(page):
         for parameter in command.params
         for option in [*parameter.opts, *parameter.secondary_opts]
     }
-    assert set(re.findall(r"`(--[a-z-]+)", without_code(page))) <= options
+    assert set(re.findall(r"`(--[a-z-]+)", without_code(page))) <= options | {"--no-deps"}  # of pip
 
 
 def test_every_setting_that_the_training_page_names_exists():

@@ -163,7 +163,7 @@ def test_workers_do_without_shared_memory(monkeypatch, caplog):
 
     expected = one()
     monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
-    sys.modules["cvt.data.workers"]._warn_of_shared_memory.cache_clear()
+    sys.modules["cvt.train.workers"]._warn_of_shared_memory.cache_clear()
     found = one()
     assert torch.equal(found.pixels, expected.pixels)
     assert torch.equal(found.targets, expected.targets)

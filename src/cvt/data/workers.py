@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -96,7 +97,8 @@ class Worker:
         """The result for a pickled argument; raises what the function raises."""
         try:
             self.connection.send_bytes(argument)
-            wait([self.connection, self.process.sentinel])
+            if self.connection not in wait([self.connection, self.process.sentinel]):
+                raise EOFError  # which no `recv` notices where another fork has the other end
             is_result, result = self.connection.recv()
         except (EOFError, OSError):
             self.process.join(POLL_SECONDS)
@@ -112,6 +114,10 @@ class Worker:
         """End the process, whatever it does."""
         self.process.kill()
         self.process.join(POLL_SECONDS)
+        with suppress(OSError, AttributeError):  # Windows has pipes of another kind
+            other = socket.socket(socket.AF_UNIX, fileno=os.dup(self.connection.fileno()))
+            with other:
+                other.shutdown(socket.SHUT_RDWR)  # ends a `recv` of half a result
 
 
 def _compute(connection: Connection, function: Callable[[Any], Any], parent: int) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import _disable_current_modes
 
 from cvt.architecture import Architecture, StageConfig, check_queries, checked_pixels
 from cvt.views import channels_last, split_tokens, to_heads, to_image, to_tokens
@@ -512,7 +513,8 @@ def fuse(
     if not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype}: must be a floating point type")
     config = model.config
-    with torch.device("meta"):
+    # A model may be fused on fake tensors, whose mode takes no part in building another on meta.
+    with _disable_current_modes(), torch.device("meta"):
         check_plain(model, kind(config))
     feature_maps = None
     if isinstance(model, CvtBackbone):
