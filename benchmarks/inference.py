@@ -63,6 +63,7 @@ from common import (
     write_rows,
 )
 from peers import (
+    CPU,
     BY_HAND,
     INT8,
     OPENVINO,

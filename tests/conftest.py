@@ -1,11 +1,12 @@
+import atexit
 import os
+import shutil
 import signal
 import sys
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network by accident
-CACHE = tempfile.TemporaryDirectory(prefix="cvt-tests-", ignore_cleanup_errors=True)
-os.environ["XDG_CACHE_HOME"] = CACHE.name  # converted graphs; the user's cache is left alone
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cvt-tests-")  # not the user's graphs
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ torch.set_num_threads(1)  # two fight over two cores as soon as anything else ru
 torch.backends.cudnn.allow_tf32 = False  # a GPU's fp32 is compared with that of a CPU
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 
