@@ -63,8 +63,8 @@ from common import (
     write_rows,
 )
 from peers import (
-    CPU,
     BY_HAND,
+    CPU,
     INT8,
     OPENVINO,
     OURS,

@@ -169,7 +169,7 @@ def test_the_score_is_that_of_the_classifier(explainer):
     logits = explainer.model(pixels_of(explainer, picture)).logits[0]
     by_name = explainer(picture, class_name="LABEL_4", method="attention")
     assert by_name.class_id == 4
-    expected = scores(logits, explainer.config)[4].item()
+    expected = scores(logits.detach().numpy(), explainer.config)[4].item()
     assert by_name.score == pytest.approx(expected, rel=1e-4)
 
 

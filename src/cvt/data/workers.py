@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 from collections import deque
@@ -123,6 +124,7 @@ class Worker:
 def _compute(connection: Connection, function: Callable[[Any], Any], parent: int) -> None:
     """In a worker: compute until the main process is gone."""
     answer_nothing()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which multiprocessing ends what is left
     with suppress(ConnectionError):
         while True:
             # Other workers may hold the other end of the pipe, which is not closed then.
