@@ -2,6 +2,7 @@
 
 import io
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import NoReturn
 
@@ -76,6 +77,20 @@ def show_completion(ctx: click.Context, parameter: click.Parameter, shell: str |
         ctx.exit()
 
 
+def completion_option(name: str, callback: Callable[..., None], help: str) -> Callable:
+    """An option that may name a shell; the callback stops."""
+    return click.option(
+        name,
+        type=click.Choice(("auto", *SHELLS)),
+        is_flag=False,
+        flag_value="auto",
+        metavar="[SHELL]",
+        callback=callback,
+        expose_value=False,
+        help=help,
+    )
+
+
 @click.group(
     cls=Verbs,
     no_args_is_help=True,
@@ -87,25 +102,15 @@ def show_completion(ctx: click.Context, parameter: click.Parameter, shell: str |
 )
 @click.version_option(__version__, message="cvt-vision %(version)s", help="Print the version.")
 @click.option("--debug", is_flag=True, help="Show tracebacks; works anywhere.")
-@click.option(
+@completion_option(
     "--install-completion",
-    type=click.Choice(("auto", *SHELLS)),
-    is_flag=False,
-    flag_value="auto",
-    metavar="[SHELL]",
-    callback=install_completion,
-    expose_value=False,
-    help="Install completion for the current shell, or for bash, zsh or fish.",
+    install_completion,
+    "Install completion for the current shell, or for bash, zsh or fish.",
 )
-@click.option(
+@completion_option(
     "--show-completion",
-    type=click.Choice(("auto", *SHELLS)),
-    is_flag=False,
-    flag_value="auto",
-    metavar="[SHELL]",
-    callback=show_completion,
-    expose_value=False,
-    help="Show completion for the current shell, to copy it or customize the installation.",
+    show_completion,
+    "Show completion for the current shell, to copy it or customize the installation.",
 )
 def verbs(debug: bool) -> None:
     """CvT, the Convolutional vision Transformer: train, evaluate, predict, export, convert.

@@ -11,17 +11,12 @@ import click
 from cvt.cli.options import (
     FILE,
     argument,
-    batch_size_option,
     command,
-    device_option,
     force_option,
     max_pixels_option,
     no_verify_option,
-    precision_option,
-    runtime_option,
-    threads_option,
+    run_options,
     verbose_option,
-    workers_option,
 )
 
 if TYPE_CHECKING:
@@ -36,12 +31,7 @@ if TYPE_CHECKING:
     help="Folder with a sub-folder per class, .csv, .parquet, hub:NAME, CIFAR, digits; "
     "of data with splits, the validation split.",
 )
-@batch_size_option()
-@workers_option(0)
-@runtime_option
-@precision_option
-@device_option
-@threads_option()
+@run_options(0)
 @max_pixels_option
 @click.option(
     "--output",

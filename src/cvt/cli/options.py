@@ -1,6 +1,6 @@
 """What commands are built from: their class, their arguments, and the options that they share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,6 +139,23 @@ no_verify_option = click.option(
 )
 
 
+def with_options(options: Sequence[Decorator]) -> Decorator:
+    """All of these options, in this order."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def run_options(workers: int) -> Decorator:
+    """How a model is run, in every command that runs one: `--batch-size` to `--threads`."""
+    of_model = (runtime_option, precision_option, device_option, threads_option())
+    return with_options([batch_size_option(), workers_option(workers), *of_model])
+
+
 def words(text: str | None) -> list[str] | None:
     """The words between the commas; None of None."""
     return None if text is None else [word.strip() for word in text.split(",")]
@@ -190,6 +207,4 @@ def with_settings(function: Function) -> Function:
         )
         if name != "data":
             options.append(option)
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return with_options(options)(function)

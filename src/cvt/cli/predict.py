@@ -11,17 +11,12 @@ import click
 from cvt.cli.options import (
     FILE,
     argument,
-    batch_size_option,
     command,
-    device_option,
     force_option,
     max_pixels_option,
     no_verify_option,
-    precision_option,
-    runtime_option,
-    threads_option,
+    run_options,
     verbose_option,
-    workers_option,
 )
 
 if TYPE_CHECKING:
@@ -37,12 +32,7 @@ if TYPE_CHECKING:
     default=5,
     help="Classes to name for each image; a regression names all.",
 )
-@batch_size_option()
-@workers_option(1)
-@runtime_option
-@precision_option
-@device_option
-@threads_option()
+@run_options(1)
 @click.option("--exact-decoding", is_flag=True, help="Decode large JPEGs whole, which is slower.")
 @max_pixels_option
 @click.option(
