@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from helpers.pictures import encoded, photo
 from helpers.small_models import one_block
 
@@ -85,7 +86,6 @@ def test_the_configuration_of_an_export_is_the_models(exports, to):
 
 
 def test_arrays_and_tensors_get_the_same_logits(exports):
-    torch = pytest.importorskip("torch")
     pixels = np.random.default_rng(0).standard_normal((2, 3, 32, 32)).astype(np.float32)
     for name in ("onnx", "openvino", "model"):
         runtime = cvt.Classifier(exports / name).runtime
