@@ -1,11 +1,15 @@
-"""Which runtime and device `auto` takes."""
+"""Which runtime and device `auto` takes, and what can be opened."""
 
 import logging
 import os
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from cvt.runtime import factory
+import cvt
+from cvt.runtime import factory, open_runtime
 from cvt.runtime.factory import MANY, check_device, fastest, has_cuda
 
 
@@ -59,3 +63,31 @@ def test_a_device_that_is_none_is_named():
         check_device("abacus")
     with pytest.raises(TypeError, match="device is of type int"):
         check_device(0)
+
+
+@pytest.mark.parametrize("runtime", ["auto", "torch", "openvino"])
+@pytest.mark.parametrize("model", [5, None, torch.nn.Linear(2, 2)], ids=["number", "none", "layer"])
+def test_what_is_no_model_is_a_type_error(model, runtime):
+    with pytest.raises(TypeError):
+        open_runtime(model, runtime)
+    with pytest.raises(TypeError):
+        cvt.Classifier(model, runtime, processor=cvt.image_processor("cvt-13"))
+
+
+def test_a_folder_without_preprocessing_warns_once(model_folder, tmp_path, caplog):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "preprocessor_config.json").unlink()
+    cvt.Classifier(folder)
+    assert len([line for line in caplog.messages if "preprocessing is assumed" in line]) == 1
+
+
+def test_a_model_that_cannot_be_converted_is_reported_when_it_is_opened(model_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["layernorm.bias"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "checksums.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"layernorm\.bias"):
+        open_runtime(folder, "openvino")

@@ -1,7 +1,6 @@
 """A classifier of images in one object, for services, notebooks and Ray Data."""
 
 import os
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ from cvt.data.preprocessing import preprocessing_of
 from cvt.inference.predict import Prediction, Result, find_images, predict
 from cvt.libraries import require
 from cvt.limits import check_counts
-from cvt.runtime import open_runtime
+from cvt.runtime import is_classifier, open_runtime
 
 if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
@@ -112,7 +111,7 @@ class Classifier:
         verify: bool = True,
     ) -> None:
         check_counts(batch_size=batch_size)
-        if processor is None and is_loaded(model):
+        if processor is None and is_classifier(model):
             raise ValueError(
                 "a loaded model does not know its preprocessing: give its processor, such as "
                 "cvt.image_processor(folder)"
@@ -127,7 +126,8 @@ class Classifier:
             allow_urls=allow_urls,
             verify=verify,
         )
-        source: Any = model if is_loaded(model) else model_source(model)  # type: ignore[arg-type]
+        given: Any = model
+        source = given if is_classifier(given) else model_source(given)
         self.runtime = open_runtime(source, runtime, precision, device, threads, verify=verify)
         self.processor = (
             load_preprocessing(source, self.runtime.config)
@@ -256,12 +256,6 @@ class Classifier:
             name, content = cell.get("path") or "<bytes>", cell.get("bytes")
             cell = Path(name) if content is None else StoredImage(name, content)
         return StoredImage("<null>", b"") if cell is None else self._source(cell)
-
-
-def is_loaded(model: Any) -> bool:
-    """Whether it is a model of PyTorch, which need not be imported for others."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(model, torch.nn.Module)
 
 
 def _streamed(result: Prediction | Result) -> dict[str, Any]:

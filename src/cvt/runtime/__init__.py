@@ -1,7 +1,8 @@
 """One interface over what runs a classifier: pixels in, logits out."""
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cvt.libraries import is_installed
 from cvt.limits import check_counts
@@ -31,6 +32,12 @@ def available(runtime: str) -> bool:
         True
     """
     return is_installed(*LIBRARIES.get(runtime, ()))
+
+
+def is_classifier(model: Any) -> bool:
+    """Whether it is a loaded classifier; who has one has imported its module, others need not."""
+    modeling = sys.modules.get("cvt.modeling")
+    return modeling is not None and isinstance(model, modeling.CvtForImageClassification)
 
 
 def open_runtime(
@@ -93,9 +100,9 @@ def open_runtime(
             )
     if threads is not None:
         check_counts(threads=threads)
-    if isinstance(source, str | Path):
-        source = model_source(source)
-    if isinstance(source, ModelSource) and source.is_export:
-        return open_export(source.path, runtime, precision, device, threads, verify)
+    given: Any = source
+    opened = given if is_classifier(given) else model_source(given)
+    if isinstance(opened, ModelSource) and opened.is_export:
+        return open_export(opened.path, runtime, precision, device, threads, verify)
     chosen = (runtime, precision or "fp32", device, threads)
-    return open_model(source, *chosen, images=images, verify=verify)
+    return open_model(opened, *chosen, images=images, verify=verify)

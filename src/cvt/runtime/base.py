@@ -173,9 +173,9 @@ class Runtime(ABC):
 
 
 def _floats(pixels: Any) -> np.ndarray | None:
-    """An array or a tensor of floats as an array in float32, contiguous; None of anything else."""
+    """Floats as an array in float32, contiguous and writable, as torch wants it; else None."""
     if isinstance(pixels, np.ndarray):
-        return np.ascontiguousarray(pixels, np.float32) if pixels.dtype.kind == "f" else None
+        return np.require(pixels, np.float32, ["C", "W"]) if pixels.dtype.kind == "f" else None
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(pixels, torch.Tensor) or not pixels.is_floating_point():
         return None

@@ -3,12 +3,13 @@
 import logging
 import os
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cvt.architecture import ClassifierConfig
 from cvt.checkpoints import ModelSource, load_preprocessing
+from cvt.data.processor_settings import IMAGE_SIZE, read_settings
 from cvt.files import check_checksums, pointer_fault
 from cvt.libraries import is_installed, require
 from cvt.runtime import OF_EXPORTS, available
@@ -20,6 +21,7 @@ from cvt.runtime.openvino_runtime import OpenVinoRuntime, computes, demand
 
 if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
+    from cvt.runtime.fused import FusedCvt
 
 logger = logging.getLogger(__name__)
 # The files of a GPU on Linux: of NVIDIA, of Windows below it, of AMD.
@@ -58,13 +60,15 @@ def open_model(
     if runtime == "openvino" and named and kept:
         if verify:
             check_checksums(named.path)
-        load = partial(_fused, named, verify)
-        return OpenVinoRuntime.from_source(kept.config, load, kept.graphs, precision, threads)
-    from cvt.checkpoints.plain import read_plain
+        fused = cache(partial(_fused, named, "fp32", verify))
+        if not kept.is_ready:  # it will be converted: what is wrong with it is reported now
+            fused()
+        return OpenVinoRuntime.from_source(kept.config, fused, kept.graphs, precision, threads)
     from cvt.runtime import torch_runtime
 
-    if runtime == "fused" and named and (plain := read_plain(named, verify)):
-        return torch_runtime.FusedRuntime.from_weights(*plain, precision, device, threads)
+    if runtime == "fused" and named:
+        how = (precision, device, threads)
+        return torch_runtime.FusedRuntime(_fused(named, precision, verify), *how)
     from cvt.checkpoints import load_classifier
 
     model: Any = load_classifier(named, verify=verify) if named else source
@@ -78,8 +82,8 @@ def open_model(
         return torch_runtime.FusedRuntime(model, precision, device, threads)
     if runtime == "compiled":
         return torch_runtime.CompiledRuntime(model, precision, device, threads)
-    how = (precision, device, threads, named is None)
-    return torch_runtime.TorchRuntime.from_model(model, *how)
+    is_copied = named is None
+    return torch_runtime.TorchRuntime.from_model(model, precision, device, threads, is_copied)
 
 
 class _Kept(NamedTuple):
@@ -102,25 +106,32 @@ def _kept(source: ModelSource) -> _Kept | None:
         return None
     try:
         config = ClassifierConfig.from_file(source.path / "config.json")
-        side = getattr(load_preprocessing(source, config), "image_size", None)
+        side = _image_size(source, config)
     except (OSError, ValueError):  # loading the model raises it again
         return None
     graphs = GraphCache(source)
-    is_ready = isinstance(side, int) and graphs.find((side, side)) is not None
+    is_ready = side is not None and graphs.find((side, side)) is not None
     return _Kept(config, graphs, is_ready)
 
 
-def _fused(source: ModelSource, verify: bool) -> Any:
-    """The fused form of a classifier in float32, on the CPU."""
-    import torch
+def _image_size(source: ModelSource, config: ClassifierConfig) -> int | None:
+    """Height and width, in pixels, that a folder is preprocessed for; None if not by CvT's own."""
+    if read_settings(source.path) is None:  # of which whoever opens the preprocessing is warned
+        return IMAGE_SIZE
+    return getattr(load_preprocessing(source, config), "image_size", None)
 
-    from cvt.checkpoints import load_classifier
+
+def _fused(source: ModelSource, precision: str, verify: bool) -> "FusedCvt":
+    """The fused form of a classifier, on the CPU; without transformers where that can be."""
     from cvt.checkpoints.plain import read_plain
     from cvt.runtime.fused import FusedCvt, fuse
+    from cvt.runtime.torch_runtime import DTYPES
 
     if plain := read_plain(source, verify):
-        return FusedCvt(*plain, torch.float32)
-    return fuse(load_classifier(source, verify=verify).eval(), torch.float32)
+        return FusedCvt(*plain, DTYPES[precision])
+    from cvt.checkpoints import load_classifier
+
+    return fuse(load_classifier(source, verify=verify).eval(), DTYPES[precision])
 
 
 def open_export(

@@ -1,14 +1,13 @@
 """PyTorch as a runtime: a model as it is, its fused form, and that compiled."""
 
 import copy
-from collections.abc import Mapping
 from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cvt.architecture import Architecture
 from cvt.runtime.base import Runtime
@@ -83,43 +82,19 @@ class TorchRuntime(Runtime):
 
 
 class FusedRuntime(TorchRuntime):
-    """The fused form of a classifier; the classifier is left as it is."""
+    """The fused form of a classifier, which is left as it is; or what is fused already."""
 
     name = "fused"
 
     def __init__(
         self,
-        model: "CvtForImageClassification",
+        model: "CvtForImageClassification | FusedCvt",
         precision: str = "fp32",
         device: str = "cpu",
         threads: int | None = None,
     ) -> None:
-        self._start(fuse(model, DTYPES[precision]), device, threads)
-
-    @classmethod
-    def from_weights(
-        cls,
-        config: Architecture,
-        weights: Mapping[str, Tensor],
-        precision: str = "fp32",
-        device: str = "cpu",
-        threads: int | None = None,
-    ) -> "FusedRuntime":
-        """The fused form of a classifier that is not built itself.
-
-        Args:
-            config: the classifier's.
-            weights: by transformers' names, as `cvt.checkpoints.plain.read_plain` returns them.
-            precision: a key of `DTYPES`.
-            device: its name in torch.
-            threads: as in `TorchRuntime`.
-        """
-        runtime = cls.__new__(cls)
-        runtime._start(FusedCvt(config, weights, DTYPES[precision]), device, threads)
-        return runtime
-
-    def _start(self, model: FusedCvt, device: str, threads: int | None) -> None:
-        super().__init__(model.to(device), threads=threads)
+        fused = model if isinstance(model, FusedCvt) else fuse(model, DTYPES[precision])
+        super().__init__(fused.to(device), threads=threads)
 
     @torch.no_grad()
     def _run(self, pixels: np.ndarray) -> np.ndarray:
