@@ -19,15 +19,16 @@ from helpers.pictures import encoded, photo
 import cvt
 from cvt.app import server
 from cvt.app.guard import folder_bytes
-from cvt.app.limits import SWEEP_SECONDS, VISITORS, WAITING
+from cvt.app.limits import PICTURES, SWEEP_SECONDS, VISITORS, WAITING
 from cvt.app.sessions import Sessions
 from cvt.app.texts import EN, ZH
 
 RED = encoded(photo(40, 56))
 
 
-def forged(path):
-    return [{"path": str(path), "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}]
+def forged(*paths):
+    rest = {"orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+    return [{"path": str(path), **rest} for path in paths]
 
 
 # ------------------------------------------------------------------------------ answers
@@ -151,16 +152,17 @@ def test_the_page_names_no_folder_of_the_machine(page, model_folder, photos):
 # ------------------------------------------------------------------------------ load
 
 
-def visit(address, number, times):
-    """Give a picture so many times; returns how many were answered and how many told to wait."""
+def visit(address, number, times, pictures=1):
+    """Give pictures so many times; returns how many were answered and how many told to wait."""
     answered = waited = 0
     visitor = Visitor(address, ("en", "zh")[number % 2])
     busy = (EN, ZH)[number % 2].busy
     with visitor.web:
         for turn in range(times):
-            picture = (f"{turn}.png", encoded(photo(seed=100 * number + turn)))
-            (path,) = visitor.upload(picture).raise_for_status().json()
-            joined = visitor.join("upload", "upload", [forged(path)])
+            seeds = [100 * number + pictures * turn + i for i in range(pictures)]
+            given = [(f"{seed}.png", encoded(photo(seed=seed))) for seed in seeds]
+            paths = visitor.upload(*given).raise_for_status().json()
+            joined = visitor.join("upload", "upload", [forged(*paths)])
             if joined.status_code == 429:
                 assert joined.json() == {"detail": busy}
                 waited += 1
@@ -173,11 +175,11 @@ def visit(address, number, times):
     return answered, waited
 
 
-def load(page, clients, times):
+def load(page, clients, *each):
     with ThreadPoolExecutor(clients) as pool:
-        results = list(pool.map(lambda i: visit(page.address, i, times), range(clients)))
+        results = list(pool.map(lambda i: visit(page.address, i, *each), range(clients)))
     answered, waited = map(sum, zip(*results, strict=True))
-    assert answered + waited == clients * times
+    assert answered + waited == clients * each[0]
     return answered, waited
 
 
@@ -194,14 +196,14 @@ def test_of_many_visitors_each_is_answered_or_told_to_wait(page):
 @pytest.mark.slow
 def test_fifty_clients_with_twenty_requests_each(page, capsys):
     for _ in range(-(-2 * VISITORS // 50)):
-        load(page, 50, 1)  # more visitors than are kept, in both languages
+        load(page, 50, 1, PICTURES)  # as much as is kept, in both languages
     before = swept_memory(page)
     answered, waited = load(page, 50, 20)
     after = swept_memory(page)
     with capsys.disabled():
         print(f"\n{answered} answered, {waited} told to wait; {before:.0f} MiB, then {after:.0f}")
     assert answered > 0
-    assert after < before + 24  # twelve pictures of each visitor instead of one
+    assert after < before + 16
 
 
 def swept_memory(page):
