@@ -16,7 +16,8 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 import torch
-from helpers.training_runs import equal, without_pictures
+from helpers.training_runs import equal
+from helpers.watcher import Watcher, final_state
 from PIL import Image
 from torch import nn
 
@@ -47,63 +48,6 @@ EVERYTHING_RANDOM = {
     "clip_grad": 1.0,
     "layer_decay": 0.9,
 }
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(request, monkeypatch):
-    """Drawing the pictures of a run takes longer than the run."""
-    if "pictures" not in request.keywords:
-        without_pictures(monkeypatch.setattr)
-
-
-@pytest.fixture
-def config_folder(tmp_path):
-    """A folder with a configuration and no weights; dropout and drop path draw random numbers."""
-    config = CvtConfig(
-        embed_dim=[8, 16, 32], num_heads=[1, 2, 4], depth=[1, 1, 2], drop_rate=[0.1, 0.1, 0.1],
-        drop_path_rate=[0.0, 0.0, 0.3],
-    )  # fmt: skip
-    config.save_pretrained(tmp_path / "config")
-    return tmp_path / "config"
-
-
-@pytest.fixture
-def recipe(photos, config_folder):
-    """A recipe for the photos, 30 to train on, with some settings changed."""
-
-    def make(**changes):
-        settings = {"data": str(photos), "model": str(config_folder), "epochs": 3, "lr": 3e-3,
-                    "batch_size": 8, "image_size": 32}  # fmt: skip
-        return Recipe(**{**settings, **changes})
-
-    return make
-
-
-class Watcher(NullProgress):
-    """Keeps the log, and sends a signal after so many steps."""
-
-    def __init__(self, stop_after=None, signal=signal.SIGTERM, during="epoch"):
-        self.lines, self.rows, self.steps = [], [], 0
-        self.stop_after, self.signal, self.during = stop_after, signal, during
-
-    def log(self, text):
-        self.lines.append(text)
-
-    def epoch(self, row):
-        self.rows.append(row)
-
-    def stage(self, name, total, done=0):
-        def step(**figures):
-            if name.startswith(self.during):
-                self.steps += 1
-                if self.steps == self.stop_after:
-                    os.kill(os.getpid(), self.signal)
-
-        return step
-
-
-def final_state(run):
-    return newest_checkpoint(run / "checkpoints")[1]
 
 
 # ------------------------------------------------------------------------------ the run folder
@@ -141,7 +85,7 @@ def test_training_learns_and_leaves_a_run_folder(photos, recipe, tmp_path):
 def test_a_run_folder_tells_how_the_run_was_started(recipe, tmp_path):
     settings = recipe(epochs=1, ema_decay=0.5)
     train(settings, tmp_path / "run")
-    assert load_recipe(tmp_path / "run/args.yaml") == replace(settings, precision="fp32")
+    assert load_recipe(tmp_path / "run/args.yaml") == replace(settings, precision="fp32", views=0)
     resume(tmp_path / "run")
     starts = json.loads((tmp_path / "run/environment.json").read_text())
     assert len(starts) == 2

@@ -110,6 +110,32 @@ def evaluate(
     return part if world > 1 else Evaluation.joined([part])
 
 
+def evaluate_results(
+    results: Iterable[Result],
+    images: LabelledImages,
+    config: Architecture,
+    progress: Callable[[], Any] = lambda: None,
+) -> Evaluation:
+    """Compare results that are there already with the labels of their images.
+
+    Args:
+        results: of the images, in their order.
+        images: images and class names.
+        config: the classifier's.
+        progress: called after every image.
+
+    Raises:
+        ValueError: the model does not know a class, or no image could be decoded.
+        FloatingPointError: logits are not finite.
+    """
+    no_class = np.zeros(len(config.class_names), bool)
+    collected = _Collected(config, match_classes(images.classes, config), no_class, None)
+    for position, (result, (source, label)) in enumerate(zip(results, images, strict=True)):
+        progress()
+        collected.add(result, position, source, label)
+    return Evaluation.joined([collected.evaluation()])
+
+
 class _Collected:
     """What is kept of the images so far.
 

@@ -368,6 +368,31 @@ class FusedCvt(nn.Module):
         return self
 
     @torch.no_grad()
+    def features(self, pixel_values: Tensor, stages: int | None = None) -> Tensor:
+        """The output of the first stages, all by default.
+
+        Args:
+            pixel_values: normalised images, (B, C, H, W).
+            stages: how many.
+
+        Returns:
+            The image that the next stage takes, (B, C', H', W'). Of all stages, the tokens that the
+            final norm takes: the class token, (B, 1, C'), or without one all tokens, (B, N, C').
+
+        Raises:
+            ValueError: as in the model's own forward.
+        """
+        image = checked_pixels(pixel_values, self.config.num_channels, self.minimum_image_size)
+        image = channels_last(image.to(self.dtype))
+        for stage in cast(Iterable[FusedStage], self.stages[:stages]):
+            is_last, grid = stage is self.stages[-1], stage.grid(image)
+            (x,) = stage.in_parts(image, False, is_last and stage.cls_token is not None)
+            if is_last:
+                return x
+            image = to_image(split_tokens(x, grid)[1], grid)
+        return image
+
+    @torch.no_grad()
     def forward(
         self,
         pixel_values: Tensor,

@@ -7,7 +7,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from cvt.checkpoints import load_classifier
-from cvt.data import Images
+from cvt.data import Images, LabelledImages
 from cvt.inference.evaluate import evaluate, write_evaluation
 from cvt.inference.metrics import Evaluation
 from cvt.train.models import rebuilt
@@ -37,6 +37,8 @@ def evaluate_shared(
         cvt.data.workers.Interrupted: `interrupted` was true while no image came.
         FloatingPointError: the model's answer is not finite.
     """
+    if setup.features and images is setup.splits.validation and isinstance(images, LabelledImages):
+        return setup.features.evaluate(model, images, after_image)
     if setup.plan.world > 1:
         for buffer in model.buffers():  # the first process's, whose model is kept
             torch.distributed.broadcast(buffer, 0)

@@ -8,7 +8,7 @@ for accumulated batches.
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -59,8 +59,8 @@ def draws(
 ) -> Iterator[list[Draw]]:
     """This process's batches from step `start` to the end of the run, image by image."""
     targets = {name: i for i, name in enumerate(images.classes)}
-    mine = range(plan.rank, plan.batches_per_step, plan.world)
     if isinstance(images, StreamedImages):
+        mine = range(plan.rank, plan.batches_per_step, plan.world)
         count = plan.batch_size * plan.accumulate
         stream = images.shuffled(recipe.seed, plan.rank, plan.world)
         views = (pair for pair in stream for _ in range(recipe.repeats))
@@ -72,21 +72,28 @@ def draws(
                     for i, (image, label) in enumerate(islice(pairs, plan.batch_size))
                 ]
         return
+    for epoch, slots, indices in slots_of(len(images), recipe, plan, start):
+        yield [
+            Draw(image, targets[label], (recipe.seed, epoch, slot))
+            for slot, (image, label) in zip(slots, map(images.__getitem__, indices), strict=True)
+        ]
+
+
+def slots_of(
+    images: int, recipe: Recipe, plan: Plan, start: int
+) -> Iterator[tuple[int, range, list[int]]]:
+    """Of this process's batches from step `start` on: epoch, slots in it, indices of images."""
     order, ordered_epoch = np.empty(0, dtype=np.int64), -1
     for step in range(start, plan.steps):
         epoch, in_epoch = divmod(step, plan.steps_per_epoch)
         if epoch != ordered_epoch:
-            shuffled = np.random.default_rng((recipe.seed, epoch)).permutation(len(images))
+            shuffled = np.random.default_rng((recipe.seed, epoch)).permutation(images)
             order, ordered_epoch = np.repeat(shuffled, recipe.repeats), epoch
-        for batch in mine:
+        for batch in range(plan.rank, plan.batches_per_step, plan.world):
             # The views of an image go to different batches of the step, as timm's sampler does it.
             first = in_epoch * plan.images_per_step + batch
             slots = range(first, first + plan.images_per_step, plan.batches_per_step)
-            chosen = [images[int(order[slot % len(order)])] for slot in slots]
-            yield [
-                Draw(image, targets[label], (recipe.seed, epoch, slot))
-                for slot, (image, label) in zip(slots, chosen, strict=True)
-            ]
+            yield epoch, slots, [int(order[slot % len(order)]) for slot in slots]
 
 
 class Views(Dataset):
@@ -125,7 +132,22 @@ def batches(
     start: int,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Iterator[Batch]:
-    """This process's batches from step `start` to the end of the run.
+    """This process's batches from step `start` to the end of the run; raises as `loaded`."""
+    batched = draws(images, recipe, plan, start)
+    return loaded(batched, training_views(augment, recipe), recipe, interrupted)
+
+
+def training_views(augment: Callable[[Any], Tensor], recipe: Recipe) -> Views:
+    """Random views of images; of large ones no more is decoded than their smallest crop keeps."""
+    crop = recipe.image_size * math.sqrt(recipe.crop_ratio / recipe.crop_scale)
+    least = math.ceil(REDUCED * crop)
+    return Views(augment, partial(decode, max_pixels=recipe.max_pixels, least_of_large=least))
+
+
+def loaded(
+    batched: Iterable[list[Draw]], views: Views, recipe: Recipe, interrupted: Callable[[], bool]
+) -> Iterator[Batch]:
+    """The batches of such draws.
 
     Each worker builds whole batches, two ahead, on one thread, which is torch's way with workers.
 
@@ -133,16 +155,9 @@ def batches(
         cvt.data.workers.Interrupted: `interrupted` was true, and no batch came for
             `POLL_SECONDS`.
     """
-    # What the smallest crop keeps, which becomes a view.
-    crop = recipe.image_size * math.sqrt(recipe.crop_ratio / recipe.crop_scale)
-    read = partial(
-        decode,
-        max_pixels=recipe.max_pixels,
-        least_of_large=math.ceil(REDUCED * crop),
-    )
     loader: DataLoader = DataLoader(
-        Views(augment, read),
-        batch_sampler=draws(images, recipe, plan, start),
+        views,
+        batch_sampler=batched,
         collate_fn=collate,
         num_workers=recipe.workers,
         pin_memory=torch.cuda.is_available(),

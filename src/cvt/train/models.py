@@ -168,6 +168,11 @@ def frozen(model: Any, recipe: Recipe) -> list[nn.Module]:
     return [body] if recipe.head_only else list(body.encoder.stages[: recipe.freeze_stages])
 
 
+def frozen_stages(model: Any, recipe: Recipe) -> int:
+    """How many stages stay as they are, with all that is before them; 0 with adapters."""
+    return len(model.config.stages) if recipe.head_only else recipe.freeze_stages
+
+
 def merged(model: Any) -> CvtForImageClassification:
     """A model with adapters as a plain classifier: they are added to the weights of a copy."""
     return copy.deepcopy(model).merge_and_unload()

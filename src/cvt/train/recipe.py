@@ -94,6 +94,13 @@ class Recipe:
     )
     freeze_stages: int = setting(0, "Freeze the first N stages.", ge=0)
     head_only: bool = setting(False, "Train only the final norm and the classifier.")
+    views: int | None = setting(
+        None,
+        "Random views of an image that the frozen stages see once, and whose features are kept; "
+        "0: a new view in every epoch (default 3 with head_only and without mixing, else 0).",
+        ge=0,
+        le=1024,
+    )
     lora_r: int = setting(
         0, "Rank of low-rank adapters (LoRA); 0 trains without them.", ge=0, le=4096
     )
@@ -216,6 +223,10 @@ class Recipe:
             faults.append("fsdp: sharded weights can neither be averaged nor have adapters")
         if self.lora_r and (self.head_only or self.freeze_stages):
             faults.append("lora_r: adapters leave the model frozen; drop head_only, freeze_stages")
+        if self.views and not (self.head_only or self.freeze_stages):
+            faults.append(f"views = {self.views}: needs frozen stages: head_only, freeze_stages")
+        if self.views and self.mixes:
+            faults.append(f"views = {self.views}: mixup and cutmix mix pixels; set both to 0")
         if self.lr_updates == "epoch" and (self.warmup_epochs or 0.0) % 1:
             faults.append(f"warmup_epochs = {self.warmup_epochs}: with lr_updates=epoch, whole")
         return faults

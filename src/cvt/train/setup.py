@@ -27,6 +27,12 @@ from cvt.kernels import apply_cpu_bf16, apply_triton, recompute_activations
 from cvt.modeling import Block
 from cvt.train.augmentation import augmentation, mixing
 from cvt.train.checkpointing import check_weights
+from cvt.train.frozen_features import (
+    DEFAULT_VIEWS,
+    FrozenFeatures,
+    TrainedStages,
+    chosen_views,
+)
 from cvt.train.loader import Batch, batches, seed_all
 from cvt.train.models import (
     classifier_for,
@@ -61,12 +67,14 @@ class Setup:
         processor: the image processor of the model that is written.
         model: the classifier as it is trained, without what wraps it.
         wrapped: the same for several processes.
-        forward: the same compiled, if the recipe asks for it; a step calls it.
+        forward: the same, or what is trained of it, compiled if the recipe asks for it; a step
+            calls it.
         ema: the average of the weights, if the recipe asks for one.
         schedule: learning rates.
         optimizer: of the trainable parameters.
         scaler: of the loss, in fp16.
         mix: mixup and cutmix of a batch.
+        features: of the frozen stages, if the recipe keeps any; then batches are of features.
         batches: this process's, from the next step on.
     """
 
@@ -87,6 +95,7 @@ class Setup:
     optimizer: torch.optim.Optimizer
     scaler: Any
     mix: Callable
+    features: FrozenFeatures | None
     batches: Iterator[Batch]
 
     @property
@@ -103,6 +112,12 @@ class Setup:
     def is_sharded(self) -> bool:
         """Whether the processes share one copy of the weights, by FSDP."""
         return self.recipe.fsdp and self.plan.world > 1
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of an image, or of its features, in a batch."""
+        side = self.recipe.image_size
+        return self.features.shape if self.features else (3, side, side)
 
     @property
     def averaged(self) -> Any:
@@ -175,11 +190,17 @@ def set_up(
         OSError: there is no such data or model.
         ValueError: the recipe, the data and the state do not fit each other.
     """
-    recipe = replace(recipe, precision=chosen_precision(recipe.precision, accelerator.device))
+    splits, found = _open_images(recipe, state, output)
+    if state and recipe.views is None:  # of a run from before there were any
+        recipe = replace(recipe, views=0)
+    recipe = replace(
+        recipe,
+        precision=chosen_precision(recipe.precision, accelerator.device),
+        views=chosen_views(recipe, splits.train, accelerator.num_processes),
+    )
     first_recipe, step = recipe, state.get("step", 0)
     if state:
         recipe = redistributed(recipe, state["batches_per_step"], accelerator.num_processes)
-    splits, found = _open_images(recipe, state, output)
     plan = _plan(recipe, splits, accelerator)
     if state:
         check_length(load_recipe(None, state["recipe"]), recipe, plan, step, output)
@@ -193,17 +214,29 @@ def set_up(
     is_sharded = recipe.fsdp and plan.world > 1
     wrapped = model if is_sharded else accelerator.prepare_model(model)
     fp16 = recipe.precision == "fp16"
+    features, forward = None, wrapped
+    if recipe.views:
+        assert isinstance(splits.train, LabelledImages)
+        features = FrozenFeatures(
+            *(output, recipe, plan, splits.train, model, augment, processor, interrupted)
+        )
+        forward = TrainedStages(model, features.frozen)
     setup = Setup(
         *(recipe, first_recipe, output, accelerator, splits, found, plan),
         *(start.config, processor, model, wrapped),
         # A graph for each number of images: else an unreadable one would slow all sizes.
-        forward=torch.compile(wrapped, dynamic=False) if recipe.compile else wrapped,
+        forward=torch.compile(forward, dynamic=False) if recipe.compile else forward,
         ema=ema,
         schedule=schedule,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=fp16),
         mix=mix,
-        batches=batches(splits.train, augment, recipe, plan, step, interrupted),
+        features=features,
+        batches=(
+            features.batches(step)
+            if features
+            else batches(splits.train, augment, recipe, plan, step, interrupted)
+        ),
     )
     if state:
         setup.restore(state)
@@ -297,6 +330,16 @@ def _prepared(
 def _summarise(setup: Setup, progress: Progress) -> None:
     """Report what is about to be trained, and how the learning rate came about."""
     plan, recipe = setup.plan, setup.recipe
+    if setup.features:
+        progress.log(
+            f"the frozen stages run once for {recipe.views} random views of each image; views=0 "
+            "draws a new view in every epoch"
+        )
+    elif recipe.head_only and recipe.mixes:
+        progress.log(
+            "the frozen stages run in every epoch, since mixup and cutmix mix pixels; with "
+            f"mixup=0 cutmix=0 they run once for each of {DEFAULT_VIEWS} views"
+        )
     trained = sum(p.numel() for p in setup.model.parameters() if p.requires_grad)
     peak = f"{recipe.peak_lr(plan.images_per_step):.3g}"
     if recipe.lr is None:

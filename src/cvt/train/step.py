@@ -93,7 +93,7 @@ class TrainingStep:
     def _backward(self, batch: Batch, step: int, is_blank: bool) -> Tensor:
         """Add the gradients of a batch to those of the step; returns its loss."""
         setup, recipe = self.setup, self.setup.recipe
-        pixels, targets = self._mixed(blank(recipe.image_size) if is_blank else batch, step)
+        pixels, targets = self._mixed(blank(setup.input_shape) if is_blank else batch, step)
         kept = statistics_kept(setup.model) if is_blank else contextlib.nullcontext()
         with kept:
             with torch.autocast(setup.device.type, self.dtype, self.dtype != torch.float32):
@@ -108,7 +108,8 @@ class TrainingStep:
     def _mixed(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
         """Images and targets on the device, mixed; not if an unreadable image left an odd batch."""
         device, off = self.setup.device, self.setup.recipe.mixup_off_epoch
-        pixels = batch.pixels.to(device, non_blocking=True, memory_format=torch.channels_last)
+        layout = torch.channels_last if batch.pixels.ndim == 4 else torch.preserve_format
+        pixels = batch.pixels.to(device, non_blocking=True, memory_format=layout)
         targets = batch.targets.to(device, non_blocking=True)
         if len(targets) % 2 or (off and step // self.setup.plan.steps_per_epoch >= off):
             return pixels, targets
@@ -123,9 +124,9 @@ class TrainingStep:
         return contextlib.nullcontext()
 
 
-def blank(side: int) -> Batch:
-    """A batch of one black image, in the place of one of which no image can be read."""
-    return Batch(torch.zeros(1, 3, side, side), torch.zeros(1, dtype=torch.int64), {})
+def blank(shape: tuple[int, ...]) -> Batch:
+    """A batch of one image of zeros, in the place of one of which no image can be read."""
+    return Batch(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64), {})
 
 
 @contextlib.contextmanager

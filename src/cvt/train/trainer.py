@@ -226,6 +226,8 @@ class Trainer:
                 self.train_epoch()
                 self.end_epoch()
             evaluate_held_out(setup, self.evaluated, was_done, self.progress)
+            if setup.features:
+                setup.features.delete()
         return best(self.history)
 
     @property
@@ -241,6 +243,7 @@ class Trainer:
         for module in frozen(self.setup.model, self.recipe):
             module.eval()
         epoch = self.step // plan.steps_per_epoch
+        self.compute_features(epoch)
         begin = epoch * plan.steps_per_epoch
         end = min(begin + plan.steps_per_epoch, plan.steps)
         name = f"epoch {epoch + 1}/{plan.epochs_in(plan.steps)}"
@@ -270,6 +273,19 @@ class Trainer:
             if is_due and self.step < end:
                 self.save()
         self.log_speed(epoch + 1, rate, self.train_step.waited / (time.perf_counter() - clock))
+
+    def compute_features(self, epoch: int) -> None:
+        """Run the frozen stages on the views of an epoch that they have not seen."""
+        if not (features := self.setup.features):
+            return
+        for view in features.views_in(epoch):
+            name = f"frozen stages, view {view + 1}/{self.recipe.views}"
+            try:
+                features.compute_view(view, self.progress.stage(name, self.plan.images))
+            except Interrupted:
+                self.stop()
+            except FloatingPointError as error:
+                raise self.diverged(str(error), self.step) from None
 
     def read(self, metrics: StepMetrics) -> bool:
         """Log the metrics of a step; returns whether the run is to stop.
