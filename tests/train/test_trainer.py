@@ -29,9 +29,7 @@ from cvt.data.class_names import imagenet_classes
 from cvt.inference.evaluate import evaluate
 from cvt.train import Recipe, corrupt, load_recipe, resume, step, train, trainer
 from cvt.train.augmentation import augmentation
-from cvt.train.checkpointing import newest_checkpoint
 from cvt.train.models import classifier_for, regularised
-from cvt.train.progress import NullProgress
 from cvt.train.setup import chosen_precision
 from cvt.train.trainer import Stopped
 
