@@ -14,6 +14,7 @@
 | `corrupt.txt` | the training images that could not be read |
 | `best/`, `last/` | model folders, with preprocessing, a model card and `checksums.json` |
 | `checkpoints/` | what the run resumes from |
+| `features/` | outputs of the frozen stages, of a run that keeps them; deleted at its end |
 """
 
 import csv
