@@ -11,6 +11,7 @@ from PIL import Image
 import cvt
 from cvt.data.image_processor import image_processor
 from cvt.data.preprocessing import visible_box
+from cvt.inference import explain as explain_module
 from cvt.inference.explain import Explainer, explain
 from cvt.inference.explanation import sheet
 from cvt.inference.predict import scores
@@ -123,6 +124,23 @@ def test_rollout_of_even_attention_is_even(method):
     found = explainer(photo(), method="rollout").grid
     assert found.min() > 0.9 * found.max() > 0
     assert found.sum() < 1  # the class token has the rest
+
+
+def test_by_default_grad_cam_is_of_the_last_stage_whose_map_is_not_zero(explainer, monkeypatch):
+    grids = {}
+
+    def grad_cam(model, pixels, stage, class_id):
+        logits, grid = own(model, pixels, stage, class_id)
+        return logits, torch.full_like(grid, grids.get(stage, 0.0))
+
+    own = explain_module._grad_cam
+    monkeypatch.setattr(explain_module, "_grad_cam", grad_cam)
+    assert explainer(photo()).stage == 3  # none has one
+    grids[0] = 1.0
+    assert explainer(photo()).stage == 1
+    grids[1] = 1.0
+    assert explainer(photo()).stage == 2
+    assert explainer(photo(), stage=3).stage == 3
 
 
 def test_a_class_token_may_be_in_any_stage():

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option(
     "--stage",
     type=click.IntRange(min=1),
-    help="Stage, counted from 1; default: the last possible.",
+    help="Stage, counted from 1; default: the last with a map.",
 )
 @click.option(
     "--output",
@@ -95,4 +95,4 @@ def cold(explanation: "Explanation") -> str:
     """A remark on a map of zeros; empty for others."""
     if explanation.grid.any():
         return ""
-    return f"  (no place raises this class in stage {explanation.stage}: try another --stage)"
+    return f"  (no place raises this class in stage {explanation.stage})"

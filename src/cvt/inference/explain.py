@@ -68,7 +68,7 @@ def explain(
         >>> model = cvt.CvtForImageClassification(config)
         >>> processor = cvt.image_processor(config, image_size=32)
         >>> photo = numpy.random.default_rng(0).random((48, 64, 3))
-        >>> explanation = cvt.explain(model, photo, class_name=7, processor=processor)
+        >>> explanation = cvt.explain(model, photo, class_name=7, stage=3, processor=processor)
         >>> explanation.method, explanation.stage, explanation.class_id
         ('gradcam', 3, 7)
         >>> explanation.overlay().size  # that of the photo
@@ -158,7 +158,8 @@ class Explainer:
             method: `gradcam`: the tokens before the last block of a stage, weighted by the gradient
                 of the class's logit. `attention`: the attention of the class token, of every head
                 and block. `rollout`: that attention, followed through the blocks of its stage.
-            stage: counted from 1; by default the last one that has what the method needs.
+            stage: counted from 1; by default the last one that has what the method needs: a class
+                token, or a Grad-CAM that is not zero everywhere.
 
         Raises:
             ValueError: the model has no such class or stage, or the stage has no class token.
@@ -166,15 +167,16 @@ class Explainer:
             cvt.data.decoding.ImageError: the image cannot be decoded.
         """
         source = image_source(image)
-        number = _stage(self.config, method, stage)
+        numbers = _stages(self.config, method, stage)
         wanted = None if class_name is None else _class_id(class_name, self.config)
         seen = self.read(source)
         pixels = torch.from_numpy(self.processor([seen])).to(self.device)
         with self.lock:
             if method == "gradcam":
-                logits, grid = _grad_cam(self.model, pixels, number, wanted)
+                number, logits, grid = _last_grad_cam(self.model, pixels, numbers, wanted)
                 maps = {"grid": grid}
             else:
+                number = numbers[-1]
                 logits, weights, grids = _attention(self.model, pixels, number)
                 maps = (_class_token_row if method == "attention" else _rollout)(weights, *grids)
         answer = logits.cpu().numpy()
@@ -284,8 +286,8 @@ def _class_id(wanted: str | int, config: Architecture) -> int:
     return wanted
 
 
-def _stage(config: Architecture, method: str, stage: int | None) -> int:
-    """The index of the stage to explain.
+def _stages(config: Architecture, method: str, stage: int | None) -> list[int]:
+    """The indices of the stages that may be explained, or of the one that is asked for.
 
     Raises:
         ValueError: there is no such method or stage, or the stage lacks what the method needs.
@@ -310,7 +312,7 @@ def _stage(config: Architecture, method: str, stage: int | None) -> int:
             f"stage = {stage}: method = {method} shows the attention of the class token, which "
             f"only stage {', '.join(map(str, usable))} has"
         )
-    return (stage or usable[-1]) - 1
+    return [number - 1 for number in ([stage] if stage else usable)]
 
 
 # ------------------------------------------------------------------------------ what is computed
@@ -325,6 +327,18 @@ def _outputs(module: nn.Module) -> Iterator[list[Tensor]]:
         yield kept
     finally:
         hook.remove()
+
+
+def _last_grad_cam(
+    model: Any, pixels: Tensor, stages: list[int], class_id: int | None
+) -> tuple[int, Tensor, Tensor]:
+    """The last of the stages whose Grad-CAM is not zero, else the last, and its `_grad_cam`.
+
+    In the last stage of a small model, the gradient of the logit is often the same at all tokens.
+    """
+    found = ((stage, *_grad_cam(model, pixels, stage, class_id)) for stage in reversed(stages))
+    first = next(found)
+    return next((each for each in chain([first], found) if each[2].any()), first)
 
 
 def _grad_cam(
