@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,6 +27,7 @@ from cvt.data.processor_settings import ProcessorSettings
 from cvt.kernels import apply_cpu_bf16, apply_triton, recompute_activations
 from cvt.modeling import Block
 from cvt.train.augmentation import augmentation, mixing
+from cvt.train.balance import class_weights
 from cvt.train.checkpointing import check_weights
 from cvt.train.loader import Batch, batches, seed_all
 from cvt.train.models import (
@@ -67,6 +69,7 @@ class Setup:
         optimizer: of the trainable parameters.
         scaler: of the loss, in fp16.
         mix: mixup and cutmix of a batch.
+        class_weights: of the loss, (classes,), if the recipe asks for them.
         batches: this process's, from the next step on.
     """
 
@@ -87,6 +90,7 @@ class Setup:
     optimizer: torch.optim.Optimizer
     scaler: Any
     mix: Callable
+    class_weights: Tensor | None
     batches: Iterator[Batch]
 
     @property
@@ -181,6 +185,7 @@ def set_up(
         recipe = redistributed(recipe, state["batches_per_step"], accelerator.num_processes)
     splits, found = _open_images(recipe, state, output)
     plan = _plan(recipe, splits, accelerator)
+    weights = _class_weights(recipe, splits.train, accelerator.device)
     if state:
         check_length(load_recipe(None, state["recipe"]), recipe, plan, step, output)
     seed_all(recipe.seed)
@@ -203,6 +208,7 @@ def set_up(
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=fp16),
         mix=mix,
+        class_weights=weights,
         batches=batches(splits.train, augment, recipe, plan, step, interrupted),
     )
     if state:
@@ -243,6 +249,18 @@ def _plan(recipe: Recipe, splits: Splits, accelerator: Accelerator) -> Plan:
             "val_data: processes cannot share a stream of unknown length; give a folder"
         )
     return plan
+
+
+def _class_weights(recipe: Recipe, images: Images, device: torch.device) -> Tensor | None:
+    if not (recipe.class_weights or recipe.sampler):
+        return None
+    if isinstance(images, StreamedImages):
+        name = "sampler" if recipe.sampler else "class_weights"
+        raise ValueError(
+            f"{name} = balanced: the classes of a stream cannot be counted before it is read; "
+            "take a folder or a table"
+        )
+    return class_weights(images).to(device) if recipe.class_weights else None
 
 
 def _images_per_epoch(recipe: Recipe, images: Images) -> int:
