@@ -60,7 +60,7 @@ def without_pictures(set_attribute):
     from cvt.train import run_folder
 
     set_attribute(run_folder, "write_pictures", lambda *_: None)
-    set_attribute(run_folder, "plot_curves", lambda _, path: path.touch())
+    set_attribute(run_folder, "plot_curves", lambda _, path, metric: path.touch())
 
 
 def latest(words):

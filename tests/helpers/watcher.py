@@ -17,7 +17,7 @@ class Watcher(NullProgress):
     def log(self, text):
         self.lines.append(text)
 
-    def epoch(self, row):
+    def epoch(self, row, metric):
         self.rows.append(row)
 
     def stage(self, name, total, done=0):

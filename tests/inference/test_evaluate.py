@@ -1,5 +1,6 @@
 import csv
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from sklearn.metrics import balanced_accuracy_score, f1_score, precision_recall_fscore_support
 from timm.data.real_labels import RealLabelsImagenet
 from torch import nn
 
@@ -21,8 +23,15 @@ from cvt.inference.class_matching import (
     read_real_labels,
 )
 from cvt.inference.evaluate import evaluate, write_evaluation
-from cvt.inference.metrics import COUNTED, MOST_CONFIDENT, Evaluation
+from cvt.inference.metrics import (
+    COUNTED,
+    METRIC_NAMES,
+    MOST_CONFIDENT,
+    Evaluation,
+    metric_text,
+)
 from cvt.inference.predict import classify, predict
+from cvt.train.recipe import METRICS
 
 
 @pytest.fixture
@@ -110,7 +119,7 @@ def test_the_confusion_matrix_counts_predictions(classifier, processor, images):
     expected = [[pairs.count((true, label)) for label in names] for true in names]
     assert evaluation.confusion.tolist() == expected
     assert evaluation.images == 36
-    assert {name: count for name, (count, _) in evaluation.per_class.items()} == dict.fromkeys(
+    assert {name: each.images for name, each in evaluation.per_class.items()} == dict.fromkeys(
         ["blue", "green", "red"], 12
     )
 
@@ -189,7 +198,49 @@ def test_a_class_is_mistaken_for_the_most_frequent_other():
     rows = [(0, 0, 0.9), (0, 0, 0.9), (0, 2, 0.9), (0, 1, 0.9), (0, 2, 0.9), (1, 1, 0.9)]
     evaluation = by_hand(["a", "b", "c"], rows)
     assert [evaluation.mistaken_for(name) for name in "abc"] == ["c", "", ""]
-    assert evaluation.per_class == {"a": (5, 0.4), "b": (1, 1.0)}
+    assert evaluation.per_class == {"a": (5, 0.4, 1.0, 4 / 7), "b": (1, 1.0, 0.5, 2 / 3)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_figures_of_classes_are_those_of_scikit_learn(seed):
+    """Of five classes, some have no images, some are never predicted, some neither."""
+    generator = np.random.default_rng(seed)
+    true = generator.choice(generator.permutation(5)[:3], 20)
+    predicted = np.where(generator.random(20) < 0.5, true, generator.integers(0, 4, 20))
+    evaluation = by_hand([*"abcde"], [(*pair, 0.9) for pair in zip(true, predicted, strict=True)])
+    assert evaluation.f1_macro == pytest.approx(f1_score(true, predicted, average="macro"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of classes that are predicted without images
+        expected = balanced_accuracy_score(true, predicted)
+    assert evaluation.balanced_accuracy == pytest.approx(expected)
+    columns = precision_recall_fscore_support(true, predicted, labels=range(5), zero_division=0)
+    expected = {
+        "abcde"[i]: (images, recall, precision, f1)
+        for i, (precision, recall, f1, images) in enumerate(zip(*columns, strict=True))
+        if images
+    }
+    assert list(evaluation.per_class) == list(expected)
+    for name, figures in evaluation.per_class.items():
+        assert figures == pytest.approx(expected[name])
+    assert evaluation.lowest_recall == min(recall for _, recall, *_ in expected.values())
+
+
+def test_macro_f1_counts_a_class_that_is_predicted_without_images_as_torchmetrics_does():
+    """There a class counts unless true positives, false positives and false negatives are 0."""
+    evaluation = by_hand(["a", "b", "c", "d"], [(0, 0, 0.9), (0, 2, 0.9), (1, 1, 0.9)])
+    assert evaluation.f1_macro == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert evaluation.balanced_accuracy == (1 / 2 + 1) / 2
+    assert evaluation.lowest_recall == 1 / 2
+
+
+def test_every_metric_has_a_name_and_a_text():
+    evaluation = by_hand(["a", "b"], [(0, 0, 0.9), (0, 1, 0.9), (1, 1, 0.9)])
+    assert METRIC_NAMES.keys() == set(METRICS)
+    texts = [metric_text(name, evaluation.metrics[name]) for name in METRIC_NAMES]
+    assert texts == [
+        "top-1 66.67 %", "top-5 66.67 %", "loss 1.0000", "balanced accuracy 75.00 %",
+        "macro F1 66.67 %", "lowest recall 50.00 %",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 4, 7])
@@ -574,7 +625,7 @@ def test_an_evaluation_is_written_whole(classifier, processor, with_broken, brok
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics.pop("failures") == [str(broken)] * 2
     assert metrics == evaluation.metrics
-    assert metrics.keys() == {"images", "top1", "top5", "loss", "calibration_error"}
+    assert metrics.keys() == {"images", *METRICS, "calibration_error"}
     header, *rows = read(tmp_path / "out/confusion_matrix.csv")
     assert header[1:] == evaluation.labels == [row[0] for row in rows]
     assert [list(map(int, row[1:])) for row in rows] == evaluation.confusion.tolist()
@@ -582,8 +633,9 @@ def test_an_evaluation_is_written_whole(classifier, processor, with_broken, brok
     assert len(rows) == 36
     assert np.mean([row[1] == row[2] for row in rows]) == evaluation.top1
     assert [float(row[3]) for row in rows] == evaluation.counted["score"].tolist()
-    _, *rows = read(tmp_path / "out/per_class.csv")
-    assert {row[0]: (int(row[1]), float(row[2])) for row in rows} == evaluation.per_class
+    header, *rows = read(tmp_path / "out/per_class.csv")
+    assert header == ["class", "images", "recall", "precision", "f1"]
+    assert {row[0]: tuple(map(float, row[1:])) for row in rows} == evaluation.per_class
     with pytest.raises(FileExistsError):
         write_evaluation(evaluation, tmp_path / "out")
 

@@ -54,11 +54,14 @@ def row(epoch, value, averaged=None):
 CURVES = {
     "plain": [{"epoch": 1, "train_loss": 2.0, "val_loss": 2.1, "val_top1": 0.2}],
     "averaged": [row(i + 1, i / 20, i / 19) for i in range(20)],
+    "metric": [row(1, 0.3) | {"val_f1_macro": 0.2}],
     "untested": [row(1, 0.1) | {"val_loss": None, "val_top1": None}],
 }
 PICTURES = {
     **{
-        f"curves-{name}": lambda path, history=history: plot_curves(history, path)
+        f"curves-{name}": lambda path, history=history, name=name: plot_curves(
+            history, path, "f1_macro" if name == "metric" else "top1"
+        )
         for name, history in CURVES.items()
     },
     **{
@@ -145,7 +148,10 @@ def page(tmp_path):
 def test_the_page_has_the_figures_and_the_pictures(page):
     evaluation = evaluation_of(6, failures=[Failure(9, "bad.png", "bad.png: is empty")])
     found = page(evaluation)
-    for figure in (evaluation.top1, evaluation.calibration_error):
+    for figure in (
+        *(evaluation.top1, evaluation.balanced_accuracy, evaluation.f1_macro),
+        evaluation.calibration_error,
+    ):
         assert f"{100 * figure:.2f} %" in found.words
     assert "bad.png: is empty" in found.words
     assert len(found.pictures) == 2 + len(evaluation.mistakes)
@@ -153,9 +159,10 @@ def test_the_page_has_the_figures_and_the_pictures(page):
         head, data = picture.split(",")
         assert head == "data:image/png;base64"
         Image.open(io.BytesIO(base64.b64decode(data))).load()
-    rates = [top1 for _, top1 in evaluation.per_class.values()]
+    classes = sorted(evaluation.per_class.values(), key=lambda each: each.recall)
+    rates = [rate for each in classes for rate in (each.precision, each.f1, each.recall)]
     shown = [float(word[:-2]) for word in found.words if word.endswith(" %") and word[-4] == "."]
-    assert shown[-len(rates) :] == [float(f"{100 * rate:.1f}") for rate in sorted(rates)]
+    assert shown[-len(rates) :] == [float(f"{100 * rate:.1f}") for rate in rates]
 
 
 def test_the_page_needs_nothing_else(page):

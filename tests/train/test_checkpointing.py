@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import resource
@@ -14,6 +15,7 @@ from cvt.train.checkpointing import (
     check_weights,
     newest_checkpoint,
     save_checkpoint,
+    seconds_of,
 )
 
 
@@ -152,6 +154,18 @@ def test_where_none_is_complete_the_fault_of_each_is_reported(folder):
         newest_checkpoint(folder)
     assert "step-00000010: state.pt is damaged" in str(raised.value)
     assert "step-00000020: manifest.json cannot be read" in str(raised.value)
+
+
+def test_the_time_of_a_run_is_in_the_manifest(tmp_path):
+    path = save_checkpoint(tmp_path, 10, state_at(10), 2, seconds=7.5)
+    assert seconds_of(path) == 7.5
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"seconds": "late"}))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        newest_checkpoint(tmp_path)
+    del manifest["seconds"]  # as before there was it
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert seconds_of(newest_checkpoint(tmp_path)[0]) == 0
 
 
 def test_where_there_is_none_it_raises(tmp_path):

@@ -109,6 +109,28 @@ def test_averaged_weights_are_evaluated_as_they_are_kept(folder, words):
     check_evaluation(folder, output, "ema")
 
 
+def test_weighted_classes_in_two_processes_out_of_time_end_as_in_one(folder, words):
+    """After the first step the time is over, by the clock of one of them; they end together."""
+    data = folder / "unbalanced"
+    shutil.copytree(folder / "data/pictures", data)
+    for file in sorted(data.glob("train/red/*.png"))[4:]:
+        file.unlink()
+    words = [*words, f"data={data}", "class_weights=balanced", "epochs=1"]
+    alone = Process(
+        [*words, "accumulate=2", "--output", str(folder / "weighted")], folder / "weighted.log"
+    )
+    assert alone.exit_code() == 0
+    output = folder / "weighted-two"
+    hours = ["max_hours=1e-9", "--output", str(output)]
+    assert exit_codes(ranks(2, [*words, *hours], output)) == [0, 0]
+    assert state(output)["step"] == 1
+    assert "ended after 1 of 4 steps" in printed(output)[0]
+    more = ["--resume", "max_hours=none", "--output", str(output)]
+    assert exit_codes(ranks(2, more, output)) == [0, 0]
+    assert state(output)["step"] == 4
+    assert losses(output) == pytest.approx(losses(folder / "weighted"), rel=1e-4)
+
+
 def test_warnings_are_printed_once(two):
     output, _ = two
     first, second = printed(output)

@@ -72,6 +72,8 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
         ("mixup_mode", "batches"), ("ema_decay", 1.0), ("seed", -1), ("clip_grad", 0),
         ("workers", 10**6), ("batch_size", 10**9), ("lora_r", 10**6), ("image_size", 10**9),
         ("accumulate", 10**9), ("repeats", 10**6), ("epochs", 10**30), ("model", ""),
+        ("metric", "accuracy"), ("metric", None), ("patience", 0), ("max_hours", 0),
+        ("class_weights", "inverse"), ("sampler", "weighted"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named(name, value):
@@ -116,6 +118,8 @@ def test_a_scalar_may_be_repeated(tmp_path):
         ({"fsdp": True, "lora_r": 4}, "fsdp"),
         ({"lora_r": 4, "head_only": True}, "lora_r"),
         ({"lr_updates": "epoch", "warmup_epochs": 0.5}, "warmup_epochs"),
+        ({"class_weights": "balanced", "sampler": "balanced"}, "class_weights"),
+        ({"class_weights": "balanced", "label_smoothing": 1}, "class_weights"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(changes, named):

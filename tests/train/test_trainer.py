@@ -9,9 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,9 +29,11 @@ from cvt.checkpoints import load_classifier, load_processor, transformers_to_aut
 from cvt.data import image_folder, open_training
 from cvt.data.class_names import imagenet_classes
 from cvt.inference.evaluate import evaluate
-from cvt.train import Recipe, corrupt, load_recipe, resume, step, train, trainer
+from cvt.train import Recipe, corrupt, load_recipe, resume, run_folder, step, train, trainer
 from cvt.train.augmentation import augmentation
+from cvt.train.checkpointing import newest_checkpoint, save_checkpoint
 from cvt.train.models import classifier_for, regularised
+from cvt.train.recipe import METRICS
 from cvt.train.setup import chosen_precision
 from cvt.train.trainer import Stopped
 
@@ -354,6 +358,199 @@ def test_data_that_cannot_be_used_leaves_no_run(recipe, tmp_path):
     with pytest.raises(FileNotFoundError):
         train(recipe(data=str(tmp_path / "nowhere")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------ ending early
+
+
+class Clock:
+    """What a run takes for the time: every batch takes an hour."""
+
+    def __init__(self, monkeypatch):
+        self.hours = 0.0
+        seed_all = step.seed_all
+
+        def batch(*numbers):
+            self.hours += 1
+            seed_all(*numbers)
+
+        monkeypatch.setattr(step, "seed_all", batch)
+        times = {"monotonic": lambda: 3600 * self.hours, "perf_counter": time.perf_counter}
+        monkeypatch.setattr(trainer, "time", SimpleNamespace(**times))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+RESULTS = ("results.csv", "best/model.safetensors", "last/model.safetensors")
+
+
+def same_ends(run, whole):
+    equal(final_state(run), final_state(whole))
+    for name in RESULTS:
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    assert not (run / "checkpoints/best").exists()
+
+
+@pytest.mark.parametrize(
+    ("hours", "changes", "epoch"),
+    [(1, {}, 1), (3, {}, 1), (4, {"ema_decay": 0.8}, 2), (6, {"eval_every": 3}, 2),
+     (7, {"eval_every": 3}, 3)],
+    ids=str,
+)  # fmt: skip
+def test_a_run_out_of_time_ends_whole_and_resumes_to_the_bit(
+    recipe, tmp_path, clock, hours, changes, epoch
+):
+    """Three steps an epoch, an hour a step: at the end of epochs, validated or not, and within."""
+    settings = recipe(max_hours=99, mixup=0.8, **changes)
+    train(settings, tmp_path / "whole")
+    run, log = tmp_path / "run", Watcher()
+    best = train(replace(settings, max_hours=hours), run, log)
+    assert final_state(run)["step"] == hours
+    assert log.lines[-1] == (
+        f"ended after {hours} of 9 steps: max_hours = {hours} is over; --resume with more continues"
+    )
+    with open(run / "results.csv") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert (last["epoch"], last["step"]) == (str(epoch), str(hours))
+    model = load_classifier(run / "last")
+    images = open_training(settings.data).validation
+    found = evaluate(model, load_processor(run / "last", model.config), images, batch_size=8)
+    assert float(last["ema_top1" if changes.get("ema_decay") else "val_top1"]) == found.top1
+    clock.hours += 1000  # between the sessions
+    before = final_state(run), [(run / name).read_bytes() for name in RESULTS]
+    assert resume(run) == best
+    equal((final_state(run), [(run / name).read_bytes() for name in RESULTS]), before)
+    resume(run, {"max_hours": hours + 1})
+    assert final_state(run)["step"] == hours + 1
+    resume(run, {"max_hours": 99})
+    same_ends(run, tmp_path / "whole")
+
+
+@pytest.fixture
+def rated(monkeypatch):
+    """Has epochs rated by top-1 as given, by their step."""
+
+    def rate(tops):
+        validate = trainer.Trainer.validate
+
+        def rated(self, row):
+            evaluation = validate(self, row)
+            row |= {"val_top1": tops[self.step], "val_loss": 1.0}
+            return evaluation
+
+        monkeypatch.setattr(trainer.Trainer, "validate", rated)
+
+    return rate
+
+
+@pytest.mark.usefixtures("clock")
+def test_the_best_epoch_is_kept_where_a_run_out_of_time_was_better_within_one(
+    recipe, tmp_path, rated
+):
+    rated({3: 0.5, 4: 0.9, 6: 0.4, 9: 0.3})
+    best = train(recipe(max_hours=99), tmp_path / "whole")
+    within = train(recipe(max_hours=4), tmp_path / "run")
+    assert (best["step"], within["step"]) == (3, 4)
+    weights = [(tmp_path / name / RESULTS[1]).read_bytes() for name in ("whole", "run")]
+    assert weights[0] != weights[1]
+    assert resume(tmp_path / "run", {"max_hours": 99}) == best
+    same_ends(tmp_path / "run", tmp_path / "whole")
+
+
+def test_pictures_of_the_best_epoch_are_kept_with_its_model(tmp_path):
+    for name in ("confusion_matrix.png", "best/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("first")
+    run_folder.keep_best(tmp_path)
+    for name in ("confusion_matrix.png", "best/config.json"):
+        (tmp_path / name).write_text("second")
+    for _ in range(2):
+        run_folder.restore_best(tmp_path)
+        assert (tmp_path / "confusion_matrix.png").read_text() == "first"
+        assert (tmp_path / "best/config.json").read_text() == "first"
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "confusion_matrix.png", "best", "checkpoints",
+        }  # fmt: skip
+        assert not any((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("during", ["validation", "test"])
+def test_a_signal_while_a_run_out_of_time_is_evaluated_changes_nothing(
+    recipe, tmp_path, photos, during
+):
+    for i, path in enumerate(sorted(photos.glob("*/*.png"))):
+        copy = tmp_path / "data" / ("train", "train", "val", "test")[i % 4] / path.parent.name
+        copy.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    settings = recipe(data=str(tmp_path / "data"), epochs=2, max_hours=99)
+    train(settings, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(
+            replace(settings, max_hours=1), tmp_path / "run", Watcher(stop_after=2, during=during)
+        )
+    resume(tmp_path / "run")
+    of_one_step = json.loads((tmp_path / "run/test/metrics.json").read_text())
+    resume(tmp_path / "run", {"max_hours": 99})
+    same_ends(tmp_path / "run", tmp_path / "whole")
+    metrics = [(tmp_path / name / "test/metrics.json").read_text() for name in ("whole", "run")]
+    assert metrics[0] == metrics[1]
+    assert json.loads(metrics[1])["loss"] != of_one_step["loss"]
+
+
+def test_a_run_out_of_patience_ends_and_resumes_to_the_same(recipe, tmp_path, rated):
+    rated({3: 0.5, 6: 0.6, 9: 0.6, 12: 0.5, 15: 0.5, 18: 0.7})
+    settings = recipe(epochs=6, patience=2)
+    log = Watcher()
+    assert train(settings, tmp_path / "whole", log)["epoch"] == 2
+    assert len(log.rows) == 4
+    assert log.lines[-1] == (
+        "ended after 12 of 18 steps: 2 validations brought no better top1 than epoch 2; --resume "
+        "with a larger patience continues"
+    )
+    for stop_after in (5, 3):  # within the second epoch, and in the step after it
+        start = partial(train, settings) if stop_after == 5 else resume
+        with pytest.raises(Stopped):
+            start(tmp_path / "run", progress=Watcher(stop_after=stop_after))
+    resume(tmp_path / "run")
+    same_ends(tmp_path / "run", tmp_path / "whole")
+    assert resume(tmp_path / "run")["epoch"] == 2  # it has ended
+    same_ends(tmp_path / "run", tmp_path / "whole")
+    train(replace(settings, patience=3), tmp_path / "patient")
+    assert resume(tmp_path / "run", {"patience": 3})["epoch"] == 2
+    assert final_state(tmp_path / "run")["step"] == 15
+    same_ends(tmp_path / "run", tmp_path / "patient")
+    assert resume(tmp_path / "run", {"patience": None})["epoch"] == 6
+
+
+def test_the_metric_of_the_recipe_chooses_the_best_epoch(recipe, tmp_path, cvt):
+    run = tmp_path / "run"
+    train(recipe(epochs=5, lr=0.05, metric="loss"), run)
+    rows = final_state(run)["history"]
+    model = load_classifier(run / "best")
+    images = open_training(recipe().data).validation
+    found = evaluate(model, load_processor(run / "best", model.config), images, batch_size=8)
+    assert found.loss == min(row["val_loss"] for row in rows)
+    for metric in METRICS:
+        assert all(row[f"val_{metric}"] is not None for row in rows)
+    code, out, _ = cvt("train", "--resume", "--output", run)
+    assert (code, f"best loss {found.loss:.4f}, after epoch " in out) == (0, True)
+
+
+def test_a_run_of_before_some_metrics_is_resumed(recipe, tmp_path):
+    with pytest.raises(Stopped):
+        train(recipe(), tmp_path / "run", Watcher(stop_after=4))
+    path, state = newest_checkpoint(tmp_path / "run/checkpoints")
+    for row in state["history"]:
+        del row["val_f1_macro"], row["val_lowest_recall"]
+    save_checkpoint(path.parent, state["step"], state, 2)
+    resume(tmp_path / "run")
+    with open(tmp_path / "run/results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["val_f1_macro"] == "" for row in rows] == [True, False, False]
 
 
 # ------------------------------------------------------------------------------ going wrong

@@ -16,7 +16,6 @@ from cvt.inference.evaluate import evaluate
 from cvt.modeling import Attention, ConvEmbedding
 from cvt.train import Recipe, resume, train
 from cvt.train.checkpointing import newest_checkpoint
-from cvt.train.trainer import best
 
 COLOURS = {"blue": (30, 60, 220), "red": (220, 40, 30)}
 STAGES = 3
@@ -267,25 +266,6 @@ def test_memory_is_saved_by_the_recipe(recipe, tmp_path, monkeypatch, on):
     train(recipe(epochs=1, gradient_checkpointing=on), tmp_path / "run")
     assert sum(calls) == (8 if on else 4)
     assert layouts == {True}
-
-
-# ------------------------------------------------------------------------------ the best epoch
-
-
-def test_the_best_epoch_has_the_highest_top1_and_among_equals_the_lowest_loss():
-    def epoch(number, top1, loss=1.0, ema=None):
-        row = {"epoch": number, "val_top1": top1, "val_loss": loss}
-        return row if ema is None else row | {"ema_top1": ema[0], "ema_loss": ema[1]}
-
-    assert best([epoch(1, 0.4), epoch(2, 0.6), epoch(3, 0.6), epoch(4, 0.5)])["epoch"] == 2
-    assert best([epoch(1, 0.6, 0.9), epoch(2, 0.6, 0.7), epoch(3, 0.6, 0.8)])["epoch"] == 2
-    assert best([epoch(1, None, None), epoch(2, 0.0), epoch(3, None, None)])["epoch"] == 2
-    averaged = [
-        epoch(1, 0.9, 0.1, (0.3, 1)),
-        epoch(2, 0.5, 1, (0.8, 2)),
-        epoch(3, 0.7, 1, (0.8, 3)),
-    ]
-    assert best(averaged)["epoch"] == 2
 
 
 # ------------------------------------------------------------------------------ the run's images

@@ -137,18 +137,22 @@ def report_writer(
 
 def print_evaluation(result: "Evaluation", subset: bool) -> None:
     """Print the images that were skipped, the worst classes, and the metrics."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from cvt.cli.console import err, out
     from cvt.cli.rich_console import print_table
+    from cvt.inference.metrics import metric_text
 
     for failure in result.failures:
         err.print(f"skipped {failure.error}", fg="yellow")
-    table = Table("class", "images", "top-1 %", "most often predicted")
-    table.columns[1].justify = table.columns[2].justify = "right"
-    worst = sorted(result.per_class.items(), key=lambda item: item[1][1])
-    for name, (count, top1) in worst[:20]:
-        table.add_row(name, str(count), f"{100 * top1:.1f}", result.mistaken_for(name))
+    numbers = [
+        Column(name, justify="right") for name in ("images", "recall %", "precision %", "F1 %")
+    ]
+    table = Table("class", *numbers, "most often predicted")
+    worst = sorted(result.per_class.items(), key=lambda item: item[1].recall)
+    for name, (images, *shares) in worst[:20]:
+        percent = [f"{100 * share:.1f}" for share in shares]
+        table.add_row(name, str(images), *percent, result.mistaken_for(name))
     print_table(table)
     if len(worst) > 20:
         out.print(f"the worst 20 of {len(worst)} classes; all of them in --output")
@@ -157,11 +161,13 @@ def print_evaluation(result: "Evaluation", subset: bool) -> None:
             f"the data has no images of {lacking} of the model's {len(result.labels)} classes; "
             "--subset leaves them out of the competition"
         )
-    out.print(
-        f"top-1 {100 * result.top1:.2f} %  top-5 {100 * result.top5:.2f} %  "
-        f"loss {result.loss:.4f}  calibration error {100 * result.calibration_error:.2f} %  "
-        f"{result.images} images"
+    top1, top5, loss, *of_classes = (
+        metric_text(name, getattr(result, name))
+        for name in ("top1", "top5", "loss", "balanced_accuracy", "f1_macro")
     )
+    error = f"calibration error {100 * result.calibration_error:.2f} %"
+    out.print("  ".join(of_classes))
+    out.print("  ".join([top1, top5, loss, error, f"{result.images} images"]))
     if result.real_top1 is not None:
         out.print(f"top-1 by real labels {100 * result.real_top1:.2f} %")
     if skipped := len(result.failures):

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from cvt.cli.console import err
+from cvt.inference.metrics import metric_text
 from cvt.libraries import is_installed
 
 if TYPE_CHECKING:
@@ -92,11 +93,12 @@ class TrainingBars:
 
         return advance
 
-    def epoch(self, row: dict[str, float | None]) -> None:
+    def epoch(self, row: dict[str, float | None], metric: str) -> None:
         """Print the results of an epoch."""
         parts = [f"epoch {row['epoch']:>3}  loss {row['train_loss']:.4f}"]
         for prefix, name in (("val", "val"), ("ema", "averaged")):
-            if (top1 := row.get(f"{prefix}_top1")) is not None:
-                loss = row[f"{prefix}_loss"]
-                parts.append(f"{name} loss {loss:.4f}  top-1 {100 * top1:.2f} %")
+            for each in dict.fromkeys(("loss", "top1", metric)):
+                if (value := row.get(f"{prefix}_{each}")) is not None:
+                    first = f"{name} " if each == "loss" else ""
+                    parts.append(first + metric_text(each, value))
         err.print("  ".join(parts))

@@ -60,7 +60,9 @@ def train(
     recipe, changes = read_recipe(list(words), config, options)
     from cvt.cli.console import out, quiet_libraries
     from cvt.cli.progress import TrainingBars
+    from cvt.inference.metrics import metric_text
     from cvt.train import trainer
+    from cvt.train.best_epoch import result
     from cvt.train.checkpointing import checkpoints
 
     output = output or default_output(recipe.data, config.stem if config else "train")
@@ -75,10 +77,9 @@ def train(
             best = trainer.train(recipe, output, progress)
     if os.environ.get("RANK", "0") != "0":  # of several processes, the first prints
         return
-    top1 = 100 * float(best.get("ema_top1", best["val_top1"]) or 0.0)
-    out.print(
-        f"best top-1 {top1:.2f} %, after epoch {best['epoch']}; the model is {output / 'best'}"
-    )
+    metric = load_recipe(output / "args.yaml").metric  # of a resumed run, its own
+    shown = metric_text(metric, result(best, metric) or 0.0)
+    out.print(f"best {shown}, after epoch {best['epoch']}; the model is {output / 'best'}")
     out.print(f"next: cvt predict {output / 'best'} IMAGES...")
 
 

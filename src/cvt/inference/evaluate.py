@@ -17,7 +17,14 @@ from cvt.data.class_names import imagenet_classes
 from cvt.data.decoding import Source, StoredImage
 from cvt.files import staged
 from cvt.inference.class_matching import class_indices, match_classes, real_labels_of
-from cvt.inference.metrics import COUNTED, MOST_CONFIDENT, Evaluation, Failure, Mistake
+from cvt.inference.metrics import (
+    COUNTED,
+    MOST_CONFIDENT,
+    ClassMetrics,
+    Evaluation,
+    Failure,
+    Mistake,
+)
 from cvt.inference.predict import BLANK, Result, classify, ranked, runtime_of, scores
 from cvt.limits import check_counts
 from cvt.runtime.base import Runtime
@@ -250,7 +257,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path, overwrite: bool
         for row in evaluation.counted
     ]
     tables: dict[str, list[Sequence]] = {
-        "per_class": [("class", "images", "top1"), *classes],
+        "per_class": [("class", *ClassMetrics._fields), *classes],
         "confusion_matrix": matrix,
         "predictions": [("name", "true", "predicted", "score"), *predictions],
     }

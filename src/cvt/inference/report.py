@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from cvt.data.decoding import Source, decode
 from cvt.files import staged
 from cvt.inference.explain import Explainer
-from cvt.inference.metrics import BINS, Evaluation, Mistake
+from cvt.inference.metrics import BINS, METRIC_NAMES, Evaluation, Mistake
 from cvt.inference.predict import Prediction
 from cvt.text import printable
 
@@ -104,14 +104,19 @@ def _warn_of_glyphs() -> None:
 
 
 @matplotlib.rc_context(STYLE)
-def plot_curves(history: Sequence[Mapping[str, float | None]], path: Path) -> None:
-    """Loss and top-1 over the epochs, of the averaged model too where there is one, as a PNG.
+def plot_curves(
+    history: Sequence[Mapping[str, float | None]], path: Path, metric: str = "top1"
+) -> None:
+    """Loss and a metric over the epochs, of the averaged model too where there is one, as a PNG.
 
     Args:
         history: for every epoch `epoch`, `train_loss`, `val_loss` and `val_top1`, and perhaps
             `ema_loss` and `ema_top1`; those of the validation are None where there was none.
         path: the picture.
+        metric: to draw beside the loss; if it is the loss, top-1 is drawn.
     """
+    metric = "top1" if metric == "loss" else metric
+    name = METRIC_NAMES[metric]
     figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw(left, history, "train_loss", 1, GREY, "train")
@@ -119,15 +124,15 @@ def plot_curves(history: Sequence[Mapping[str, float | None]], path: Path) -> No
     _draw(left, history, "ema_loss", 1, BLUE, "validation, averaged weights")
     left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
     left.legend(frameon=False)
-    points = _draw(right, history, "val_top1", 100, INK, "weights as trained")
-    averaged = _draw(right, history, "ema_top1", 100, BLUE, "averaged weights")
-    right.set(xlabel="epoch", ylabel="top-1, %", title="Validation accuracy")
+    points = _draw(right, history, f"val_{metric}", 100, INK, "weights as trained")
+    averaged = _draw(right, history, f"ema_{metric}", 100, BLUE, "averaged weights")
+    right.set(xlabel="epoch", ylabel=f"{name}, %", title=f"Validation {name}")
     if averaged:
         right.legend(frameon=False, loc="lower right")
     if points + averaged:
         best = max(points + averaged, key=lambda point: point[1])
         right.plot(*best, "o", color=RIGHT)
-        right.set(title=f"Validation accuracy, at best {best[1]:.2f} %")
+        right.set(title=f"Validation {name}, at best {best[1]:.2f} %")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.savefig(path, format="png")
@@ -295,7 +300,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    classes = sorted(evaluation.per_class.items(), key=lambda item: item[1][1])
+    classes = sorted(evaluation.per_class.items(), key=lambda item: item[1].recall)
     mistakes = [
         (_pictures(mistake, evaluation.labels, explainer), mistake)
         for mistake in evaluation.mistakes

@@ -24,7 +24,9 @@ logger = logging.getLogger(__name__)
 STATE, MANIFEST = "state.pt", "manifest.json"
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], keep: int, seconds: float = 0.0
+) -> Path:
     """Write the state after `step` steps; then remove all but the newest `keep` checkpoints.
 
     Args:
@@ -32,6 +34,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         step: how many steps are done.
         state: tensors and plain values.
         keep: at least 1.
+        seconds: that the run took so far. The manifest has them, as no state depends on them.
 
     Raises:
         OSError: it cannot be written; the checkpoints before are untouched.
@@ -45,7 +48,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         beside.mkdir()
         with open(beside / STATE, "wb") as file:
             torch.save(state, file)
-        manifest = {"step": step, "sha256": {STATE: sha256(beside / STATE)}}
+        sums = {STATE: sha256(beside / STATE)}
+        manifest = {"step": step, "seconds": seconds, "sha256": sums}
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         sync(beside)
     except BaseException as error:
@@ -94,6 +98,11 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
         else:
             return path, load_pickle(path / STATE)
     raise ValueError(f"no checkpoint in {folder} is whole: {'; '.join(faults)}")
+
+
+def seconds_of(path: Path) -> float:
+    """The seconds that a run took up to a checkpoint that verifies; old ones do not have them."""
+    return float(json.loads((path / MANIFEST).read_text()).get("seconds", 0.0))
 
 
 def check_state(state: Any, path: Path) -> None:
@@ -213,6 +222,7 @@ def fault_of(path: Path) -> str:
         manifest = json.loads((path / MANIFEST).read_text())
         if sha256(path / STATE) != manifest["sha256"][STATE]:
             return f"{STATE} is damaged: its SHA-256 is not the manifest's"
+        float(manifest.get("seconds", 0.0))
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -9,12 +9,10 @@ from accelerate.utils import broadcast_object_list, gather_object
 from cvt.checkpoints import load_classifier
 from cvt.data import Images, LabelledImages
 from cvt.inference.evaluate import evaluate, write_evaluation
-from cvt.inference.metrics import Evaluation
+from cvt.inference.metrics import Evaluation, metric_text
 from cvt.train.models import rebuilt
 from cvt.train.progress import Progress
 from cvt.train.setup import Setup
-
-METRICS = ("loss", "top1", "top5")  # of an epoch
 
 
 def evaluate_shared(
@@ -61,21 +59,19 @@ def evaluate_shared(
 def evaluate_held_out(
     setup: Setup,
     evaluated: Callable[[Any, Images, str], Evaluation],
-    is_done: bool,
     progress: Progress,
 ) -> None:
-    """Evaluate the best model on the test split, if there is one, and write `test/`.
+    """Evaluate the best model on the test split, if there is one, and write `test/`, once.
 
     Args:
         setup: what the run is built of.
         evaluated: evaluates a model on images, under a name.
-        is_done: whether the run was complete when it was resumed: then `test/` is kept.
         progress: receives the result.
     """
     if setup.splits.test is None:
         return
     folder = setup.output / "test"
-    (is_known,) = broadcast_object_list([is_done and folder.exists()])
+    (is_known,) = broadcast_object_list([folder.exists()])
     if is_known:
         return
     model: Any = rebuilt(setup.config.to_dict())
@@ -88,7 +84,6 @@ def evaluate_held_out(
     evaluation = evaluated(model, setup.splits.test, "test")
     if setup.is_main:
         write_evaluation(evaluation, folder, overwrite=True)
-        progress.log(
-            f"{evaluation.images} held-out test images: top-1 {100 * evaluation.top1:.2f} %, "
-            f"loss {evaluation.loss:.4f}; more in {folder}"
-        )
+        shown = dict.fromkeys((setup.recipe.metric, "top1", "loss"))  # each once
+        figures = ", ".join(metric_text(name, getattr(evaluation, name)) for name in shown)
+        progress.log(f"{evaluation.images} held-out test images: {figures}; more in {folder}")

@@ -30,6 +30,7 @@ from cvt.inference.evaluate import evaluate_results
 from cvt.inference.metrics import Evaluation
 from cvt.inference.predict import Result, reader
 from cvt.runtime.fused import FusedCvt
+from cvt.train.balance import class_indices
 from cvt.train.loader import Batch, Draw, Views, loaded, slots_of, training_views
 from cvt.train.models import frozen_stages
 from cvt.train.plan import Plan
@@ -200,9 +201,8 @@ class FrozenFeatures:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Batches of features, (B, ...), from step `start` to the end of the run."""
-        positions = {label: i for i, label in enumerate(self.training.classes)}
-        targets = np.array([positions[label] for label in self.training.labels])
-        for epoch, slots, indices in slots_of(len(targets), self.recipe, self.plan, start):
+        targets = class_indices(self.training)
+        for epoch, slots, indices in slots_of(self.training, self.recipe, self.plan, start):
             views = self.views_in(epoch)
             rows, read, failures = [], [], {}
             for slot, index in zip(slots, indices, strict=True):

@@ -22,6 +22,7 @@ from cvt.data import LabelledImages, StreamedImages
 from cvt.data.decoding import ImageError, Source, decode
 from cvt.data.preprocessing import REDUCED
 from cvt.data.workers import POLL_SECONDS, answer_nothing
+from cvt.train.balance import balanced_order, class_indices
 from cvt.train.plan import Plan
 from cvt.train.recipe import Recipe
 from cvt.train.workers import fetch_batches, received, shared
@@ -72,7 +73,7 @@ def draws(
                     for i, (image, label) in enumerate(islice(pairs, plan.batch_size))
                 ]
         return
-    for epoch, slots, indices in slots_of(len(images), recipe, plan, start):
+    for epoch, slots, indices in slots_of(images, recipe, plan, start):
         yield [
             Draw(image, targets[label], (recipe.seed, epoch, slot))
             for slot, (image, label) in zip(slots, map(images.__getitem__, indices), strict=True)
@@ -80,14 +81,19 @@ def draws(
 
 
 def slots_of(
-    images: int, recipe: Recipe, plan: Plan, start: int
+    images: LabelledImages, recipe: Recipe, plan: Plan, start: int
 ) -> Iterator[tuple[int, range, list[int]]]:
     """Of this process's batches from step `start` on: epoch, slots in it, indices of images."""
+    classes = class_indices(images) if recipe.sampler else None
     order, ordered_epoch = np.empty(0, dtype=np.int64), -1
     for step in range(start, plan.steps):
         epoch, in_epoch = divmod(step, plan.steps_per_epoch)
         if epoch != ordered_epoch:
-            shuffled = np.random.default_rng((recipe.seed, epoch)).permutation(images)
+            generator = np.random.default_rng((recipe.seed, epoch))
+            if classes is None:
+                shuffled = generator.permutation(len(images))
+            else:
+                shuffled = balanced_order(classes, generator)
             order, ordered_epoch = np.repeat(shuffled, recipe.repeats), epoch
         for batch in range(plan.rank, plan.batches_per_step, plan.world):
             # The views of an image go to different batches of the step, as timm's sampler does it.

@@ -10,8 +10,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from cvt import hub
 from cvt.configuration import CvtConfig
+from cvt.inference.metrics import METRIC_NAMES
 from cvt.libraries import version_of
 from cvt.text import printable
+from cvt.train.best_epoch import result
 from cvt.train.progress import Row
 from cvt.train.recipe import Recipe
 
@@ -19,7 +21,13 @@ LIBRARY = "cvt-vision"
 # What stands in a card until `cvt push` knows better.
 PLACE = "path/to/this/folder"
 NO_LICENCE = "None is given: ask the author before you use the model."
-METRICS = {"top1": ("accuracy", "top-1"), "top5": ("accuracy", "top-5"), "loss": ("loss", "loss")}
+METRICS = {  # of the model-index, by the hub's names of their kinds
+    "top1": "accuracy",
+    "top5": "accuracy",
+    "loss": "loss",
+    "balanced_accuracy": "recall",
+    "f1_macro": "f1",
+}
 
 
 def trained_card(
@@ -73,7 +81,6 @@ def eval_results(config: CvtConfig, row: Row, dataset: str, name: str) -> list[E
         dataset: the data set on the hub, or its kind.
         name: of the data.
     """
-    weights = "ema" if row.get("ema_top1") is not None else "val"
     few = {"top5"} if len(config.class_names) <= 5 else set()
     return [
         EvalResult(
@@ -82,11 +89,11 @@ def eval_results(config: CvtConfig, row: Row, dataset: str, name: str) -> list[E
             dataset_name=name,
             dataset_split="validation",
             metric_type=kind,
-            metric_name=metric_name,
+            metric_name=METRIC_NAMES[metric],
             metric_value=round(value, 4),
         )
-        for metric, (kind, metric_name) in METRICS.items()
-        if metric not in few and (value := row.get(f"{weights}_{metric}")) is not None
+        for metric, kind in METRICS.items()
+        if metric not in few and (value := result(row, metric)) is not None
     ]
 
 

@@ -17,8 +17,8 @@ class Progress(Protocol):
         """A stage of the run begins; the function that is returned is called after each step."""
         ...
 
-    def epoch(self, row: Row) -> None:
-        """An epoch ended with these results."""
+    def epoch(self, row: Row, metric: str) -> None:
+        """An epoch ended with these results; `metric` chooses the best."""
         ...
 
 
@@ -32,5 +32,5 @@ class NullProgress:
         """Do nothing."""
         return lambda **figures: None
 
-    def epoch(self, row: Row) -> None:
+    def epoch(self, row: Row, metric: str) -> None:
         """Do nothing."""

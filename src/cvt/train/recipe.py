@@ -19,6 +19,8 @@ from typing import Any
 from cvt.limits import MOST_AT_ONCE, MOST_IMAGES
 
 PACKAGED = Path(__file__).parent / "recipes"
+# Of a validation, in the order of results.csv; one of them chooses the best epoch.
+METRICS = ("loss", "top1", "top5", "balanced_accuracy", "f1_macro", "lowest_recall")
 LARGEST: dict[type, int] = {int: 2**63 - 1}  # that a setting without a limit of its own may be
 
 
@@ -146,6 +148,12 @@ class Recipe:
         0, "Epoch from which nothing is mixed; 0 mixes to the end.", ge=0
     )
     label_smoothing: float = setting(0.1, "Label smoothing.", ge=0, le=1)
+    sampler: str | None = setting(
+        None, "balanced draws all classes equally often.", choices=("balanced",)
+    )
+    class_weights: str | None = setting(
+        None, "balanced weights the loss by 1 / images of the class.", choices=("balanced",)
+    )
 
     epochs: int = setting(30, "Epochs to train.", group="Optimisation", ge=1)
     steps: int | None = setting(None, "Optimizer steps to train, instead of epochs.", ge=1)
@@ -201,6 +209,13 @@ class Recipe:
 
     seed: int = setting(0, "Seed of weights, order, augmentation and split.", group="Run", ge=0)
     eval_every: int = setting(1, "Epochs between validations.", ge=1)
+    metric: str = setting("top1", "Metric that chooses the best epoch.", choices=METRICS)
+    patience: int | None = setting(
+        None, "Stop after so many validations without a new best epoch.", ge=1
+    )
+    max_hours: float | None = setting(
+        None, "Stop after so many hours, those before a resume included.", gt=0
+    )
     save_steps: int | None = setting(None, "Steps between checkpoints within an epoch.", ge=1)
     keep: int = setting(2, "Checkpoints to keep.", ge=1)
 
@@ -227,6 +242,12 @@ class Recipe:
             faults.append(f"views = {self.views}: needs frozen stages: head_only, freeze_stages")
         if self.views and self.mixes:
             faults.append(f"views = {self.views}: mixup and cutmix mix pixels; set both to 0")
+        if self.class_weights and self.sampler:
+            faults.append(
+                "class_weights: with sampler=balanced too, classes would be balanced twice"
+            )
+        if self.class_weights and self.label_smoothing == 1:
+            faults.append("class_weights: with label_smoothing = 1, no target has a class")
         if self.lr_updates == "epoch" and (self.warmup_epochs or 0.0) % 1:
             faults.append(f"warmup_epochs = {self.warmup_epochs}: with lr_updates=epoch, whole")
         return faults
@@ -246,6 +267,7 @@ class Recipe:
 LENGTH = ("epochs", "steps", "cooldown_epochs")
 RESUME_OVERRIDES = (
     "data", "val_data", "classes", "workers", "max_corrupt", "save_steps", "keep", *LENGTH,
+    "patience", "max_hours",
 )  # fmt: skip
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
 

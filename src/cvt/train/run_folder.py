@@ -22,6 +22,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,8 @@ from cvt.train.recipe import Recipe
 PACKAGES = ("cvt-vision", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets",
             "peft", "numpy", "pillow")  # fmt: skip
 CORRUPT = "corrupt.txt"
+OF_BEST = ("best", "confusion_matrix.png", "mistakes.png")
+KEPT = "checkpoints/best"  # what a run is resumed with that ended between two validations
 
 
 def write_settings(output: Path, recipe: Recipe, plan: Plan, device: torch.device) -> None:
@@ -82,17 +85,17 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": commit.strip(), "changed": [line[3:] for line in status.splitlines()]}
 
 
-def write_results(output: Path, history: Sequence[Row]) -> None:
+def write_results(output: Path, history: Sequence[Row], metric: str) -> None:
     """Write the epochs so far as a table and as a picture."""
     with (
         staged(output / "results.csv", overwrite=True) as path,
         open(path, "w", encoding="utf-8", newline="") as file,
     ):
-        writer = csv.DictWriter(file, list(history[0]))
+        writer = csv.DictWriter(file, list(history[-1]))
         writer.writeheader()
         writer.writerows(history)
     with staged(output / "learning_curve.png", overwrite=True) as path:
-        plot_curves(history, path)
+        plot_curves(history, path, metric)
 
 
 def write_speed(output: Path, row: Row) -> None:
@@ -143,3 +146,23 @@ def write_pictures(output: Path, evaluation: Evaluation) -> None:
         plot_confusion(evaluation, path)
     with staged(output / "mistakes.png", overwrite=True) as path:
         plot_mistakes(evaluation, path)
+
+
+def keep_best(output: Path) -> None:
+    """Keep a copy of the best model and its pictures beside the checkpoints, for `restore_best`."""
+    copy_best(output, output / KEPT)
+
+
+def restore_best(output: Path) -> None:
+    """Put back what `keep_best` has kept, if anything."""
+    if (output / KEPT).exists():
+        copy_best(output / KEPT, output)
+        shutil.rmtree(output / KEPT)
+
+
+def copy_best(source: Path, target: Path) -> None:
+    """Copy the model and the pictures of the best epoch from one folder to another."""
+    for name in OF_BEST:
+        if (source / name).exists():
+            with staged(target / name, overwrite=True) as path:
+                (shutil.copytree if (source / name).is_dir() else shutil.copy)(source / name, path)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.utils import ModelEmaV3
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,6 +27,7 @@ from cvt.data.processor_settings import ProcessorSettings
 from cvt.kernels import apply_cpu_bf16, apply_triton, recompute_activations
 from cvt.modeling import Block
 from cvt.train.augmentation import augmentation, mixing
+from cvt.train.balance import class_weights
 from cvt.train.checkpointing import check_weights
 from cvt.train.frozen_features import (
     DEFAULT_VIEWS,
@@ -75,6 +77,7 @@ class Setup:
         scaler: of the loss, in fp16.
         mix: mixup and cutmix of a batch.
         features: of the frozen stages, if the recipe keeps any; then batches are of features.
+        class_weights: of the loss, (classes,), if the recipe asks for them.
         batches: this process's, from the next step on.
     """
 
@@ -96,6 +99,7 @@ class Setup:
     scaler: Any
     mix: Callable
     features: FrozenFeatures | None
+    class_weights: Tensor | None
     batches: Iterator[Batch]
 
     @property
@@ -202,6 +206,7 @@ def set_up(
     if state:
         recipe = redistributed(recipe, state["batches_per_step"], accelerator.num_processes)
     plan = _plan(recipe, splits, accelerator)
+    weights = _class_weights(recipe, splits.train, accelerator.device)
     if state:
         check_length(load_recipe(None, state["recipe"]), recipe, plan, step, output)
     seed_all(recipe.seed)
@@ -231,6 +236,7 @@ def set_up(
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=fp16),
         mix=mix,
+        class_weights=weights,
         features=features,
         batches=(
             features.batches(step)
@@ -276,6 +282,18 @@ def _plan(recipe: Recipe, splits: Splits, accelerator: Accelerator) -> Plan:
             "val_data: processes cannot share a stream of unknown length; give a folder"
         )
     return plan
+
+
+def _class_weights(recipe: Recipe, images: Images, device: torch.device) -> Tensor | None:
+    if not (recipe.class_weights or recipe.sampler):
+        return None
+    if isinstance(images, StreamedImages):
+        name = "sampler" if recipe.sampler else "class_weights"
+        raise ValueError(
+            f"{name} = balanced: the classes of a stream cannot be counted before it is read; "
+            "take a folder or a table"
+        )
+    return class_weights(images).to(device) if recipe.class_weights else None
 
 
 def _images_per_epoch(recipe: Recipe, images: Images) -> int:

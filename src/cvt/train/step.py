@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cvt.train.balance import weighted_cross_entropy
 from cvt.train.loader import Batch, seed_all
 from cvt.train.setup import DTYPES, Setup
 
@@ -20,8 +21,9 @@ class StepMetrics(NamedTuple):
     Attributes:
         step: its number, from 0.
         lr: learning rate of the last group of parameters.
-        tensor: (4,), means over the processes: the loss; whether the process is to stop; the share
-            of batches without an image; the number of unreadable images.
+        tensor: (5,), means over the processes: the loss; whether the process is to stop; whether
+            its time is over; the share of batches without an image; the number of unreadable
+            images.
         failures: errors of this process's unreadable images, by their path.
     """
 
@@ -37,13 +39,16 @@ class TrainingStep:
     Args:
         setup: what the run is built of.
         interrupted: whether the run is to stop after the step.
+        is_late: whether its time is over.
 
     Attributes:
         waited: seconds that were spent on waiting for batches.
     """
 
-    def __init__(self, setup: Setup, interrupted: Callable[[], bool]) -> None:
-        self.setup, self.interrupted = setup, interrupted
+    def __init__(
+        self, setup: Setup, interrupted: Callable[[], bool], is_late: Callable[[], bool]
+    ) -> None:
+        self.setup, self.interrupted, self.is_late = setup, interrupted, is_late
         self.dtype = DTYPES[setup.recipe.precision]
         self.waited = 0.0
 
@@ -76,9 +81,10 @@ class TrainingStep:
         if setup.ema:
             setup.ema.update(setup.model, step=step + 1)
         # Created on the device: a copy to a GPU would wait until all its work is done.
+        flags = (self.interrupted(), self.is_late())
         counts = [
             torch.full((), float(count), device=device)
-            for count in (self.interrupted(), blanks / plan.accumulate, len(failures))
+            for count in (*flags, blanks / plan.accumulate, len(failures))
         ]
         metrics = torch.stack([torch.stack(losses).mean(), *counts])
         metrics = setup.accelerator.reduce(metrics, "mean")
@@ -98,8 +104,12 @@ class TrainingStep:
         with kept:
             with torch.autocast(setup.device.type, self.dtype, self.dtype != torch.float32):
                 logits = setup.forward(pixels, return_dict=True).logits
-            smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+            if (weights := setup.class_weights) is not None:
+                smoothing = recipe.label_smoothing
+                loss = weighted_cross_entropy(logits.float(), targets, weights, smoothing)
+            else:
+                smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
             if is_blank:  # without weight in the step, but other processes wait for its gradient
                 loss = 0 * loss
             setup.scaler.scale(loss / setup.plan.accumulate).backward()

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import signal
 import time
 from collections import deque
@@ -16,23 +17,27 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import broadcast_object_list
 
 from cvt.data import Images, LabelledImages, StreamedImages, write_split
 from cvt.data.workers import Interrupted
 from cvt.files import check_path, locked
 from cvt.inference.metrics import Evaluation
 from cvt.train import run_folder
+from cvt.train.balance import advice
+from cvt.train.best_epoch import best, early_end
 from cvt.train.checkpointing import (
     check_state,
     checkpoints,
     newest_checkpoint,
     save_checkpoint,
+    seconds_of,
 )
 from cvt.train.corrupt import CorruptImages, report_oversized
-from cvt.train.evaluation import METRICS, evaluate_held_out, evaluate_shared
+from cvt.train.evaluation import evaluate_held_out, evaluate_shared
 from cvt.train.models import frozen
 from cvt.train.progress import NullProgress, Progress, Row
-from cvt.train.recipe import Recipe, load_recipe, read_settings, resumed_recipe
+from cvt.train.recipe import METRICS, Recipe, load_recipe, read_settings, resumed_recipe
 from cvt.train.setup import Setup, set_up
 from cvt.train.signals import StopSignal
 from cvt.train.step import StepMetrics, TrainingStep
@@ -98,8 +103,8 @@ def resume(
     Args:
         output: the run folder.
         changes: settings. Those of `cvt.train.recipe.RESUME_OVERRIDES` may differ from the run's,
-            such as where the images are now; or the number of epochs, if the learning rate of the
-            steps done would have been the same.
+            such as where the images are now, patience and max_hours; or the number of epochs, if
+            the learning rate of the steps done would have been the same.
         progress: as in `train`.
 
     Returns:
@@ -119,6 +124,7 @@ def resume(
     output = Path(output)
     path, state = newest_checkpoint(output / "checkpoints")
     check_state(state, path)
+    state["seconds"] = seconds_of(path)
     recipe = load_recipe(None, state["recipe"])
     if (output / "args.yaml").is_file():  # what was edited in it counts, or is refused
         edited = read_settings(output / "args.yaml")
@@ -185,7 +191,8 @@ class Trainer:
     ) -> None:
         self.setup, self.progress, self.stop_signal = setup, progress, stop_signal
         self.recipe, self.plan, self.output = setup.recipe, setup.plan, setup.output
-        self.train_step = TrainingStep(setup, stop_signal.received)
+        self.train_step = TrainingStep(setup, stop_signal.received, self.is_late)
+        self.clock = time.monotonic() - state.get("seconds", 0.0)
         self.step: int = state.get("step", 0)
         self.history: list[Row] = state.get("history", [])
         self.losses: list[float] = state.get("losses", [])  # of the current epoch
@@ -207,6 +214,7 @@ class Trainer:
             if setup.is_main:
                 self.output.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.output))
+                run_folder.restore_best(self.output)
                 run_folder.write_settings(self.output, setup.first_recipe, self.plan, setup.device)
                 if setup.splits.drawn:
                     assert isinstance(setup.splits.train, LabelledImages)
@@ -221,14 +229,39 @@ class Trainer:
                 report_oversized(setup.splits, self.recipe, self.plan, self.progress)
             if self.at_epoch_end:  # stopped between the last step of an epoch and its end
                 self.end_epoch()
-            was_done = self.step == self.plan.steps
-            while self.step < self.plan.steps:
-                self.train_epoch()
-                self.end_epoch()
-            evaluate_held_out(setup, self.evaluated, was_done, self.progress)
+            if not self.ending() and setup.is_main:  # that of a shorter run is out of date
+                shutil.rmtree(self.output / "test", ignore_errors=True)
+            while not (reason := self.ending()):
+                if self.train_epoch():
+                    self.end_epoch()
+            history = self.history
+            if self.step < self.plan.steps:
+                self.progress.log(f"ended after {self.step} of {self.plan.steps} steps: {reason}")
+                history = self.conclude()
+            found = best(history, self.recipe.metric)
+            if sentence := advice(found, self.recipe, setup.splits.train):
+                self.progress.log(sentence)
+            evaluate_held_out(setup, self.evaluated, self.progress)
             if setup.features:
                 setup.features.delete()
-        return best(self.history)
+        return found
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time between its sessions."""
+        return time.monotonic() - self.clock
+
+    def is_late(self) -> bool:
+        """Whether the time of the run is over, by the clock of the main process."""
+        limit = self.recipe.max_hours
+        return self.setup.is_main and limit is not None and self.seconds >= 3600 * limit
+
+    def ending(self) -> str:
+        """Why the run ends here, the same in all processes; empty if it does not."""
+        if self.step == self.plan.steps:
+            return "all steps are done"
+        (is_late,) = broadcast_object_list([self.step > 0 and self.is_late()])
+        return early_end(self.history, self.recipe, is_late)
 
     @property
     def at_epoch_end(self) -> bool:
@@ -236,8 +269,8 @@ class Trainer:
         whole = self.step % self.plan.steps_per_epoch == 0 or self.step == self.plan.steps
         return whole and len(self.history) < self.plan.epochs_in(self.step)
 
-    def train_epoch(self) -> None:
-        """Take the steps up to the end of the epoch."""
+    def train_epoch(self) -> bool:
+        """Take the steps up to the end of the epoch; False if the time is over before it."""
         plan, save_steps = self.plan, self.recipe.save_steps
         self.setup.model.train()
         for module in frozen(self.setup.model, self.recipe):
@@ -261,18 +294,22 @@ class Trainer:
                 self.leave_waiting()
             self.step += 1
             is_due = save_steps is not None and self.step % save_steps == 0
-            stop = False
-            while len(unread) > (0 if self.step == end or is_due or stop else behind):
-                stop |= self.read(unread.popleft())
+            stop = late = False
+            while len(unread) > (0 if self.step == end or is_due or stop or late else behind):
+                stops, is_late = self.read(unread.popleft())
+                stop, late = stop or stops, late or is_late
             rate = (self.step - first) * plan.images_per_step / (time.perf_counter() - clock)
             loss = self.losses[-1] if self.losses else None
             lr = self.setup.optimizer.param_groups[-1]["lr"]
             shown(loss=loss, lr=lr, images_per_second=rate)
             if stop:
                 self.stop(together=True)
-            if is_due and self.step < end:
+            if (is_due or late) and self.step < end:
                 self.save()
+            if late:
+                break
         self.log_speed(epoch + 1, rate, self.train_step.waited / (time.perf_counter() - clock))
+        return self.step == end
 
     def compute_features(self, epoch: int) -> None:
         """Run the frozen stages on the views of an epoch that they have not seen."""
@@ -287,14 +324,14 @@ class Trainer:
             except FloatingPointError as error:
                 raise self.diverged(str(error), self.step) from None
 
-    def read(self, metrics: StepMetrics) -> bool:
-        """Log the metrics of a step; returns whether the run is to stop.
+    def read(self, metrics: StepMetrics) -> tuple[bool, bool]:
+        """Log the metrics of a step; returns whether the run is to stop, and if its time is over.
 
         Raises:
             FloatingPointError: its loss is NaN or infinite.
             ValueError: there are too many unreadable images.
         """
-        loss, stopping, blank_share, failures = metrics.tensor.tolist()
+        loss, stopping, late, blank_share, failures = metrics.tensor.tolist()
         if not math.isfinite(loss):
             raise self.diverged(f"the loss is {loss}", metrics.step)
         if blank_share < 1:
@@ -304,7 +341,7 @@ class Trainer:
             self.tracker.log(metrics.step + 1, train)
         if failures:
             self.corrupt.add(metrics.failures, write=self.setup.is_main)
-        return stopping > 0
+        return stopping > 0, late > 0
 
     def log_speed(self, epoch: int, images_per_second: float, waiting: float) -> None:
         """Write how fast an epoch was; advise once if it spent much time waiting for images."""
@@ -333,6 +370,44 @@ class Trainer:
 
     def end_epoch(self) -> None:
         """Evaluate, write the results and the models, save."""
+        row = self.new_row()
+        evaluation = None
+        number = len(self.history) + 1
+        if self.step == self.plan.steps or number % self.recipe.eval_every == 0:
+            evaluation = self.validate(row)
+        self.history.append(row)
+        self.losses = []
+        state = self.state()
+        self.write_epoch(state, self.history, evaluation)
+        self.tracker.log(self.step, {f"epoch/{name}": value for name, value in row.items()})
+        self.save(state)
+        self.progress.epoch(row, self.recipe.metric)
+
+    def conclude(self) -> list[Row]:
+        """Evaluate and write the models where the run ends early; returns the results.
+
+        If the run ends between two validations, no checkpoint has the one here, and the best model
+        so far is kept: a run that is resumed with more time ends as one that had it at once.
+        """
+        if self.losses or not self.history:
+            history = [*self.history, self.new_row()]
+        elif self.history[-1]["val_loss"] is None:
+            history = [*self.history[:-1], dict(self.history[-1])]
+        else:
+            return self.history
+        evaluation = self.validate(history[-1])
+        if self.setup.is_main:
+            run_folder.keep_best(self.output)
+        self.write_epoch(self.state(), history, evaluation)
+        self.progress.epoch(history[-1], self.recipe.metric)
+        return history
+
+    def new_row(self) -> Row:
+        """The results of the epoch before its validation.
+
+        Raises:
+            ValueError: no image could be read.
+        """
         number = len(self.history) + 1
         if not self.losses:
             raise ValueError(
@@ -345,33 +420,38 @@ class Trainer:
             "learning_rate": self.setup.optimizer.param_groups[-1]["lr"],
             "train_loss": sum(self.losses) / len(self.losses),
         }
+        prefixes = ("val", "ema") if self.setup.ema else ("val",)
+        return row | dict.fromkeys(f"{prefix}_{name}" for prefix in prefixes for name in METRICS)
+
+    def validate(self, row: Row) -> Evaluation:
+        """Fill in the metrics of the validation; returns the evaluation of the model to write."""
         weights = {"val": self.setup.model}
         if self.setup.ema:
             weights["ema"] = self.setup.averaged
-        row |= dict.fromkeys(f"{prefix}_{metric}" for prefix in weights for metric in METRICS)
-        evaluation = None
-        if self.step == self.plan.steps or number % self.recipe.eval_every == 0:
-            for prefix, model in weights.items():
-                evaluation = self.evaluated(model, self.setup.splits.validation, "validation")
-                row |= {f"{prefix}_{metric}": getattr(evaluation, metric) for metric in METRICS}
-        self.history.append(row)
-        self.losses = []
-        state = self.state()
+        for prefix, model in weights.items():
+            evaluation = self.evaluated(model, self.setup.splits.validation, "validation")
+            row.update({f"{prefix}_{name}": getattr(evaluation, name) for name in METRICS})
+        return evaluation
+
+    def write_epoch(
+        self, state: dict[str, Any], history: list[Row], evaluation: Evaluation | None
+    ) -> None:
+        """Write the models, if the last epoch was validated, and the results."""
         if self.setup.is_main:
             if evaluation is not None:
-                self.write_models(state, row, evaluation)
-            run_folder.write_results(self.output, self.history)
-        self.tracker.log(self.step, {f"epoch/{name}": value for name, value in row.items()})
-        self.save(state)
-        self.progress.epoch(row)
+                self.write_models(state, history, evaluation)
+            run_folder.write_results(self.output, history, self.recipe.metric)
 
-    def write_models(self, state: dict[str, Any], row: Row, evaluation: Evaluation) -> None:
-        """Write `last/`, and `best/` with its pictures if the epoch is the best."""
+    def write_models(
+        self, state: dict[str, Any], history: list[Row], evaluation: Evaluation
+    ) -> None:
+        """Write `last/`, and `best/` with its pictures if the last epoch is the best."""
+        row = history[-1]
         model, adapter = self.setup.final_model(state)
-        is_first = len(self.history) <= self.recipe.eval_every
+        is_first = len(history) <= self.recipe.eval_every
         for failure in evaluation.failures if is_first else ():
             logger.warning(f"not counted: {failure.error}")
-        if is_best := best(self.history) is row:
+        if is_best := best(history, self.recipe.metric) is row:
             run_folder.write_pictures(self.output, evaluation)
         for name in ("best", "last") if is_best else ("last",):
             folder = self.output / name
@@ -415,7 +495,8 @@ class Trainer:
         if self.setup.is_main:
             if not all(weight.isfinite().all() for weight in state["model"].values()):
                 raise self.diverged("weights became NaN or infinite", self.step - 1)
-            save_checkpoint(self.output / "checkpoints", self.step, state, self.recipe.keep)
+            folder, keep = self.output / "checkpoints", self.recipe.keep
+            save_checkpoint(folder, self.step, state, keep, self.seconds)
 
     def stop(self, together: bool = False) -> NoReturn:
         """Save and leave, as a signal has asked for; all processes together if all stop here."""
@@ -430,14 +511,3 @@ class Trainer:
         if not self.setup.is_sharded:  # whose state only all processes together can save
             self.stop()
         raise Stopped(128 + self.stop_signal.number)
-
-
-def best(history: list[Row]) -> Row:
-    """The row of the highest top-1, among equals of the lowest loss; of averaged weights if any."""
-    which = "ema" if "ema_top1" in history[0] else "val"
-
-    def quality(row: Row) -> tuple[float, float]:
-        top1, loss = row[f"{which}_top1"], row[f"{which}_loss"]
-        return (-1.0, 0.0) if top1 is None or loss is None else (top1, -loss)
-
-    return max(history, key=quality)

@@ -1,0 +1,49 @@
+"""Which epoch of a run is the best, and whether the run ends early; both by its results alone."""
+
+from collections.abc import Sequence
+from math import inf
+
+from cvt.train.progress import Row
+from cvt.train.recipe import Recipe
+
+
+def result(row: Row, metric: str) -> float | None:
+    """A metric of the model that an epoch wrote, averaged where there is an average.
+
+    None if the epoch was not validated.
+    """
+    return row.get(f"ema_{metric}", row.get(f"val_{metric}"))
+
+
+def best(history: Sequence[Row], metric: str = "top1") -> Row:
+    """The row with the best `metric`, among equals that of the lowest loss, then the first."""
+
+    def quality(row: Row) -> tuple[float, float]:
+        value, loss = result(row, metric), result(row, "loss")
+        if value is None or loss is None:
+            return -inf, -inf
+        return (-value if metric == "loss" else value), -loss
+
+    return max(history, key=quality)
+
+
+def early_end(history: Sequence[Row], recipe: Recipe, is_late: bool) -> str:
+    """Why a run ends before its last step; empty if it does not.
+
+    Args:
+        history: of the run so far.
+        recipe: of the run.
+        is_late: whether its time is over.
+    """
+    if is_late:
+        return f"max_hours = {recipe.max_hours:g} is over; --resume with more continues"
+    if recipe.patience is None or not history:
+        return ""
+    found = best(history, recipe.metric)
+    since = history[history.index(found) + 1 :]
+    if sum(result(row, "loss") is not None for row in since) < recipe.patience:
+        return ""
+    return (
+        f"{recipe.patience} validations brought no better {recipe.metric} than epoch "
+        f"{found['epoch']}; --resume with a larger patience continues"
+    )
