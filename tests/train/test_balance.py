@@ -204,8 +204,8 @@ def recipe(folder, monkeypatch):
     def make(**changes):
         settings = {
             "data": str(folder / "images"), "model": str(folder / "config"), "image_size": 16,
-            "batch_size": 17, "epochs": 12, "lr": 1e-2, "crop_scale": 1.0, "crop_ratio": 1.0,
-            "crop_pct": 1.0, "flip": 0.0,
+            "batch_size": 17, "epochs": 16, "eval_every": 8, "lr": 1e-3, "crop_scale": 1.0,
+            "crop_ratio": 1.0, "crop_pct": 1.0, "flip": 0.0,
         }  # fmt: skip
         return Recipe(**{**settings, **changes})
 
@@ -231,7 +231,6 @@ def state(run):
     [
         ({}, False),
         ({"class_weights": "balanced"}, True),
-        ({"class_weights": "balanced", "mixup": 0.1, "batch_size": 8, "accumulate": 2}, True),
         ({"sampler": "balanced"}, True),
     ],
     ids=str,

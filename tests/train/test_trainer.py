@@ -502,28 +502,26 @@ def test_a_signal_while_a_run_out_of_time_is_evaluated_changes_nothing(
 
 
 def test_a_run_out_of_patience_ends_and_resumes_to_the_same(recipe, tmp_path, rated):
-    rated({3: 0.5, 6: 0.6, 9: 0.6, 12: 0.5, 15: 0.5, 18: 0.7})
-    settings = recipe(epochs=6, patience=2)
+    rated({3: 0.5, 6: 0.4, 9: 0.6, 12: 0.6, 15: 0.3})
+    settings = recipe(epochs=6, patience=1)
     log = Watcher()
-    assert train(settings, tmp_path / "whole", log)["epoch"] == 2
-    assert len(log.rows) == 4
+    assert train(settings, tmp_path / "whole", log)["epoch"] == 1
     assert log.lines[-1] == (
-        "ended after 12 of 18 steps: 2 validations brought no better top1 than epoch 2; --resume "
-        "with a larger patience continues"
+        "ended after 6 of 18 steps: patience = 1 is over, epoch 1 stays the best by top1; "
+        "--resume with more continues"
     )
-    for stop_after in (5, 3):  # within the second epoch, and in the step after it
-        start = partial(train, settings) if stop_after == 5 else resume
+    run = tmp_path / "run"
+    for stop_after in (5, 1):  # in the second epoch, and between its last step and its end
+        start = partial(resume, run) if run.exists() else partial(train, settings, run)
         with pytest.raises(Stopped):
-            start(tmp_path / "run", progress=Watcher(stop_after=stop_after))
-    resume(tmp_path / "run")
-    same_ends(tmp_path / "run", tmp_path / "whole")
-    assert resume(tmp_path / "run")["epoch"] == 2  # it has ended
-    same_ends(tmp_path / "run", tmp_path / "whole")
-    train(replace(settings, patience=3), tmp_path / "patient")
-    assert resume(tmp_path / "run", {"patience": 3})["epoch"] == 2
-    assert final_state(tmp_path / "run")["step"] == 15
-    same_ends(tmp_path / "run", tmp_path / "patient")
-    assert resume(tmp_path / "run", {"patience": None})["epoch"] == 6
+            start(progress=Watcher(stop_after=stop_after))
+    for _ in range(2):  # the second time it has ended
+        assert resume(run)["epoch"] == 1
+        same_ends(run, tmp_path / "whole")
+    train(replace(settings, patience=2), tmp_path / "patient")
+    assert resume(run, {"patience": 2})["epoch"] == 3
+    assert final_state(run)["step"] == 15
+    same_ends(run, tmp_path / "patient")
 
 
 def test_the_metric_of_the_recipe_chooses_the_best_epoch(recipe, tmp_path, cvt):

@@ -103,5 +103,5 @@ def advice(row: Row, recipe: Recipe, images: Images) -> str:
     return (
         f"epoch {row['epoch']:.0f}, the best by {recipe.metric}, recognises no validation image "
         f"of at least one class, and the smallest class, {names[counts.argmin()]}, has "
-        f"{counts.min()} of {len(images)} training images; try {' or '.join(settings)}"
+        f"{counts.min()} of {len(images):,} training images; try {' or '.join(settings)}"
     )

@@ -44,6 +44,6 @@ def early_end(history: Sequence[Row], recipe: Recipe, is_late: bool) -> str:
     if sum(result(row, "loss") is not None for row in since) < recipe.patience:
         return ""
     return (
-        f"{recipe.patience} validations brought no better {recipe.metric} than epoch "
-        f"{found['epoch']}; --resume with a larger patience continues"
+        f"patience = {recipe.patience} is over, epoch {found['epoch']} stays the best by "
+        f"{recipe.metric}; --resume with more continues"
     )
