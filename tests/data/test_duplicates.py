@@ -87,21 +87,21 @@ def test_groups_are_those_of_a_comparison_of_all(tmp_path):
 
 
 def close_hashes(seed, count=200, centres=12, flipped=6):
-    """Hashes of 64 bits around some centres, and others."""
+    """Hashes of 128 bits around some centres, and others."""
     generator = np.random.default_rng(seed)
-    bits = generator.integers(0, 2, (centres, 64), dtype=np.uint8)[
+    bits = generator.integers(0, 2, (centres, 128), dtype=np.uint8)[
         generator.integers(0, centres, count)
     ]
     for row in bits:
-        row[generator.integers(0, 64, generator.integers(0, flipped))] ^= 1
-    others = generator.integers(0, 2, (count, 64), dtype=np.uint8)
-    return np.packbits(np.concatenate([bits, others]), axis=1).view(np.uint64)[:, 0]
+        row[generator.integers(0, 128, generator.integers(0, flipped))] ^= 1
+    others = generator.integers(0, 2, (count, 128), dtype=np.uint8)
+    return np.packbits(np.concatenate([bits, others]), axis=1).view(np.uint64)
 
 
 @pytest.mark.parametrize("distance", [0, 1, 4, 16])
 def test_nearly_equal_hashes_are_grouped_as_by_a_comparison_of_all(distance):
     hashes = close_hashes(distance)
-    near = np.bitwise_count(hashes[:, None] ^ hashes) <= distance
+    near = np.bitwise_count(hashes[:, None] ^ hashes).sum(-1) <= distance
     _, expected = connected_components(near)
     found = near_groups(hashes, distance)
     assert len(set(zip(found, expected, strict=True))) == len(set(found)) == len(set(expected))
@@ -109,7 +109,7 @@ def test_nearly_equal_hashes_are_grouped_as_by_a_comparison_of_all(distance):
 
 
 def test_no_hashes_have_no_groups():
-    assert near_groups(np.array([], np.uint64), 4).tolist() == []
+    assert near_groups(np.empty((0, 4), np.uint64), 8).tolist() == []
 
 
 # ------------------------------------------------------------------------------ splits

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -36,7 +36,7 @@ def equal_groups(sources: Sequence[Source]) -> list[list[int]]:
         lambda i: _readable(_end, sources[i]),
         lambda i: _readable(digest, sources[i]),
     )
-    groups: Iterable[Sequence[int]] = [range(len(sources))]
+    groups = [list(range(len(sources)))]
     with ThreadPoolExecutor() as pool:
         for key in keys:
             parts = [
@@ -104,16 +104,17 @@ def near_groups(hashes: np.ndarray, distance: int) -> np.ndarray:
     those are compared that agree in a part, which takes seconds for 100,000 of photographs.
 
     Args:
-        hashes: (N,) in uint64.
-        distance: bits in which two that belong together may differ, from 0 to 63.
+        hashes: (N, W) in uint64, 64 bits in each.
+        distance: bits in which two that belong together may differ, fewer than a hash has.
 
     Returns:
         (N,): the number of the group of each.
     """
-    unique, position = np.unique(hashes, return_inverse=True)
+    unique, position = np.unique(hashes, axis=0, return_inverse=True)
     groups = np.arange(len(unique))
-    for bits in np.array_split(np.arange(64, dtype=np.uint64), distance + 1):
-        parts = unique & np.bitwise_or.reduce(np.uint64(1) << bits)
+    bits = np.unpackbits(unique.view(np.uint8), axis=1)
+    for some in np.array_split(bits, distance + 1, axis=1):
+        _, parts = np.unique(np.packbits(some, axis=1), axis=0, return_inverse=True)
         order = np.argsort(parts)
         parts, values = parts[order], unique[order]
         first = np.arange(len(order))
@@ -122,7 +123,7 @@ def near_groups(hashes: np.ndarray, distance: int) -> np.ndarray:
             first = first[parts[first] == parts[first + step]]
             if not len(first):
                 break
-            differing = np.bitwise_count(values[first] ^ values[first + step])
+            differing = np.bitwise_count(values[first] ^ values[first + step]).sum(axis=1)
             near = first[differing <= distance]
             groups = _joined(groups, order[near], order[near + step])
     return groups[position]
