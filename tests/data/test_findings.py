@@ -14,9 +14,9 @@ from cvt.data.decoding import StoredImage
 from cvt.data.findings import KINDS, write_findings, write_groups
 
 
-def picture(seed, size=40):
-    """A picture of a few smooth areas, unlike those of other seeds."""
-    pixels = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype="uint8")
+def picture(seed, size=48):
+    """A picture of smooth areas, unlike those of other seeds."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), dtype="uint8")
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
 
 
@@ -67,7 +67,7 @@ def test_what_cannot_be_trained_on_is_found(clean, workers):
     white = Image.new("RGBA", (30, 30), (200, 10, 10, 0))
     contents = {"cat/cut.png": encoded(picture(90))[:-100], "cat/white.png": white}
     write(clean, contents | {"dog/empty.png": b"", "dog/large.png": picture(91, 50)})
-    found = found_in(clean, max_pixels=2000, workers=workers)
+    found = found_in(clean, max_pixels=2400, workers=workers)
     assert set(found) == {
         ("unreadable", "cat/cut.png", "cat"),
         ("unreadable", "dog/empty.png", "dog"),
@@ -80,7 +80,7 @@ def test_what_cannot_be_trained_on_is_found(clean, workers):
 
 
 def test_the_same_picture_is_found_by_bytes_and_by_looks(clean):
-    near = encoded(picture(0, 80), format="JPEG", quality=80)
+    near = encoded(picture(0, 96), format="JPEG", quality=80)
     write(clean, {"cat/again.png": picture(1), "dog/same.png": picture(0), "dog/near.jpg": near})
     os.symlink(clean / "dog/05.png", clean / "dog/link.png")
     assert found_in(clean) == {

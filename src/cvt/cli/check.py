@@ -32,7 +32,7 @@ SHOWN = 20  # classes in the table
 @click.option(
     "--distance",
     type=click.IntRange(0, 32),
-    default=8,
+    default=12,
     help="Bits of 256 in which the hashes of nearly equal images may differ.",
 )
 @click.option(

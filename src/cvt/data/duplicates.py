@@ -73,9 +73,9 @@ def _end(source: Source) -> bytes | None:
     """The last bytes of a file; None of an image that is in memory anyway."""
     if not isinstance(source, Path):
         return None
-    with open(source, "rb") as file:
+    with open(source, "rb", buffering=0) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - END))
-        return file.read()
+        return file.read(END)
 
 
 def digest(source: Source) -> str:

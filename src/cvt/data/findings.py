@@ -32,7 +32,7 @@ KINDS = {
     "small_class": "too few different images",
 }
 HASH_SIDE = 16  # bits of a perceptual hash in height and width, 256 together
-DISTANCE = 8  # of these bits
+DISTANCE = 12  # of these bits
 LEAST_IMAGES = 10  # of a class
 BLANK_RANGE = 8  # of 255 levels, in each channel
 LEAST_PIXELS = 8 * HASH_SIDE  # of the shorter side; the perceptual hash resizes to half of it
@@ -50,6 +50,11 @@ class Finding:
         group: the number of the group of the same picture; None where the image is alone in it.
         detail: what was found.
         image: the position of the image in `Check.images`; None for a class.
+
+    Example:
+        >>> from cvt.data import Finding
+        >>> Finding("blank", "photos/dog/1.png", "dog", None, "#ffffff").detail
+        '#ffffff'
     """
 
     kind: str
@@ -119,6 +124,14 @@ class Check:
         groups: the number of the group of each image; images of one group are the same picture.
         classes: its classes, in their order.
         findings: what is wrong, in the order of `KINDS`.
+
+    Example:
+        >>> from PIL import Image
+        >>> from cvt.data import LabelledImages, StoredImage, check
+        >>> white = StoredImage("white", Image.new("L", (8, 8), "white"))
+        >>> found = check({"": LabelledImages([white], ["dog"])})
+        >>> [(finding.path, finding.detail) for finding in found.of_kind("blank")]
+        [('white', '#ffffff')]
     """
 
     splits: Mapping[str, Images]

@@ -36,13 +36,13 @@ class Section:
         return self.total - len(self.rows) - shown
 
 
-def write_check(found: Check, folder: Path, title: str) -> None:
+def write_check(found: Check, folder: Path, data: str) -> None:
     """Write `report.html`, which needs no other file, and `findings.csv`, a row for each finding.
 
     Args:
         found: what `cvt.data.check` returned.
         folder: where to; it is created.
-        title: the heading of the page.
+        data: the name of the data set, the heading of the page; paths are shown without it.
 
     Raises:
         FileExistsError: the folder is there already.
@@ -57,12 +57,13 @@ def write_check(found: Check, folder: Path, title: str) -> None:
     write_findings(found, folder / "findings.csv")
     page = render(
         "check.html.jinja",
-        title=title,
+        title=data,
         check=found,
         kinds=KINDS,
         sections=[_section(kind, of_kind) for kind in KINDS if (of_kind := found.of_kind(kind))],
         most=max(each.images for each in found.classes),
         picture=picture,
+        short=lambda path: path.removeprefix(f"{data}/"),
     )
     write_page(folder / "report.html", page)
 
