@@ -37,6 +37,10 @@ TORCH = ("--runtime", "torch")  # starts at once
 
 # A change here is a change for everybody's scripts.
 COMMANDS = {
+    "check": [
+        "data", "--output", "--groups", "--distance", "--min-images", "--max-pixels", "--workers",
+        "--classes", "--image-column", "--label-column", "--force",
+    ],
     "predict": [
         "model", "images", "--topk", "--batch-size", "--workers", "--runtime", "--precision",
         "--device", "--threads", "--exact-decoding", "--max-pixels", "--output",
@@ -608,3 +612,29 @@ def test_a_run_is_written_beside_data_that_it_would_be_in(tmp_path, monkeypatch,
     assert default_output(data, "train") == tmp_path / "runs/train"
     for elsewhere in ("digits", "hub:owner/name", "photos.csv", ""):
         assert default_output(elsewhere, "train") == Path("runs/train")
+
+
+# ------------------------------------------------------------------------------ check
+
+
+def test_check_reports_what_is_wrong_and_exits_with_3(photos, broken, tmp_path, cvt):
+    data = tmp_path / "photos"
+    shutil.copytree(photos, data)
+    shutil.copy(broken, data / "red/broken.jpg")
+    shutil.copy(data / "blue/00.png", data / "red/blue.png")
+    options = ("--output", tmp_path / "out", "--groups", tmp_path / "groups.csv", "--workers", 0)
+    code, out, _ = cvt("check", data, *options)
+    assert code == 3
+    numbers = dict(re.findall(r"^│ (\w+) +│ +(\d+) │", out, re.MULTILINE))
+    classes = {"blue": "12", "green": "12", "red": "14"}
+    assert numbers == classes | {"unreadable": "1", "two_labels": "2", "exact_duplicate": "2"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"findings.csv", "report.html"}
+    assert (tmp_path / "groups.csv").read_text().startswith("path,label,group\nphotos/blue/00.png")
+    code, _, err = cvt("check", data, *options)
+    assert (code, "out exists already" in err) == (1, True)
+    assert cvt("check", data, *options, "--force")[0] == 3
+
+
+def test_check_of_clean_data_exits_with_0(photos, cvt):
+    code, out, _ = cvt("check", photos, "--distance", 0, "--workers", 0)
+    assert (code, "nothing was found" in out) == (0, True)

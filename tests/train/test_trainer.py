@@ -263,6 +263,28 @@ def test_a_run_resumes_only_on_its_own_images(photos, recipe, tmp_path):
         resume(tmp_path / "run", {"lr": 1.0, "epochs": "1"})
 
 
+def test_a_resumed_run_keeps_its_split_however_one_is_drawn_now(
+    photos, recipe, tmp_path, monkeypatch
+):
+    """As a run that began before images of equal content were kept on one side."""
+    data = tmp_path / "photos"
+    shutil.copytree(photos, data)
+    for i in range(4):
+        shutil.copy(data / "red/00.png", data / f"red/again{i}.png")
+    with monkeypatch.context() as patch:
+        patch.setattr("cvt.data.labelled.equal_groups", lambda _: [])
+        train(recipe(epochs=1, data=str(data), seed=3), tmp_path / "run")
+    split_file = tmp_path / "run/split.csv"
+    drawn = split_file.read_text()
+    red = [line for line in drawn.splitlines() if line.startswith(("red/00", "red/again"))]
+    assert {line.rpartition(",")[2] for line in red} == {"train", "validation"}
+    resume(tmp_path / "run")
+    assert split_file.read_text() == drawn
+    split_file.unlink()
+    with pytest.raises(ValueError, match=r"not split as it was: .*split\.csv is missing"):
+        resume(tmp_path / "run")
+
+
 def test_a_test_folder_is_held_out_and_evaluated_once_at_the_end(recipe, tmp_path, photos):
     for i, path in enumerate(sorted(photos.glob("*/*.png"))):
         split = ("train", "val", "test")[i % 3] if path.name != "02.png" else "test"

@@ -34,6 +34,7 @@ SKIPPED = (
 # Pieces of the README's commands, and what is run in their place.
 SHORTER = {
     "cvt demo": "cvt demo --epochs 2",
+    "cvt check flowers/": "cvt check flowers/ --min-images 5",
     "--epochs 20": "--epochs 1",
     "--batch-sizes 1,32": "--batch-sizes 1,2 --seconds 0",
     "PHOTOS": "photos",

@@ -16,6 +16,7 @@ from cvt.text import printable
 VERBS = {
     "predict": "Classify images; those that cannot be decoded are reported and skipped (exit "
     "code 3).",
+    "check": "Find what is wrong with images before training on them (exit code 3 if anything is).",
     "train": "Train or fine-tune a classifier; the best epoch is kept as a model folder, "
     "OUTPUT/best.",
     "evaluate": "Measure accuracy, per class too, and calibration; classes are matched by name.",
@@ -121,7 +122,7 @@ def verbs(debug: bool) -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0, 1 failure, 2 usage, 3 images skipped, 130 Ctrl-C.
+    """Run the command line. Exit codes: 0, 1 failure, 2 usage, 3 faulty images, 130 Ctrl-C.
 
     `cvt.__main__` turns a Ctrl-C outside a command into 130.
     """

@@ -30,7 +30,11 @@ if TYPE_CHECKING:  # the same names as in _HOME, for mypy, pyright and editors
     from cvt.data.decoding import decode as decode
     from cvt.data.digits import write_digits as write_digits
     from cvt.data.factory import open_labelled as open_labelled
+    from cvt.data.factory import open_splits as open_splits
     from cvt.data.factory import open_training as open_training
+    from cvt.data.findings import Check as Check
+    from cvt.data.findings import Finding as Finding
+    from cvt.data.findings import check as check
     from cvt.data.folder import image_folder as image_folder
     from cvt.data.folder import images_below as images_below
     from cvt.data.folder import oversized as oversized
@@ -45,17 +49,21 @@ if TYPE_CHECKING:  # the same names as in _HOME, for mypy, pyright and editors
     from cvt.data.split_file import write_split as write_split
 
 _HOME = {
+    "Check": "findings",
+    "Finding": "findings",
     "ImageError": "decoding",
     "Images": "labelled",
     "LabelledImages": "labelled",
     "Splits": "labelled",
     "StoredImage": "decoding",
     "StreamedImages": "labelled",
+    "check": "findings",
     "decode": "decoding",
     "image_folder": "folder",
     "image_processor": "image_processor",
     "images_below": "folder",
     "open_labelled": "factory",
+    "open_splits": "factory",
     "open_training": "factory",
     "oversized": "folder",
     "read_split": "split_file",

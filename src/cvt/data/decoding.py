@@ -87,6 +87,10 @@ class ImageError(ValueError):
     """
 
 
+class OversizedError(ImageError):
+    """An image that has more pixels than are decoded."""
+
+
 @dataclass(frozen=True)
 class StoredImage:
     """An image that is no file of its own, but part of one: a row of a table, a member of a shard.
@@ -331,7 +335,7 @@ def _upright_rgb(
             f"the formats are {', '.join(IMAGE_FORMATS)}"
         )
     if fault := _too_many_pixels(image.size, name, max_pixels):
-        raise ImageError(fault)
+        raise OversizedError(fault)
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ImageError(

@@ -33,6 +33,7 @@ from cvt.data.labelled import (
     label_map,
     split,
 )
+from cvt.data.split_file import recorded_split
 from cvt.files import check_path
 
 
@@ -44,6 +45,7 @@ def open_training(
     classes: Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    split_file: Path | None = None,
 ) -> Splits:
     """The images to train on, those that validate, of the same classes, and those held out.
 
@@ -54,6 +56,8 @@ def open_training(
         classes: a text file of class names, one per line, in the order of the classifier's outputs.
         image_column: the column of a table or csv file with the images, where it is not plain.
         label_column: the column with the labels, likewise.
+        split_file: what `write_split` wrote; the split in it, if it is of these images, is taken
+            in place of one drawn.
 
     Returns:
         The splits `train`, `validation` and `test`. A test split without a validation split beside
@@ -93,7 +97,8 @@ def open_training(
             raise ValueError(
                 f"{data} has no validation split, and streams are not split: give val_data"
             )
-        train, validation = split(train, seed)
+        recorded = recorded_split(train, split_file) if split_file else None
+        train, validation = recorded or split(train, seed)
     else:
         validating = _chosen(source, others, VALIDATION_NAMES, TEST_NAMES)
         validation = others[validating]()
@@ -177,6 +182,35 @@ def open_labelled(
     images = splits[_chosen(data, splits, VALIDATION_NAMES, TEST_NAMES)]()
     _check_names(data, images.classes)
     return images
+
+
+def open_splits(
+    data: str | Path,
+    *,
+    classes: Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> dict[str, Images]:
+    """All splits of a data set by their names; one that has none is called "".
+
+    Args:
+        data: see the table of `cvt.data`.
+        classes: as in `open_training`.
+        image_column: likewise.
+        label_column: likewise.
+
+    Raises:
+        ValueError: the data is malformed.
+        OSError: a file is missing or cannot be read, or the hub cannot be reached.
+        ImportError: a library that this kind of data needs is not installed.
+
+    Example:
+        >>> from cvt.data import open_splits
+        >>> {name: len(images) for name, images in open_splits("digits").items()}
+        {'train': 1437, 'test': 360}
+    """
+    options = _Options(_names(classes), image_column, label_column)
+    return {name: read() for name, read in _splits(data, options).items()}
 
 
 @dataclass(frozen=True)

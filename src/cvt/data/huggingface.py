@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[^:@]+))?(@(?P<split>[^:@]+))?")
 SAVED = ("state.json", "dataset_dict.json")  # one of them is in what `save_to_disk` wrote
+ROWS_AT_ONCE = 10_000
 FindColumns = Callable[["Features", str], Columns]
 
 
@@ -257,6 +258,19 @@ class _Rows(Sequence[Source]):
     def name(self, index: int) -> str:
         """The same wherever the table is."""
         return f"{Path(self.columns.table).name}#{index}"
+
+    def sizes(self) -> list[int | None]:
+        """The bytes of every image, which are not read for it; None of one that is a file."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        found: list[int | None] = []
+        for batch in self.rows.with_format("arrow").iter(ROWS_AT_ONCE):
+            column = batch[self.columns.image]
+            if pa.types.is_struct(column.type):
+                column = pc.struct_field(column, "bytes")
+            found += pc.binary_length(column).to_pylist()
+        return found
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -3,11 +3,13 @@
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cvt.data.decoding import Source
+from cvt.data.duplicates import equal_groups
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -224,8 +226,11 @@ SplitReaders = Mapping[str, Callable[[], Images]]
 def split(images: LabelledImages, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """Four fifths and one fifth of every class, drawn by `seed`, at least one image in each.
 
+    Images of equal content are on one side, whatever their classes; the fifth is as near as that
+    allows.
+
     Raises:
-        ValueError: a class has a single image.
+        ValueError: a class has a single image, or too few that differ.
 
     Example:
         >>> from cvt.data import open_labelled, split
@@ -233,21 +238,68 @@ def split(images: LabelledImages, seed: int) -> tuple[LabelledImages, LabelledIm
         >>> len(train) + len(validation)
         360
     """
-    class_indices: dict[str, list[int]] = {name: [] for name in images.classes}
+    return divide(images, _drawn(images, seed))
+
+
+def divide(
+    images: LabelledImages, validation: Container[int]
+) -> tuple[LabelledImages, LabelledImages]:
+    """The images to train on and those that validate, both class by class."""
+    position = {name: i for i, name in enumerate(images.classes)}
+    order = sorted(range(len(images)), key=lambda i: position[images.labels[i]])
+    train, validating = (
+        [i for i in order if (i in validation) == validates] for validates in (False, True)
+    )
+    return images.select(train), images.select(validating)
+
+
+def _drawn(images: LabelledImages, seed: int) -> set[int]:
+    """The images that validate: of each class those drawn first, as many as a fifth has room for.
+
+    An image is taken with all its equals, or not at all.
+    """
+    equal = {i: group for group in equal_groups(images.sources) for i in group}
+    groups: dict[str, list[list[int]]] = {name: [] for name in images.classes}
     for i, label in enumerate(images.labels):
-        class_indices[label].append(i)
-    train: list[int] = []
-    validation: list[int] = []
-    for name, indices in class_indices.items():
-        if len(indices) == 1:
+        groups[label].append(equal.get(i, [i]))
+    room = {name: max(1, round(len(found) / 5)) for name, found in groups.items()}
+    validation: set[int] = set()
+    decided: set[int] = set()
+
+    def labels(group: list[int]) -> Counter[str]:
+        return Counter(images.labels[i] for i in group)
+
+    def fits(group: list[int]) -> bool:
+        return all(count <= room[name] for name, count in labels(group).items())
+
+    def decide(group: list[int], validates: bool) -> None:
+        decided.update(group)
+        if validates:
+            validation.update(group)
+            for name, count in labels(group).items():
+                room[name] -= count
+
+    def distinct(name: str) -> int:
+        return len({group[0] for group in groups[name]})
+
+    for name in sorted(groups, key=distinct):  # those with the least choice first
+        drawn = groups[name]
+        if len(drawn) == 1:
+            image, _ = images[drawn[0][0]]
+            raise ValueError(f"class {name} has one image, {image}: too few to split")
+        random.Random(f"{seed} {name}").shuffle(drawn)
+        free = [group for group in drawn if group[0] not in decided]
+        if free and not any(group[0] in validation for group in drawn) and not any(map(fits, free)):
+            decide(min(free, key=len), validates=True)
+        for group in free:
+            if group[0] not in decided:
+                decide(group, validates=fits(group))
+        if len({group[0] in validation for group in drawn}) == 1:
             raise ValueError(
-                f"class {name} has one image, {images[indices[0]][0]}: too few to split"
+                f"class {name} has too few images that differ to be split: images of equal "
+                f"content, such as {images[drawn[0][0]][0]}, are kept on one side"
             )
-        random.Random(f"{seed} {name}").shuffle(indices)
-        cut = max(1, round(len(indices) / 5))
-        validation += sorted(indices[:cut])
-        train += sorted(indices[cut:])
-    return images.select(train), images.select(validation)
+    return validation
 
 
 def label_map(names: Sequence[str]) -> dict[str | int, str]:

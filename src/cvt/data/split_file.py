@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from cvt.data.labelled import LabelledImages
+from cvt.data.labelled import LabelledImages, divide
 from cvt.files import staged
 
 COLUMNS = ["path", "split"]
@@ -71,6 +71,22 @@ def read_split(path: str | Path) -> dict[str, str]:
     return found
 
 
+def recorded_split(
+    images: LabelledImages, path: str | Path
+) -> tuple[LabelledImages, LabelledImages] | None:
+    """The training and the validation images, as a file has them; None if it is of other images.
+
+    Raises:
+        ValueError: the file is malformed.
+        OSError: it cannot be read.
+    """
+    splits = read_split(path)
+    names = [images.name(i) for i in range(len(images))]
+    if splits.keys() != set(names):
+        return None
+    return divide(images, {i for i, name in enumerate(names) if splits[name] == VALIDATION})
+
+
 def without_trained(images: LabelledImages, path: str | Path) -> tuple[LabelledImages, int]:
     """The images to evaluate a run with, by the split that it has drawn.
 
@@ -95,8 +111,7 @@ def without_trained(images: LabelledImages, path: str | Path) -> tuple[LabelledI
         >>> len(left) == len(validation), trained
         (True, 0)
     """
+    if recorded := recorded_split(images, path):
+        return recorded[1], 0
     splits = read_split(path)
-    names = [images.name(i) for i in range(len(images))]
-    if splits.keys() == set(names):
-        return images.select([i for i, n in enumerate(names) if splits[n] == VALIDATION]), 0
-    return images, sum(splits.get(name) == TRAIN for name in names)
+    return images, sum(splits.get(images.name(i)) == TRAIN for i in range(len(images)))

@@ -1,9 +1,6 @@
 """Pictures of a run and of an evaluation, and one page with all of them."""
 
-import base64
-import io
 import logging
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +14,13 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageOps
+from PIL import Image
 
-from cvt.data.decoding import Source, decode
+from cvt.data.decoding import Source
 from cvt.files import staged
 from cvt.inference.explain import Explainer
 from cvt.inference.metrics import BINS, METRIC_NAMES, Evaluation, Mistake
+from cvt.inference.page import SIDE, embedded, embedded_thumbnail, render, thumbnail, write_page
 from cvt.inference.predict import Prediction
 from cvt.text import printable
 
@@ -42,7 +40,6 @@ WIDE_FONTS = (
     *("Arial Unicode MS", "AR PL UMing CN", "IPAGothic", "Noto Sans CJK KR", "NanumGothic"),
     *("Malgun Gothic", "Unifont"),
 )
-SIDE = 128  # of an image on a sheet, in pixels
 COLUMNS, CELL, MARGIN = 10, (144, 188), 8  # of a sheet; a cell is an image below its caption
 ROWS = 1000  # of the table of classes on the page
 
@@ -240,7 +237,7 @@ def _plot_sheet(shown: Sequence[tuple[Source, str, float, str]], title: str, pat
     figure.text(0.5, 1 - 0.2 / figure.get_figheight(), title, ha="center", va="center")
     for k, (source, predicted, score, true) in enumerate(shown):
         x, y = k % columns * CELL[0] + MARGIN, (k // columns + 1) * CELL[1] - MARGIN - SIDE
-        sheet.paste(_thumbnail(source), (x, y))
+        sheet.paste(thumbnail(source), (x, y))
         caption, right = f"{_short(predicted, 14)}  {100 * score:.0f} %", predicted == true
         if not right:
             caption += f"\ntruly {_short(true, 12)}"
@@ -251,14 +248,6 @@ def _plot_sheet(shown: Sequence[tuple[Source, str, float, str]], title: str, pat
     axes.imshow(sheet)
     axes.axis("off")
     figure.savefig(path, format="png")
-
-
-def _thumbnail(source: Source) -> Image.Image:
-    """The middle of an image, a square of `SIDE` pixels; the pixels of a tiny one stay sharp."""
-    image = decode(source, max_pixels=sys.maxsize, least_of_large=SIDE)  # it was decoded before
-    tiny = min(image.size) < SIDE / 2
-    method = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
-    return ImageOps.fit(image, (SIDE, SIDE), method)
 
 
 def _short(name: str, width: int) -> str:
@@ -289,49 +278,31 @@ def write_report(
     Raises:
         FileExistsError: `path` is there already and may not be overwritten.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     classes = sorted(evaluation.per_class.items(), key=lambda item: item[1].recall)
     mistakes = [
         (_pictures(mistake, evaluation.labels, explainer), mistake)
         for mistake in evaluation.mistakes
     ]
-    page = templates.get_template("report.html.jinja").render(
+    page = render(
+        "report.html.jinja",
         title=title,
         evaluation=evaluation,
         classes=classes[:ROWS],
         hidden=len(classes[ROWS:]),
         mistakes=mistakes,
         explained=explainer is not None,
-        confusion=_embedded(lambda file: plot_confusion(evaluation, file, most=30)),
-        reliability=_embedded(lambda file: plot_reliability(evaluation, file)),
+        confusion=embedded(lambda file: plot_confusion(evaluation, file, most=30)),
+        reliability=embedded(lambda file: plot_reliability(evaluation, file)),
     )
     with staged(path, overwrite) as written:
-        written.write_text(page, encoding="utf-8", errors="backslashreplace")
+        write_page(written, page)
 
 
 def _pictures(mistake: Mistake, labels: list[str], explainer: Explainer | None) -> list[str]:
     """The image, and, where there is an explainer, the Grad-CAM of the predicted class."""
     if explainer is None:
-        thumbnail = _thumbnail(mistake.source)
-        return [_embedded(lambda file: thumbnail.save(file, "PNG"))]
+        return [embedded_thumbnail(mistake.source)]
     predicted = labels.index(mistake.predicted)
     explanation = explainer(mistake.source, predicted).resized(2 * SIDE)
     shown = explanation.image, explanation.overlay()
-    return [_embedded(lambda file, image=image: image.save(file, "PNG")) for image in shown]
-
-
-def _embedded(save: Callable) -> str:
-    """A PNG as part of a page, from what writes it to a file."""
-    file = io.BytesIO()
-    save(file)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return [embedded(lambda file, image=image: image.save(file, "PNG")) for image in shown]

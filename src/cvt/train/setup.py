@@ -251,7 +251,11 @@ def set_up(
 
 
 def _open_images(recipe: Recipe, state: dict[str, Any], output: Path) -> tuple[Splits, str]:
-    """The images and their digest, which has to be that of the state."""
+    """The images and their digest, which has to be that of the state.
+
+    A resumed run takes the split that it has drawn from its folder.
+    """
+    split_file = output / "split.csv"
     splits = open_training(
         recipe.data,
         recipe.val_data,
@@ -259,10 +263,15 @@ def _open_images(recipe: Recipe, state: dict[str, Any], output: Path) -> tuple[S
         classes=Path(recipe.classes) if recipe.classes else None,
         image_column=recipe.image_column,
         label_column=recipe.label_column,
+        split_file=split_file if state and split_file.is_file() else None,
     )
     found = digest(splits.train, splits.validation)
     if state and state["images"] != found:
-        raise ValueError(f"the images in {recipe.data} are not those of the run in {output}")
+        otherwise = f", or not split as it was: {split_file} is missing or changed"
+        raise ValueError(
+            f"the images in {recipe.data} are not those of the run in {output}"
+            + (otherwise if splits.drawn else "")
+        )
     return splits, found
 
 

@@ -1,0 +1,138 @@
+"""`cvt check`."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cvt.cli.options import (
+    FILE,
+    argument,
+    command,
+    force_option,
+    max_pixels_option,
+    workers_option,
+)
+
+if TYPE_CHECKING:
+    from cvt.data import Check
+
+SHOWN = 20  # classes in the table
+
+
+@command
+@argument("data", help="Folder with a sub-folder per class, .csv, .parquet, hub:NAME, CIFAR.")
+@click.option("--output", type=FILE, help="New folder for report.html and findings.csv.")
+@click.option(
+    "--groups",
+    type=FILE,
+    help="New csv file with path, label and group of every image: a group is one picture.",
+)
+@click.option(
+    "--distance",
+    type=click.IntRange(0, 32),
+    default=12,
+    help="Bits of 256 in which the hashes of nearly equal images may differ.",
+)
+@click.option(
+    "--min-images",
+    type=click.IntRange(min=0),
+    default=10,
+    help="Different images that a class needs.",
+)
+@max_pixels_option
+@workers_option(2)
+@click.option("--classes", type=FILE, help="Names of the classes of the data, one per line.")
+@click.option("--image-column", help="Column of a table's images.")
+@click.option("--label-column", help="Column of a table's labels.")
+@force_option("Overwrite existing files.")
+def check(
+    data: str,
+    output: Path | None,
+    groups: Path | None,
+    distance: int,
+    min_images: int,
+    max_pixels: int | None,
+    workers: int,
+    classes: Path | None,
+    image_column: str | None,
+    label_column: str | None,
+    force: bool,
+) -> None:
+    """Find what is wrong with images before training on them (exit code 3 if anything is)."""
+    from cvt.cli.console import out, quiet_libraries
+    from cvt.cli.progress import bar
+    from cvt.data import LabelledImages, open_splits
+    from cvt.data import check as check_images
+    from cvt.data.findings import write_groups
+    from cvt.files import staged
+    from cvt.inference.check_report import write_check
+
+    quiet_libraries()
+    columns = {"image_column": image_column, "label_column": label_column}
+    splits = open_splits(data, classes=classes, **columns)
+    sizes = [
+        len(images) if isinstance(images, LabelledImages) else images.length
+        for images in splits.values()
+    ]
+    total = sum(size for size in sizes if size is not None) if None not in sizes else None
+    # What may not be written is refused before the work begins.
+    with (
+        staged(output, force) if output else nullcontext() as folder,
+        staged(groups, force) if groups else nullcontext() as file,
+    ):
+        with bar("check", total) as step:
+            found = check_images(
+                splits,
+                distance=distance,
+                min_images=min_images,
+                max_pixels=max_pixels,
+                workers=workers,
+                step=step,
+            )
+        if folder:
+            write_check(found, folder, data)
+        if groups and file:
+            write_groups(found, file, groups.parent)
+    print_check(found, data)
+    for written in filter(None, (output, groups)):
+        out.print(f"written to {written}")
+    if found.findings:
+        raise click.exceptions.Exit(3)
+
+
+def print_check(found: "Check", data: str) -> None:
+    """Print the smallest classes, and how many findings there are of each kind."""
+    from rich.table import Table
+
+    from cvt.cli.console import out
+    from cvt.cli.rich_console import print_table
+    from cvt.data.findings import KINDS
+
+    names = [name for name in found.splits if name]
+    table = Table("class", "images", *names, "different, to train on")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    classes = sorted(found.classes, key=lambda each: each.images)
+    for each in classes[:SHOWN]:
+        counts = (each.images, *(each.by_split[name] for name in names), each.distinct)
+        table.add_row(each.name, *map(str, counts))
+    print_table(table)
+    if len(classes) > SHOWN:
+        out.print(f"the smallest {SHOWN} of {len(classes)} classes; all of them in --output")
+    smallest, largest = classes[0].images, classes[-1].images
+    out.print(
+        f"{len(found.images)} images of {len(classes)} classes; the largest class has {largest}, "
+        f"the smallest {smallest}"
+    )
+    if not found.findings:
+        out.print("nothing was found")
+        return
+    table = Table("finding", "number", "meaning", "first")
+    table.columns[1].justify = "right"
+    for kind, meaning in KINDS.items():
+        if findings := found.of_kind(kind):
+            first = findings[0].path.removeprefix(f"{data}/") or findings[0].label
+            table.add_row(kind, str(len(findings)), meaning, first)
+    print_table(table)
