@@ -16,6 +16,8 @@ from cvt.text import printable
 VERBS = {
     "predict": "Classify images; those that cannot be decoded are reported and skipped (exit "
     "code 3).",
+    "probe": "Evaluate a model's features on your classes, without training: linear probe and "
+    "neighbours.",
     "train": "Train or fine-tune a classifier; the best epoch is kept as a model folder, "
     "OUTPUT/best.",
     "evaluate": "Measure accuracy, per class too, and calibration; classes are matched by name.",

@@ -110,6 +110,24 @@ def evaluate(
     return part if world > 1 else Evaluation.joined([part])
 
 
+def evaluation_of(results: Iterable[tuple[Result, str]], config: Architecture) -> Evaluation:
+    """The evaluation of images that are classified already.
+
+    Args:
+        results: of every image its result and the name of its class, one of the classifier's.
+        config: the classifier's.
+
+    Raises:
+        ValueError: there were no images, or none could be decoded.
+        FloatingPointError: logits are not finite.
+    """
+    indices = {name: i for i, name in enumerate(config.class_names)}
+    collected = _Collected(config, indices, np.zeros(len(indices), bool), None)
+    for position, (result, label) in enumerate(results):
+        collected.add(result, position, result.path, label)
+    return Evaluation.joined([collected.evaluation()])
+
+
 class _Collected:
     """What is kept of the images so far.
 

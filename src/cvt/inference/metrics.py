@@ -115,6 +115,15 @@ class Evaluation:
         return float(self.counted["in_top5"].mean())
 
     @property
+    def f1_macro(self) -> float:
+        """Mean F1 of the classes that an image has or is predicted as, each counted alike."""
+        true, predicted = self.counted["true"], self.counted["predicted"]
+        classes = len(self.labels)
+        total = np.bincount(true, minlength=classes) + np.bincount(predicted, minlength=classes)
+        right = np.bincount(true[self.right], minlength=classes)
+        return float(np.mean(2 * right[total > 0] / total[total > 0]))
+
+    @property
     def loss(self) -> float:
         """Mean cross-entropy."""
         return float(self.counted["loss"].mean())
