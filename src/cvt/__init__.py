@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # the same names as in _HOME and _MODULES, for mypy, pyright 
     from cvt.inference.explain import Explainer as Explainer
     from cvt.inference.explain import explain as explain
     from cvt.inference.explanation import Explanation as Explanation
-    from cvt.inference.probe import Probe as Probe
     from cvt.inference.probe import probe as probe
     from cvt.keras import TFCvtForImageClassification as TFCvtForImageClassification
     from cvt.keras import TFCvtModel as TFCvtModel
@@ -43,7 +42,6 @@ _HOME = {
     "Explainer": "inference.explain",
     "Explanation": "inference.explanation",
     "probe": "inference.probe",
-    "Probe": "inference.probe",
     "PixelError": "runtime.base",
 }
 _MODULES = ("checkpoints",)

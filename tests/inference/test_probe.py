@@ -35,7 +35,7 @@ def model():
     torch.manual_seed(0)
     return CvtForImageClassification(
         CvtConfig(
-            embed_dim=[8, 16, 32], num_heads=[1, 2, 4], depth=[1, 1, 2], num_labels=2,
+            embed_dim=[8, 16, 32], num_heads=[1, 2, 4], depth=[1, 2, 3], num_labels=2,
             hidden_act="gelu", layer_norm_eps=1e-5,
         )
     ).eval()  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the features of a model know of your classes: a linear probe and nearest neighbours.
+"""How well a model's features separate classes: a linear probe and nearest neighbours.
 
 C and k are chosen by cross-validation on the training images, so nothing is chosen by the images
 that the methods are evaluated on.
@@ -34,7 +34,6 @@ C_GRID = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0)
 K_GRID = (1, 3, 5, 9, 15, 25, 49)
 FOLDS = 5
 MOST_ITERATIONS = 1000  # of the solver of the regression
-LEAST_SCORE = 1e-12  # in a cross-entropy
 
 Folds = list[tuple[np.ndarray, np.ndarray]]  # of each fold the rows to fit to, and those held out
 Tried = dict[float, dict[str, float]]  # figures of the cross-validation by value of a parameter
@@ -91,15 +90,6 @@ class Probe:
         runtime: what computed the features, as a text.
         feature_seconds: that decoding all images and computing their features took.
         fit_seconds: that the cross-validation and fitting both methods took.
-
-    Example:
-        >>> import cvt
-        >>> config = cvt.CvtConfig.from_variant("cvt-digits", num_labels=2)
-        >>> model = cvt.CvtForImageClassification(config)
-        >>> processor = cvt.image_processor(config, image_size=16)
-        >>> probe = cvt.probe(model, "digits", processor=processor)
-        >>> probe.train.values.shape, probe.knn.parameter, probe.folds
-        ((1437, 128), 'k', 5)
     """
 
     linear: Method
@@ -258,7 +248,7 @@ def _evaluation(
 
 
 def cross_validation(labels: np.ndarray, seed: int) -> Folds:
-    """Folds that each have every class to fit to; the sole image of a class is in none held out.
+    """Stratified folds; the only image of a class is never held out, so each has all to fit to.
 
     Args:
         labels: indices of classes, (N,).
@@ -301,6 +291,7 @@ def fit_linear(values: np.ndarray, labels: np.ndarray, folds: Folds) -> tuple[An
         scikit-learn's pipeline, fitted to all rows; and the figures by C.
     """
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
@@ -311,8 +302,8 @@ def fit_linear(values: np.ndarray, labels: np.ndarray, folds: Folds) -> tuple[An
     tried = {}
     for C in C_GRID:
         scores, true = _held_out(partial(fit, C), values, labels, folds)
-        loss = -np.log(np.maximum(scores[np.arange(len(true)), true], LEAST_SCORE)).mean()
-        tried[C] = {"top1": _top1(scores, true), "loss": float(loss)}
+        loss = log_loss(true, scores, labels=range(scores.shape[1]))
+        tried[C] = {"top1": _top1(scores, true), "loss": loss}
     return fit(best(tried), ...), tried
 
 
