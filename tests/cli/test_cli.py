@@ -64,6 +64,11 @@ COMMANDS = {
         "--triton",
         "--seed", "--eval-every", "--save-steps", "--keep",
     ],
+    "probe": [
+        "model", "data", "--val-data", "--classes", "--image-column", "--label-column", "--seed",
+        "--batch-size", "--workers", "--device", "--threads", "--max-pixels", "--output",
+        "--no-verify", "--force",
+    ],
     "evaluate": [
         "model", "data", "--batch-size", "--workers", "--runtime", "--precision", "--device",
         "--threads", "--max-pixels", "--output", "--report", "--class-map",
@@ -214,6 +219,37 @@ def test_predict_skips_and_reports_broken_images(cvt, model_folder, photos, brok
     assert "broken.jpg" in err
     assert "1 of 13 images skipped" in err
     assert len(output.read_text().splitlines()) == 1 + 12 * 3
+
+
+def test_probe_writes_a_model_that_predict_and_evaluate_take(
+    cvt, model_folder, photos, broken, tmp_path
+):
+    data, output = tmp_path / "data", tmp_path / "probe"
+    shutil.copytree(photos, data)
+    code, out, err = cvt("probe", model_folder, data, "--seed", "1", "--output", output)
+    assert (code, err) == (0, "")
+    assert re.search(r"^32 features of 36 images in .* \(fused fp32 on cpu\)$", out, re.MULTILINE)
+    assert "5-fold cross-validation on 30 training images" in out
+    printed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    with open(output / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        figures = [f"{100 * float(row[name]):.2f}" for name in ("cv_top1", "top1", "f1_macro")]
+        chosen = f"{row['parameter']} = {float(row['value']):g}"
+        assert [row["method"], chosen, *figures, row["images"]] in printed
+    code, out, err = cvt("evaluate", *TORCH, output / "model", data)
+    assert code == 0
+    assert "the 6 validation images of 36" in err
+    assert f"top-1 {100 * float(rows[0]['top1']):.2f} %" in out
+    code, out, _ = cvt("predict", *TORCH, output / "model", photos / "red" / "00.png")
+    assert (code, "red" in out) == (0, True)
+    code, _, err = cvt("probe", model_folder, data, "--output", output)
+    assert (code, "probe exists already" in err) == (1, True)
+    shutil.copy(broken, data / "red")
+    code, _, err = cvt("probe", model_folder, data)
+    assert code == 3
+    assert "broken.jpg" in err
+    assert "1 of 37 images skipped" in err
 
 
 def test_explain_writes_pictures_arrays_and_a_sheet(cvt, model_folder, photos, broken, tmp_path):

@@ -124,6 +124,14 @@ def test_the_confusion_matrix_counts_predictions(classifier, processor, images):
     )
 
 
+def test_macro_f1_is_that_of_scikit_learn():
+    generator = np.random.default_rng(0)
+    rows = [(*pair, 0.5) for pair in generator.integers(0, 4, (30, 2)).tolist()]
+    evaluation = by_hand(list("abcdef"), rows)  # e and f are neither true nor predicted
+    true, predicted, _ = zip(*rows, strict=True)
+    assert evaluation.f1_macro == pytest.approx(f1_score(true, predicted, average="macro"))
+
+
 def logits_of(results):
     """(B, K)."""
     return torch.stack([torch.from_numpy(result.logits) for result in results])

@@ -28,6 +28,15 @@ DOWNLOAD_SECONDS = 30.0  # that fetching one may take
 ROUNDING = 0.5 / 255  # beyond 0 and 1, floats still round to 0 and 255
 
 
+def check_processor(model: Any, processor: Callable | None) -> None:
+    """Raise a ValueError if a loaded model comes without its image processor."""
+    if processor is None and is_classifier(model):
+        raise ValueError(
+            "a loaded model does not know its preprocessing: give its processor, such as "
+            "cvt.image_processor(folder)"
+        )
+
+
 class Classifier:
     """Labels and scores of images; several threads may share one.
 
@@ -111,11 +120,7 @@ class Classifier:
         verify: bool = True,
     ) -> None:
         check_counts(batch_size=batch_size)
-        if processor is None and is_classifier(model):
-            raise ValueError(
-                "a loaded model does not know its preprocessing: give its processor, such as "
-                "cvt.image_processor(folder)"
-            )
+        check_processor(model, processor)
         self._anew = partial(
             Classifier,
             *(model, runtime, precision, device, threads),

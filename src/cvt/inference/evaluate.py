@@ -117,29 +117,21 @@ def evaluate(
     return part if world > 1 else Evaluation.joined([part])
 
 
-def evaluate_results(
-    results: Iterable[Result],
-    images: LabelledImages,
-    config: Architecture,
-    progress: Callable[[], Any] = lambda: None,
-) -> Evaluation:
-    """Compare results that are there already with the labels of their images.
+def evaluation_of(results: Iterable[tuple[Result, str]], config: Architecture) -> Evaluation:
+    """The evaluation of images that are classified already.
 
     Args:
-        results: of the images, in their order.
-        images: images and class names.
+        results: of every image its result and the name of its class, one of the classifier's.
         config: the classifier's.
-        progress: called after every image.
 
     Raises:
-        ValueError: the model does not know a class, or no image could be decoded.
+        ValueError: there were no images, or none could be decoded.
         FloatingPointError: logits are not finite.
     """
-    no_class = np.zeros(len(config.class_names), bool)
-    collected = _Collected(config, match_classes(images.classes, config), no_class, None)
-    for position, (result, (source, label)) in enumerate(zip(results, images, strict=True)):
-        progress()
-        collected.add(result, position, source, label)
+    indices = {name: i for i, name in enumerate(config.class_names)}
+    collected = _Collected(config, indices, np.zeros(len(indices), bool), None)
+    for position, (result, label) in enumerate(results):
+        collected.add(result, position, result.path, label)
     return Evaluation.joined([collected.evaluation()])
 
 

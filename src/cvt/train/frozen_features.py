@@ -26,7 +26,7 @@ from cvt.data import Images, LabelledImages
 from cvt.data.preprocessing import preprocessing_of
 from cvt.data.workers import Interrupted
 from cvt.files import staged
-from cvt.inference.evaluate import evaluate_results
+from cvt.inference.evaluate import evaluation_of
 from cvt.inference.metrics import Evaluation
 from cvt.inference.predict import Result, reader
 from cvt.runtime.fused import FusedCvt
@@ -223,18 +223,16 @@ class FrozenFeatures:
         Args:
             model: that is trained, or its average.
             images: the validation images.
-            progress: called after every image.
+            progress: called after every image whose features are computed.
 
         Raises:
             FloatingPointError: the model's answer is not finite.
             Interrupted: as in `compute_view`.
         """
-        is_known = (self.folder / VALIDATION).exists()
         draws = [Draw(image, i, (i,)) for i, (image, _) in enumerate(images)]
         self._compute(VALIDATION, draws, self.validation_views, progress)
         results = self._results(model, images)
-        shown = progress if is_known else lambda: None
-        return evaluate_results(results, images, model.config, shown)
+        return evaluation_of(zip(results, images.labels, strict=True), model.config)
 
     @torch.no_grad()
     def _results(self, model: Any, images: LabelledImages) -> Iterator[Result]:
