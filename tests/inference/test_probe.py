@@ -155,7 +155,7 @@ def test_a_class_may_have_two_images(model, sizes, pictures, counts):
     found = probe(model, pictures(**counts), processor=sizes)
     assert found.model.config.class_names == sorted(counts)
     assert found.linear.evaluation.top1 == 1.0
-    assert found.linear.evaluation.per_class["green"] == (1, 1.0)
+    assert found.linear.evaluation.per_class["green"][:2] == (1, 1.0)
     assert max(found.knn.tried) <= len(found.train.values)
 
 
@@ -271,7 +271,7 @@ def test_what_cannot_be_probed_is_refused(model, sizes, pictures, tmp_path, monk
     with pytest.raises(ValueError, match="exported is an export"):
         probe(tmp_path / "exported", data)
     for path in (data / "green").iterdir():
-        path.write_bytes(b"no image")
+        path.write_bytes(b"no image: " + path.name.encode())  # equal ones cannot be split
     with pytest.raises(ValueError, match=r"no training image of these classes .*green"):
         probe(model, data, processor=sizes)
     monkeypatch.setattr(libraries, "is_installed", lambda name: name != "sklearn")

@@ -105,7 +105,7 @@ def test_images_that_cannot_be_read_are_skipped_and_reported(recipe, photos, tmp
     shutil.copytree(photos, tmp_path / "photos")
     broken = sorted((tmp_path / "photos").rglob("*.png"))[::6]
     for path in broken:
-        path.write_bytes(b"no image")
+        path.write_bytes(b"no image: " + path.name.encode() + path.parent.name.encode())
     watcher = Watcher()
     settings = recipe(data=str(tmp_path / "photos"), head_only=True, views=1, workers=2)
     train(settings, tmp_path / "run", watcher)

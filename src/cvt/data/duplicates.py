@@ -22,7 +22,7 @@ def equal_groups(sources: Sequence[Source]) -> list[list[int]]:
     """The images that have an equal one, in groups: equal bytes, or, of decoded ones, pixels.
 
     Few files are read: only those of one size, and whole only those that end alike. A link counts
-    as the file it leads to. What cannot be read is equal to nothing.
+    as the file it leads to. What cannot be read, or is empty, is equal to nothing.
 
     Args:
         sources: the images; one with a method `sizes` gives all their bytes, or None, at once.
@@ -32,7 +32,7 @@ def equal_groups(sources: Sequence[Source]) -> list[list[int]]:
     """
     sizes = getattr(sources, "sizes", lambda: [None] * len(sources))()
     keys: tuple[Callable[[int], Hashable], ...] = (
-        lambda i: _readable(_size, sources[i]) if sizes[i] is None else sizes[i],
+        lambda i: (_readable(_size, sources[i]) if sizes[i] is None else sizes[i]) or object(),
         lambda i: _readable(_end, sources[i]),
         lambda i: _readable(digest, sources[i]),
     )
