@@ -95,7 +95,7 @@ def advice(row: Row, recipe: Recipe, images: Images) -> str:
         return ""
     settings = []
     if not (recipe.class_weights or recipe.sampler):
-        settings += ["class_weights=balanced", "sampler=balanced"]
+        settings += ["sampler=balanced", "class_weights=balanced"]
     if recipe.metric in ("top1", "top5", "loss"):
         settings += ["metric=balanced_accuracy"]
     if not settings:
