@@ -89,8 +89,13 @@ def probe(
     with staged(output, force) if output else nullcontext() as folder:
         if output:
             require("the picture in --output", "matplotlib", extra="train")
-        columns = {"image_column": image_column, "label_column": label_column}
-        splits = open_training(data, val_data, seed=seed, classes=classes, **columns)
+        splits = open_training(
+            *(data, val_data),
+            seed=seed,
+            classes=classes,
+            image_column=image_column,
+            label_column=label_column,
+        )
         lengths = [
             images.length if isinstance(images, StreamedImages) else len(images)
             for images in (splits.train, splits.validation)
