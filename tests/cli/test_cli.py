@@ -50,7 +50,7 @@ COMMANDS = {
         "words", "--config", "--output", "--resume", "--schema",
         "--val-data", "--classes", "--image-column", "--label-column", "--epoch-images",
         "--max-corrupt", "--max-pixels", "--workers",
-        "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only",
+        "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only", "--views",
         "--lora-r",
         "--image-size", "--crop-pct", "--crop-scale", "--crop-ratio", "--interpolation", "--flip",
         "--vertical-flip", "--auto-augment", "--color-jitter", "--random-erase", "--repeats",
