@@ -36,6 +36,23 @@ def broken(tmp_path):
 TORCH = ("--runtime", "torch")  # starts at once
 
 # A change here is a change for everybody's scripts.
+SETTINGS = [
+    "--val-data", "--classes", "--image-column", "--label-column", "--epoch-images",
+    "--max-corrupt", "--max-pixels", "--workers",
+    "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only",
+    "--views", "--lora-r",
+    "--image-size", "--crop-pct", "--crop-scale", "--crop-ratio", "--interpolation", "--flip",
+    "--vertical-flip", "--auto-augment", "--color-jitter", "--random-erase", "--repeats",
+    "--mixup", "--cutmix", "--mixup-prob", "--mixup-switch", "--mixup-mode",
+    "--mixup-off-epoch", "--label-smoothing", "--sampler", "--class-weights",
+    "--epochs", "--steps", "--batch-size", "--accumulate", "--optimizer", "--lr", "--lr-base",
+    "--lr-base-size", "--weight-decay", "--momentum", "--layer-decay", "--clip-grad",
+    "--warmup-epochs", "--warmup-lr", "--min-lr", "--cooldown-epochs", "--lr-updates",
+    "--ema-decay",
+    "--precision", "--compile", "--recompute-activations", "--gradient-checkpointing", "--fsdp",
+    "--triton",
+    "--seed", "--eval-every", "--metric", "--patience", "--max-hours", "--save-steps", "--keep",
+]  # fmt: skip
 COMMANDS = {
     "check": [
         "data", "--output", "--groups", "--distance", "--min-images", "--max-pixels", "--workers",
@@ -48,22 +65,9 @@ COMMANDS = {
     ],
     "train": [
         "words", "--config", "--output", "--resume", "--schema",
-        "--val-data", "--classes", "--image-column", "--label-column", "--epoch-images",
-        "--max-corrupt", "--max-pixels", "--workers",
-        "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only",
-        "--views", "--lora-r",
-        "--image-size", "--crop-pct", "--crop-scale", "--crop-ratio", "--interpolation", "--flip",
-        "--vertical-flip", "--auto-augment", "--color-jitter", "--random-erase", "--repeats",
-        "--mixup", "--cutmix", "--mixup-prob", "--mixup-switch", "--mixup-mode",
-        "--mixup-off-epoch", "--label-smoothing", "--sampler", "--class-weights",
-        "--epochs", "--steps", "--batch-size", "--accumulate", "--optimizer", "--lr", "--lr-base",
-        "--lr-base-size", "--weight-decay", "--momentum", "--layer-decay", "--clip-grad",
-        "--warmup-epochs", "--warmup-lr", "--min-lr", "--cooldown-epochs", "--lr-updates",
-        "--ema-decay",
-        "--precision", "--compile", "--recompute-activations", "--gradient-checkpointing", "--fsdp",
-        "--triton",
-        "--seed", "--eval-every", "--metric", "--patience", "--max-hours", "--save-steps", "--keep",
+        *SETTINGS,
     ],
+    "show": ["words", "--config", "--output", "--images", "--force", *SETTINGS],
     "probe": [
         "model", "data", "--val-data", "--classes", "--image-column", "--label-column", "--seed",
         "--batch-size", "--workers", "--device", "--threads", "--max-pixels", "--output",

@@ -19,6 +19,7 @@ VERBS = {
     "check": "Find what is wrong with images before training on them (exit code 3 if anything is).",
     "probe": "Evaluate a model's features on your classes, without training: linear probe and "
     "neighbours.",
+    "show": "Draw what `cvt train` would give the model: augmented views, and validation images.",
     "train": "Train or fine-tune a classifier; the best epoch is kept as a model folder, "
     "OUTPUT/best.",
     "evaluate": "Measure accuracy, per class too, and calibration; classes are matched by name.",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, NamedTuple, ParamSpec
 
 import matplotlib
 import numpy as np
@@ -170,7 +170,7 @@ def plot_confusion(evaluation: Evaluation, path: Path, most: int = 40) -> None:
     counts[rows, columns] = count[shown]
     images = np.bincount(true, count, len(evaluation.labels))[chosen, None]
     shares = counts / np.maximum(images, 1)
-    labels = [_short(evaluation.labels[i], 24) for i in chosen]
+    labels = [short(evaluation.labels[i], 24) for i in chosen]
 
     size = 2.5 + 0.32 * len(labels)
     figure = Figure(figsize=(size, size), dpi=120, layout="constrained")
@@ -203,6 +203,28 @@ def plot_reliability(evaluation: Evaluation, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
+class Cell(NamedTuple):
+    """An image of a sheet, with what stands above it.
+
+    Attributes:
+        source: the image.
+        caption: one line or two.
+        is_right: whether the caption is right, by which it has its colour; wrong ones are framed.
+    """
+
+    source: Source
+    caption: str
+    is_right: bool = True
+
+
+def _answer(source: Source, predicted: str, score: float, true: str) -> Cell:
+    """An image with its predicted class, its score, and the true class where that is another."""
+    caption = f"{short(predicted, 14)}  {100 * score:.0f} %"
+    if predicted == true:
+        return Cell(source, caption)
+    return Cell(source, f"{caption}\ntruly {short(true, 12)}", is_right=False)
+
+
 def plot_predictions(
     predictions: Sequence[Prediction], truths: Sequence[str], path: Path, most: int = 60
 ) -> None:
@@ -212,45 +234,45 @@ def plot_predictions(
     right = [pair for pair in pairs if pair[0].labels[0] == pair[1]]
     step = max(1, len(right) // max(1, most - len(wrong)))
     shown = [
-        (prediction.path, prediction.labels[0], prediction.scores[0], truth)
+        _answer(prediction.path, prediction.labels[0], prediction.scores[0], truth)
         for prediction, truth in [*wrong, *right[::step]][:most]
     ]
-    _plot_sheet(shown, f"{len(pairs)} images, {len(pairs) - len(right)} wrong", path)
+    plot_sheet(shown, f"{len(pairs)} images, {len(pairs) - len(right)} wrong", path)
 
 
 def plot_mistakes(evaluation: Evaluation, path: Path, most: int = 30) -> None:
     """A sheet of the images that the model is most wrongly sure of, the worst first, as a PNG."""
-    shown = [(m.source, m.predicted, m.score, m.true) for m in evaluation.mistakes[:most]]
+    shown = [_answer(m.source, m.predicted, m.score, m.true) for m in evaluation.mistakes[:most]]
     wrong = evaluation.images - int(evaluation.right.sum())
     title = f"{wrong} of {evaluation.images} images wrong"
-    _plot_sheet(shown, title + (", the most confident" if wrong > len(shown) else ""), path)
+    plot_sheet(shown, title + (", the most confident" if wrong > len(shown) else ""), path)
 
 
-@_styled(lambda shown: [name for _, predicted, _, true in shown for name in (predicted, true)])
-def _plot_sheet(shown: Sequence[tuple[Source, str, float, str]], title: str, path: Path) -> None:
-    """Images with their predicted class, its score, and the true class where that is another."""
-    columns = min(COLUMNS, max(4, len(shown)))  # wide enough for the title
-    rows = max(1, -(-len(shown) // columns))
+@_styled(lambda cells: [cell.caption for cell in cells])
+def plot_sheet(cells: Sequence[Cell], title: str, path: Path) -> None:
+    """A sheet of images with captions, as a PNG."""
+    columns = min(COLUMNS, max(4, len(cells)))  # wide enough for the title
+    rows = max(1, -(-len(cells) // columns))
     sheet = Image.new("RGB", (columns * CELL[0], rows * CELL[1]), "white")
     figure = Figure(figsize=(sheet.width / 120, sheet.height / 120 + 0.4), dpi=120)
     axes = figure.add_axes((0, 0, 1, sheet.height / 120 / figure.get_figheight()))
     figure.text(0.5, 1 - 0.2 / figure.get_figheight(), title, ha="center", va="center")
-    for k, (source, predicted, score, true) in enumerate(shown):
+    for k, cell in enumerate(cells):
         x, y = k % columns * CELL[0] + MARGIN, (k // columns + 1) * CELL[1] - MARGIN - SIDE
-        sheet.paste(thumbnail(source), (x, y))
-        caption, right = f"{_short(predicted, 14)}  {100 * score:.0f} %", predicted == true
-        if not right:
-            caption += f"\ntruly {_short(true, 12)}"
+        sheet.paste(thumbnail(cell.source), (x, y))
+        if not cell.is_right:
             frame = Rectangle((x, y), SIDE, SIDE, fill=False, edgecolor=WRONG, linewidth=2)
             axes.add_patch(frame)
-        colour = RIGHT if right else WRONG
-        axes.text(x + SIDE / 2, y - 4, caption, color=colour, fontsize=8, ha="center", va="bottom")
+        colour = RIGHT if cell.is_right else WRONG
+        place = x + SIDE / 2, y - 4
+        axes.text(*place, cell.caption, color=colour, fontsize=8, ha="center", va="bottom")
     axes.imshow(sheet)
     axes.axis("off")
     figure.savefig(path, format="png")
 
 
-def _short(name: str, width: int) -> str:
+def short(name: str, width: int) -> str:
+    """A name of at most so many characters, safe to draw."""
     name = printable(name)
     return name if len(name) <= width else name[: width - 1] + "…"
 

@@ -11,7 +11,7 @@ deleted when the run is complete.
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -254,5 +254,4 @@ class FrozenFeatures:
 
 def preprocessed(preprocessing: Any, image: Image.Image) -> Tensor:
     """An image as validation has it, (3, H, W)."""
-    pixels: Mapping[int, np.ndarray] = preprocessing.normalise(preprocessing.resize([image]))
-    return torch.from_numpy(pixels[0])
+    return torch.from_numpy(preprocessing([image])[0])

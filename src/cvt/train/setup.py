@@ -250,21 +250,26 @@ def set_up(
     return setup
 
 
-def _open_images(recipe: Recipe, state: dict[str, Any], output: Path) -> tuple[Splits, str]:
-    """The images and their digest, which has to be that of the state.
-
-    A resumed run takes the split that it has drawn from its folder.
-    """
-    split_file = output / "split.csv"
-    splits = open_training(
+def open_splits(recipe: Recipe, split_file: Path | None = None) -> Splits:
+    """The images of a recipe; those of a split that a run has drawn, where its file is given."""
+    return open_training(
         recipe.data,
         recipe.val_data,
         seed=recipe.seed,
         classes=Path(recipe.classes) if recipe.classes else None,
         image_column=recipe.image_column,
         label_column=recipe.label_column,
-        split_file=split_file if state and split_file.is_file() else None,
+        split_file=split_file,
     )
+
+
+def _open_images(recipe: Recipe, state: dict[str, Any], output: Path) -> tuple[Splits, str]:
+    """The images and their digest, which has to be that of the state.
+
+    A resumed run takes the split that it has drawn from its folder.
+    """
+    split_file = output / "split.csv"
+    splits = open_splits(recipe, split_file if state and split_file.is_file() else None)
     found = digest(splits.train, splits.validation)
     if state and state["images"] != found:
         otherwise = f", or not split as it was: {split_file} is missing or changed"
@@ -277,7 +282,7 @@ def _open_images(recipe: Recipe, state: dict[str, Any], output: Path) -> tuple[S
 
 def _plan(recipe: Recipe, splits: Splits, accelerator: Accelerator) -> Plan:
     plan = Plan(
-        images=_images_per_epoch(recipe, splits.train),
+        images=images_per_epoch(recipe, splits.train),
         batch_size=recipe.batch_size,
         accumulate=recipe.accumulate,
         rank=accelerator.process_index,
@@ -305,7 +310,12 @@ def _class_weights(recipe: Recipe, images: Images, device: torch.device) -> Tens
     return class_weights(images).to(device) if recipe.class_weights else None
 
 
-def _images_per_epoch(recipe: Recipe, images: Images) -> int:
+def images_per_epoch(recipe: Recipe, images: Images) -> int:
+    """How many images an epoch has.
+
+    Raises:
+        ValueError: that is unknown.
+    """
     if isinstance(images, LabelledImages):
         return len(images)
     if found := recipe.epoch_images or images.length:
