@@ -73,10 +73,10 @@ def open_training(
         >>> from pathlib import Path
         >>> from PIL import Image
         >>> from cvt.data import open_training
-        >>> for label in "cat", "dog":
+        >>> for label, red in (("cat", 0), ("dog", 100)):
         ...     Path("photos", label).mkdir(parents=True)
-        ...     for number in range(10):
-        ...         Image.new("RGB", (8, 8)).save(f"photos/{label}/{number}.png")
+        ...     for i in range(10):
+        ...         Image.new("RGB", (8, 8), (red + i, 0, 0)).save(f"photos/{label}/{i}.png")
         >>> splits = open_training("photos", seed=0)
         >>> len(splits.train), len(splits.validation)
         (16, 4)
