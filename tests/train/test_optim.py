@@ -1,3 +1,4 @@
+import copy
 import math
 import re
 
@@ -8,6 +9,7 @@ from cvt import CvtForImageClassification
 from cvt.train import Recipe
 from cvt.train.optim import Schedule, optimizer_for, parameter_groups
 from cvt.train.plan import Plan
+from cvt.train.recipe import OPTIMIZERS
 
 
 @pytest.fixture
@@ -136,3 +138,35 @@ def test_the_optimizers_are_the_recipes(model):
     adamw = optimizer_for(model, Recipe(), lr=0.5)
     assert isinstance(adamw, torch.optim.AdamW)
     assert adamw.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def stepped(model, optimizer, step):
+    """The weights after a step whose gradients are drawn by its number."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_trains_without_decay_of_norms_and_resumes_to_the_bit(model, name):
+    recipe = Recipe(optimizer=name, weight_decay=0.5)
+    resumed = copy.deepcopy(model)
+    optimizer = optimizer_for(model, recipe, lr=1e-3)
+    decays = {
+        id(parameter): group["weight_decay"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert all(decays[id(p)] == (0 if p.ndim == 1 else 0.5) for n, p in model.named_parameters()
+               if not n.endswith("cls_token"))  # fmt: skip
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for step in range(2):
+        after = stepped(model, optimizer, step)
+    assert all(not torch.equal(after[name], weight) for name, weight in before.items())
+    resumed.load_state_dict(model.state_dict())
+    again = optimizer_for(resumed, recipe, lr=1e-3)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    whole, rest = stepped(model, optimizer, 2), stepped(resumed, again, 2)
+    assert all(torch.equal(whole[name], rest[name]) for name in whole)

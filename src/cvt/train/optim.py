@@ -45,7 +45,11 @@ def optimizer_for(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Op
     groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
+    from timm.optim import create_optimizer_v2
+
+    return create_optimizer_v2(groups, recipe.optimizer, lr, recipe.weight_decay)
 
 
 class Schedule:

@@ -21,6 +21,7 @@ from cvt.limits import MOST_AT_ONCE, MOST_IMAGES
 PACKAGED = Path(__file__).parent / "recipes"
 # Of a validation, in the order of results.csv; one of them chooses the best epoch.
 METRICS = ("loss", "top1", "top5", "balanced_accuracy", "f1_macro", "lowest_recall")
+OPTIMIZERS = ("adamw", "sgd", "adan", "adopt", "lamb", "lion", "mars", "muon", "nadamw")
 LARGEST: dict[type, int] = {int: 2**63 - 1}  # that a setting without a limit of its own may be
 
 
@@ -159,7 +160,9 @@ class Recipe:
     steps: int | None = setting(None, "Optimizer steps to train, instead of epochs.", ge=1)
     batch_size: int = setting(64, "Images in a batch of each process.", ge=1, le=MOST_IMAGES)
     accumulate: int = setting(1, "Batches of each process in a step.", ge=1, le=65536)
-    optimizer: str = setting("adamw", "Optimizer.", choices=("adamw", "sgd"))
+    optimizer: str = setting(
+        "adamw", "Optimizer; PyTorch's adamw and sgd, timm's others.", choices=OPTIMIZERS
+    )
     lr: float | None = setting(None, "Peak learning rate, in place of LR_BASE.", gt=0)
     lr_base: float = setting(
         2.5e-4, "Peak learning rate for LR_BASE_SIZE images in a step; scales linearly.", gt=0
