@@ -13,13 +13,15 @@ from scipy.sparse.csgraph import connected_components
 from cvt.data import LabelledImages, StoredImage, duplicates, open_training, split, write_split
 from cvt.data.duplicates import equal_groups, near_groups
 
+HEADER = b"P5 1 1 255\n."  # an image of one pixel; what follows is ignored
 
-def files(folder, contents):
-    """An image folder of files with these contents, by their paths."""
+
+def files(folder, contents, header=HEADER):
+    """An image folder of files with these contents behind the header, by their paths."""
     for name, content in contents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        path.write_bytes(header + content)
     paths = [folder / name for name in sorted(contents)]
     return LabelledImages(paths, [path.parent.name for path in paths])
 
@@ -63,7 +65,8 @@ def test_equal_images_are_grouped_by_what_is_in_them(tmp_path):
 
 def test_stored_images_are_grouped_by_bytes_or_pixels():
     red, blue = (Image.new("RGB", (2, 2), name) for name in ("red", "blue"))
-    contents = [b"x", b"y", lambda: b"x", red, blue, red.copy(), red.convert("P"), b"y"]
+    x, y = HEADER + b"x", HEADER + b"y"
+    contents = [x, y, lambda: x, red, blue, red.copy(), red.convert("P"), y, b"", b""]
     sources = [StoredImage(str(i), content) for i, content in enumerate(contents)]
     assert equal_groups(sources) == [[0, 2], [1, 7], [3, 5]]
 
@@ -76,6 +79,11 @@ def test_only_files_of_one_size_and_end_are_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(duplicates, "digest", lambda source: read.append(source) or digest(source))
     assert equal_groups(images.sources) == [[20, 40, 41]]
     assert sorted(read) == [images.sources[i] for i in (20, 40, 41)]
+
+
+def test_what_is_no_image_is_equal_to_nothing(tmp_path):
+    images = files(tmp_path, {f"a/{i}": b"no image" for i in range(3)}, header=b"")
+    assert equal_groups(images.sources) == []
 
 
 def test_groups_are_those_of_a_comparison_of_all(tmp_path):
@@ -151,14 +159,14 @@ def test_a_class_of_equal_images_alone_is_named(tmp_path):
 
 
 def test_rows_of_a_table_are_kept_on_one_side(tmp_path, monkeypatch):
-    values = [b"%03d" % (i % 15) for i in range(30)]
+    values = [HEADER + b"%03d" % (i % 15) for i in range(30)]
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
     rows = {"image": [{"bytes": value, "path": None} for value in values], "label": [0, 1] * 15}
     table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
     table.to_parquet(tmp_path / "all.parquet")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     train, validation, _ = open_training(tmp_path / "all.parquet")
-    assert train.sources.sources.sizes() == [3] * 30
+    assert train.sources.sources.sizes() == [len(values[0])] * 30
     sides = [{source.content for source, _ in side} for side in (train, validation)]
     assert (len(sides[0] | sides[1]), sides[0] & sides[1]) == (15, set())
 
@@ -172,7 +180,7 @@ def test_the_split_in_a_file_is_taken_if_it_is_of_these_images(tmp_path):
     again = open_training(tmp_path / "data", seed=2, split_file=tmp_path / "split.csv")
     assert list(map(list, again[:2])) == list(map(list, images[:2]))
     assert again.drawn
-    (tmp_path / "data/a/new.png").write_bytes(b"new")
+    (tmp_path / "data/a/new.png").write_bytes(HEADER + b"new")
     drawn = open_training(tmp_path / "data", seed=2)
     again = open_training(tmp_path / "data", seed=2, split_file=tmp_path / "split.csv")
     assert list(again.validation) == list(drawn.validation)

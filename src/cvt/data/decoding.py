@@ -271,10 +271,10 @@ def _opened(file: IO[bytes], name: str) -> Image.Image:
         ) from None
 
 
-def is_image(path: str | os.PathLike) -> bool:
-    """Whether a file is an image of a known format, by its header."""
+def is_image(source: str | os.PathLike | bytes) -> bool:
+    """Whether a file, or its bytes, are an image of a known format, by the header."""
     try:
-        with _file(path, "") as file:
+        with _file(source, "") as file:
             return bool(_opened(file, ""))
     except Exception:  # Pillow raises nearly everything on damaged files
         return False

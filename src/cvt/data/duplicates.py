@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cvt.data.decoding import Source, StoredImage
+from cvt.data.decoding import Source, StoredImage, is_image
 from cvt.files import sha256
 
 END = 4096  # bytes; images of one size mostly differ there
@@ -22,7 +22,7 @@ def equal_groups(sources: Sequence[Source]) -> list[list[int]]:
     """The images that have an equal one, in groups: equal bytes, or, of decoded ones, pixels.
 
     Few files are read: only those of one size, and whole only those that end alike. A link counts
-    as the file it leads to. What cannot be read, or is empty, is equal to nothing.
+    as the file it leads to. What cannot be read, or is no image by its header, is equal to nothing.
 
     Args:
         sources: the images; one with a method `sizes` gives all their bytes, or None, at once.
@@ -32,7 +32,7 @@ def equal_groups(sources: Sequence[Source]) -> list[list[int]]:
     """
     sizes = getattr(sources, "sizes", lambda: [None] * len(sources))()
     keys: tuple[Callable[[int], Hashable], ...] = (
-        lambda i: (_readable(_size, sources[i]) if sizes[i] is None else sizes[i]) or object(),
+        lambda i: _readable(_size, sources[i]) if sizes[i] is None else sizes[i],
         lambda i: _readable(_end, sources[i]),
         lambda i: _readable(digest, sources[i]),
     )
@@ -50,7 +50,7 @@ def equal_groups(sources: Sequence[Source]) -> list[list[int]]:
                 for i, value in zip(part, values, strict=True):
                     equal[number, value].append(i)
             groups = [group for group in equal.values() if len(group) > 1]
-    return sorted(groups)
+    return sorted(group for group in groups if _is_image(sources[group[0]]))
 
 
 def _readable(key: Callable[[Source], Hashable], source: Source) -> Hashable:
@@ -59,6 +59,11 @@ def _readable(key: Callable[[Source], Hashable], source: Source) -> Hashable:
         return key(source)
     except Exception:  # a damaged image raises nearly everything
         return object()
+
+
+def _is_image(source: Source) -> bool:
+    content = source if isinstance(source, Path) else _content(source)
+    return isinstance(content, Image.Image) or is_image(content)
 
 
 def _size(source: Source) -> int:
