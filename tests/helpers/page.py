@@ -126,8 +126,11 @@ class Visitor:
         return self.web.post("/gradio_api/queue/join", json=body)
 
     def result(self):
-        """What a handler returned, or `{"error": ...}`, and the notes on the way."""
-        notes = []
+        """What a handler returned, or `{"error": ...}`, and the notes on the way.
+
+        Like a browser it reads to the end: of who leaves before, gradio keeps its heartbeat.
+        """
+        output, notes = None, []
         query = {"session_hash": self.session}
         with self.web.stream("GET", "/gradio_api/queue/data", params=query) as stream:
             for line in stream.iter_lines():
@@ -135,8 +138,9 @@ class Visitor:
                 if message.get("msg") == "log":
                     notes.append(message["log"])
                 if message.get("msg") == "process_completed":
-                    return message["output"], notes
-        raise AssertionError("the stream ended without an answer")
+                    output = message["output"]
+        assert output is not None, "the stream ended without an answer"
+        return output, notes
 
     def give(self, *pictures):
         """Upload pictures; returns what the page then shows, and the notes."""
