@@ -352,13 +352,10 @@ def as_classifier(regression: Any) -> dict[str, Tensor]:
 def write_probe(probe: Probe, folder: str | Path, overwrite: bool = False) -> None:
     """Write what a probe found, and its model.
 
-    | file | what is in it |
-    |---|---|
-    | `results.csv` | a row for each method |
-    | `grid.csv` | the figures of the cross-validation for every C and k |
-    | `linear/`, `knn/` | the tables of `write_evaluation`, and `confusion_matrix.png` |
-    | `model/` | a model folder, whose classifier is the linear probe |
-    | `split.csv` | the split, where the validation images were drawn from the data |
+    `results.csv` has a row for each method, `grid.csv` the figures of the cross-validation for
+    every C and k. `linear/` and `knn/` have the tables of `write_evaluation` and
+    `confusion_matrix.png`. `model/` is a model folder whose classifier is the linear probe.
+    `split.csv` is the split, where the validation images were drawn from the data.
 
     Raises:
         FileExistsError: `folder` is there already and may not be overwritten.
