@@ -250,7 +250,7 @@ def set_up(
     return setup
 
 
-def open_splits(recipe: Recipe, split_file: Path | None = None) -> Splits:
+def splits_for(recipe: Recipe, split_file: Path | None = None) -> Splits:
     """The images of a recipe; those of a split that a run has drawn, where its file is given."""
     return open_training(
         recipe.data,
@@ -269,7 +269,7 @@ def _open_images(recipe: Recipe, state: dict[str, Any], output: Path) -> tuple[S
     A resumed run takes the split that it has drawn from its folder.
     """
     split_file = output / "split.csv"
-    splits = open_splits(recipe, split_file if state and split_file.is_file() else None)
+    splits = splits_for(recipe, split_file if state and split_file.is_file() else None)
     found = digest(splits.train, splits.validation)
     if state and state["images"] != found:
         otherwise = f", or not split as it was: {split_file} is missing or changed"

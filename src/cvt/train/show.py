@@ -21,7 +21,7 @@ from cvt.train.loader import batches, seed_all
 from cvt.train.models import processor_for
 from cvt.train.plan import Plan
 from cvt.train.recipe import Recipe
-from cvt.train.setup import images_per_epoch, open_splits
+from cvt.train.setup import images_per_epoch, splits_for
 
 WIDTH = 18  # characters above an image
 SHOWN_SHARE = 0.05  # of a mixed target, below which a class is not named
@@ -57,7 +57,7 @@ def show(recipe: Recipe, output: str | Path, images: int = 30, overwrite: bool =
         ['training.png', 'validation.png']
     """
     with staged(output, overwrite) as folder:
-        splits = open_splits(recipe)
+        splits = splits_for(recipe)
         source = model_source(recipe.model)
         config = load_config(source)
         processor = processor_for(source, recipe, config)
