@@ -9,8 +9,9 @@ Peers: transformers' Trainer with its own CvT, whose backbone is frozen; `cvt tr
 every epoch (`views=0`). Data: scikit-learn's digits as JPEGs of 320 x 240 in the colours of two
 photographs, a fifth of them for validation. All have the same shape and the same random weights,
 batches of 32, AdamW, a cosine schedule, the same number of epochs and a validation after each; ours
-crops at random, the Trainer has images as in validation. Random weights cost no time less than
-trained ones, and their features tell digits apart well enough to compare accuracies.
+crops at random, the Trainer has images as in validation. Random weights cost no time
+less than trained ones. Their accuracies are printed and cannot be compared: the Trainer moves the
+statistics of frozen BatchNorms, which are those of a new model here.
 
 The ratio is that of whole trainings, from images to the last validation, in one run; the peers are
 trained one after the other, in an order that `--reverse` turns round.
