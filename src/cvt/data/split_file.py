@@ -80,7 +80,12 @@ def recorded_split(
         ValueError: the file is malformed.
         OSError: it cannot be read.
     """
-    splits = read_split(path)
+    return _divided(images, read_split(path))
+
+
+def _divided(
+    images: LabelledImages, splits: dict[str, str]
+) -> tuple[LabelledImages, LabelledImages] | None:
     names = [images.name(i) for i in range(len(images))]
     if splits.keys() != set(names):
         return None
@@ -111,7 +116,7 @@ def without_trained(images: LabelledImages, path: str | Path) -> tuple[LabelledI
         >>> len(left) == len(validation), trained
         (True, 0)
     """
-    if recorded := recorded_split(images, path):
-        return recorded[1], 0
     splits = read_split(path)
+    if recorded := _divided(images, splits):
+        return recorded[1], 0
     return images, sum(splits.get(images.name(i)) == TRAIN for i in range(len(images)))
