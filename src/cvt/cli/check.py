@@ -10,6 +10,7 @@ from cvt.cli.options import (
     FILE,
     argument,
     command,
+    data_options,
     force_option,
     max_pixels_option,
     workers_option,
@@ -43,9 +44,7 @@ SHOWN = 20  # classes in the table
 )
 @max_pixels_option
 @workers_option(2)
-@click.option("--classes", type=FILE, help="Names of the classes of the data, one per line.")
-@click.option("--image-column", help="Column of a table's images.")
-@click.option("--label-column", help="Column of a table's labels.")
+@data_options
 @force_option("Overwrite existing files.")
 def check(
     data: str,
@@ -63,26 +62,22 @@ def check(
     """Find what is wrong with images before training on them (exit code 3 if anything is)."""
     from cvt.cli.console import out, quiet_libraries
     from cvt.cli.progress import bar
-    from cvt.data import LabelledImages, open_splits
     from cvt.data import check as check_images
+    from cvt.data import open_splits
     from cvt.data.findings import write_groups
+    from cvt.data.labelled import total_length
     from cvt.files import staged
     from cvt.inference.check_report import write_check
 
     quiet_libraries()
     columns = {"image_column": image_column, "label_column": label_column}
     splits = open_splits(data, classes=classes, **columns)
-    sizes = [
-        len(images) if isinstance(images, LabelledImages) else images.length
-        for images in splits.values()
-    ]
-    total = sum(size for size in sizes if size is not None) if None not in sizes else None
     # What may not be written is refused before the work begins.
     with (
         staged(output, force) if output else nullcontext() as folder,
         staged(groups, force) if groups else nullcontext() as file,
     ):
-        with bar("check", total) as step:
+        with bar("check", total_length(splits.values())) as step:
             found = check_images(
                 splits,
                 distance=distance,

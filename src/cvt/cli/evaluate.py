@@ -12,6 +12,7 @@ from cvt.cli.options import (
     FILE,
     argument,
     command,
+    data_options,
     force_option,
     max_pixels_option,
     no_verify_option,
@@ -47,9 +48,7 @@ if TYPE_CHECKING:
 )
 @click.option("--subset", is_flag=True, help="Predict only classes that occur in the data.")
 @click.option("--real-labels", type=FILE, help="ImageNet-ReaL's real.json, to compare with it too.")
-@click.option("--classes", type=FILE, help="Names of the classes of the data, one per line.")
-@click.option("--image-column", help="Column of a table's images.")
-@click.option("--label-column", help="Column of a table's labels.")
+@data_options
 @no_verify_option
 @verbose_option
 @force_option("Overwrite existing output and report.")
@@ -78,7 +77,7 @@ def evaluate(
     """Measure accuracy, per class too, and calibration; classes are matched by name."""
     from cvt.cli.console import open_classifier, out, quiet_libraries
     from cvt.cli.progress import bar
-    from cvt.data import StreamedImages, open_labelled
+    from cvt.data import open_labelled
     from cvt.files import staged
     from cvt.inference.class_matching import read_class_map, read_real_labels
     from cvt.inference.evaluate import evaluate as evaluate_images
@@ -87,7 +86,7 @@ def evaluate(
     quiet_libraries(verbose)
     columns = {"image_column": image_column, "label_column": label_column}
     images = not_trained_on(open_labelled(data, classes=classes, **columns), model)
-    total = images.length if isinstance(images, StreamedImages) else len(images)
+    total = images.length
     mapped = read_class_map(class_map) if class_map else None
     real = read_real_labels(real_labels) if real_labels else None
     # What may not be written is refused before the work begins.

@@ -150,6 +150,18 @@ def with_options(options: Sequence[Decorator]) -> Decorator:
     return decorate
 
 
+# How labelled data is read, in every command that opens some without a recipe.
+data_options = with_options(
+    [
+        click.option(
+            "--classes", type=FILE, help="Names of the classes of the data, one per line."
+        ),
+        click.option("--image-column", help="Column of a table's images."),
+        click.option("--label-column", help="Column of a table's labels."),
+    ]
+)
+
+
 def run_options(workers: int) -> Decorator:
     """How a model is run, in every command that runs one: `--batch-size` to `--threads`."""
     of_model = (runtime_option, precision_option, device_option, threads_option())

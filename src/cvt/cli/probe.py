@@ -11,6 +11,7 @@ from cvt.cli.options import (
     argument,
     batch_size_option,
     command,
+    data_options,
     device_option,
     force_option,
     max_pixels_option,
@@ -31,9 +32,7 @@ if TYPE_CHECKING:
     "shards or digits.",
 )
 @click.option("--val-data", help="Validation data, if DATA has no validation split.")
-@click.option("--classes", type=FILE, help="Names of the classes of the data, one per line.")
-@click.option("--image-column", help="Column of a table's images.")
-@click.option("--label-column", help="Column of a table's labels.")
+@data_options
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
@@ -78,7 +77,8 @@ def probe(
     """
     from cvt.cli.console import out, quiet_libraries
     from cvt.cli.progress import bar
-    from cvt.data import StreamedImages, open_training
+    from cvt.data import open_training
+    from cvt.data.labelled import total_length
     from cvt.files import staged
     from cvt.inference.probe import probe as probe_features
     from cvt.inference.probe import write_probe
@@ -96,11 +96,7 @@ def probe(
             image_column=image_column,
             label_column=label_column,
         )
-        lengths = [
-            images.length if isinstance(images, StreamedImages) else len(images)
-            for images in (splits.train, splits.validation)
-        ]
-        with bar("features", None if None in lengths else sum(filter(None, lengths))) as step:
+        with bar("features", total_length((splits.train, splits.validation))) as step:
             result = probe_features(
                 *(model, splits),
                 seed=seed,

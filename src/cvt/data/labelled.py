@@ -70,6 +70,11 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def length(self) -> int:
+        """How many images there are, as of streamed ones."""
+        return len(self)
+
     def name(self, index: int) -> str:
         """The name of an image, the same wherever its folder is; of a file its path from there."""
         return _name(self.sources, index)
@@ -190,6 +195,16 @@ class StreamedImages:
 
 
 Images = LabelledImages | StreamedImages
+
+
+def total_length(splits: Iterable[Images]) -> int | None:
+    """How many images all splits have; None where that is unknown of one."""
+    total = 0
+    for images in splits:
+        if images.length is None:
+            return None
+        total += images.length
+    return total
 
 
 class Splits(NamedTuple):

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from cvt.checkpoints import load_config, model_source
-from cvt.data import Images, StoredImage, StreamedImages
+from cvt.data import Images, StoredImage
 from cvt.data.decoding import ImageError
 from cvt.data.preprocessing import normalisation, preprocessing_of
 from cvt.files import staged
@@ -106,8 +106,7 @@ def _validation_cells(
     """Images of the validation split, spread evenly, and how many of them could not be read."""
     preprocessing = preprocessing_of(processor)
     read = reader(preprocessing, exact=True, max_pixels=recipe.max_pixels)
-    length = images.length if isinstance(images, StreamedImages) else len(images)
-    step = max(1, (length or 0) // count)
+    step = max(1, (images.length or 0) // count)
     cells: list[Cell] = []
     failures = 0
     for i, (source, label) in enumerate(images):

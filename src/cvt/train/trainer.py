@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import broadcast_object_list
 
-from cvt.data import Images, LabelledImages, StreamedImages, write_split
+from cvt.data import Images, LabelledImages, write_split
 from cvt.data.workers import Interrupted
 from cvt.files import check_path, locked
 from cvt.inference.metrics import Evaluation
@@ -460,7 +460,7 @@ class Trainer:
 
     def evaluated(self, model: Any, images: Images, name: str) -> Evaluation:
         """The evaluation of a model on every image once, shared by the processes."""
-        total = images.length if isinstance(images, StreamedImages) else len(images)
+        total = images.length
         shown = self.progress.stage(name, total and -(-total // self.plan.world))
         # Sharded processes evaluate together; of others, the one that saves need not wait.
         may_stop = self.setup.is_main and not self.setup.is_sharded
