@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for mypy, pyright and editors
     from cvt.data.folder import image_folder as image_folder
     from cvt.data.folder import images_below as images_below
     from cvt.data.folder import oversized as oversized
+    from cvt.data.folds import fold as fold
     from cvt.data.image_processor import image_processor as image_processor
     from cvt.data.labelled import Images as Images
     from cvt.data.labelled import LabelledImages as LabelledImages
@@ -59,6 +60,7 @@ _HOME = {
     "StreamedImages": "labelled",
     "check": "findings",
     "decode": "decoding",
+    "fold": "folds",
     "image_folder": "folder",
     "image_processor": "image_processor",
     "images_below": "folder",

@@ -28,6 +28,7 @@ class Columns:
         label: the label's column; `json.label` is a field of the column `json`.
         names: the class names in order; None where the labels are names and no file lists them.
         class_by_label: the names by what may be in the label's column, where they are listed.
+        group: the column that says what an image shows, if one is named.
     """
 
     table: str
@@ -35,6 +36,7 @@ class Columns:
     label: str
     names: list[str] | None
     class_by_label: Mapping[str | int, str]
+    group: str | None = None
 
     def class_of(self, label: str | int | None, row: str) -> str:
         """The name of a class, from what is in the label's column.
@@ -87,6 +89,7 @@ def find_columns(
     names: list[str] | None,
     image_column: str | None = None,
     label_column: str | None = None,
+    group_column: str | None = None,
 ) -> Columns:
     """The columns of the image and the label, found by their types unless they are named.
 
@@ -96,6 +99,7 @@ def find_columns(
         names: the class names in order, where a file gives them.
         image_column: the images' column.
         label_column: the labels' column.
+        group_column: the groups' column, if images are in groups.
 
     Raises:
         ValueError: there is no such column, or a choice; lists all columns and names the option.
@@ -125,6 +129,8 @@ def find_columns(
         found = "several columns" if labels else f"no column {label_column or ''}".rstrip()
         raise failed(f"has {found} that could be the label", "label_column")
 
+    if group_column and not _is_label(features.get(group_column)):
+        raise failed(f"has no column {group_column} of names or whole numbers", "group_column")
     feature = columns[labels[0]]
     class_by_label = label_map(names or [])
     if isinstance(feature, ClassLabel):
@@ -139,7 +145,7 @@ def find_columns(
             f"{table} numbers its classes, in {labels[0]}, and does not name them: give a file of "
             "their names, one per line, as classes"
         )
-    return Columns(table, images[0], labels[0], names, class_by_label)
+    return Columns(table, images[0], labels[0], names, class_by_label, group_column)
 
 
 def _label_columns(columns: Mapping[str, Any], image: str) -> list[str]:

@@ -14,7 +14,10 @@ SHOWN = 5  # files or lines that an error lists
 
 
 def csv_splits(
-    path: Path, image_column: str | None = None, label_column: str | None = None
+    path: Path,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    group_column: str | None = None,
 ) -> SplitReaders:
     """The images that a file lists, by the values of its column `split` if it has one.
 
@@ -29,12 +32,15 @@ def csv_splits(
     if not rows:
         raise ValueError(f"{path} is empty")
     header = [cell.lower() for cell in rows[0][1]]
-    image, label, split_column = 0, 1, None
-    has_header = bool(image_column or label_column or set(header) & set(PATH_NAMES))
+    image, label, split_column, group = 0, 1, None, None
+    columns_given = image_column or label_column or group_column
+    has_header = bool(columns_given or set(header) & set(PATH_NAMES))
     if has_header:
         image = _column(path, rows[0][1], image_column, PATH_NAMES, "image_column")
         label = _column(path, rows[0][1], label_column, LABEL_NAMES, "label_column")
         split_column = header.index("split") if "split" in header else None
+        if group_column:
+            group = _column(path, rows[0][1], group_column, (), "group_column")
         del rows[0]
     elif len(header) != 2:
         raise ValueError(
@@ -42,10 +48,10 @@ def csv_splits(
             "path column"
         )
 
-    splits = _by_split(path, rows, (image, label, split_column), len(header))
+    splits = _by_split(path, rows, (image, label, split_column, group), len(header))
     if not splits:
         raise ValueError(f"{path} lists no images")
-    listed = [name for names, _ in splits.values() for name in names]
+    listed = [name for names, _, _ in splits.values() for name in names]
     missing = [name for name in listed if not os.path.isfile(path.parent / name)]
     if not has_header and rows[0][1][0] in missing:
         first = ", ".join(rows[0][1])
@@ -59,28 +65,33 @@ def csv_splits(
             f"folder): {', '.join(missing[:SHOWN])}{', ...' if missing[SHOWN:] else ''}"
         )
     return {
-        split: partial(LabelledImages, Files(path.parent, names), labels)
-        for split, (names, labels) in splits.items()
+        split: partial(
+            LabelledImages,
+            Files(path.parent, names),
+            labels,
+            groups=groups if group_column else None,
+        )
+        for split, (names, labels, groups) in splits.items()
     }
 
 
 def _by_split(
     path: Path,
     rows: list[tuple[int, list[str]]],
-    columns: tuple[int, int, int | None],
+    columns: tuple[int, int, int | None, int | None],
     width: int,
-) -> dict[str, tuple[list[str], list[str]]]:
-    """The paths and the labels in the rows, by the name of their split, once each.
+) -> dict[str, tuple[list[str], list[str], list[str]]]:
+    """The paths, labels and groups in the rows, by the name of their split, once each.
 
     Args:
         path: of the csv file.
         rows: number and cells of each line.
-        columns: of path, label and split.
+        columns: of path, label, split and group.
         width: cells that a line must have.
     """
-    image, label, split_column = columns
-    splits: dict[str, tuple[list[str], list[str]]] = {}
-    seen: dict[str, tuple[str, str]] = {}  # by path, however it is written
+    image, label, split_column, group_column = columns
+    splits: dict[str, tuple[list[str], list[str], list[str]]] = {}
+    seen: dict[str, tuple[str, str, str]] = {}  # by path, however it is written
     for line, cells in rows:
         if len(cells) != width:
             raise ValueError(f"{path}, line {line}: {len(cells)} columns, expected {width}")
@@ -93,19 +104,24 @@ def _by_split(
                 f"{path}, line {line}: split is {cells[split_column]!r}, "
                 f"not one of {', '.join(SPLIT_NAMES)}"
             )
+        group = "" if group_column is None else cells[group_column]
+        if group_column is not None and not group:
+            raise ValueError(f"{path}, line {line}: has no group")
         file = os.path.normpath(path.parent / name)
+        values = (written, split, group)
         if file in seen:
-            if seen[file] != (written, split):
+            if seen[file] != values:
                 raise ValueError(
-                    f"{path}, line {line}: {name} is {' '.join(filter(None, (written, split)))}, "
+                    f"{path}, line {line}: {name} is {' '.join(filter(None, values))}, "
                     f"and {' '.join(filter(None, seen[file]))} on an earlier line; an image has "
-                    "one label and is in one split"
+                    "one label and is in one split and one group"
                 )
             continue
-        seen[file] = written, split
-        names, labels = splits.setdefault(split, ([], []))
+        seen[file] = values
+        names, labels, groups = splits.setdefault(split, ([], [], []))
         names.append(name)
         labels.append(written)
+        groups.append(group)
     return splits
 
 

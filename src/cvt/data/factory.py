@@ -13,6 +13,7 @@ from cvt.data.columns import find_columns
 from cvt.data.csv_file import csv_splits
 from cvt.data.digits import digits_splits
 from cvt.data.folder import folder_splits
+from cvt.data.folds import fold as fold_of
 from cvt.data.huggingface import (
     SAVED,
     by_split,
@@ -45,6 +46,9 @@ def open_training(
     classes: Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    group_column: str | None = None,
+    folds: int | None = None,
+    fold: int = 1,
     split_file: Path | None = None,
 ) -> Splits:
     """The images to train on, those that validate, of the same classes, and those held out.
@@ -56,6 +60,11 @@ def open_training(
         classes: a text file of class names, one per line, in the order of the classifier's outputs.
         image_column: the column of a table or csv file with the images, where it is not plain.
         label_column: the column with the labels, likewise.
+        group_column: the column that says what an image shows; images of one group are on one side
+            of the split.
+        folds: divide the training images into so many folds, in place of drawing a fifth; what
+            would validate otherwise is held out if it is called a test split.
+        fold: the one of them that validates, from 1.
         split_file: what `write_split` wrote; the split in it, if it is of these images, is taken
             in place of one drawn.
 
@@ -65,7 +74,8 @@ def open_training(
 
     Raises:
         ValueError: there is only one class, a class has no images, the splits differ in their
-            classes, or the data is malformed.
+            classes or share a group, there are folds beside a validation split, or the data is
+            malformed.
         OSError: a file is missing or cannot be read, or the hub cannot be reached.
         ImportError: a library that this kind of data needs is not installed.
 
@@ -81,7 +91,7 @@ def open_training(
         >>> len(splits.train), len(splits.validation)
         (16, 4)
     """
-    options = _Options(_names(classes), image_column, label_column)
+    options = _Options(_names(classes), image_column, label_column, group_column)
     splits = _splits(data, options)
     name = _chosen(data, splits, TRAIN_NAMES)
     is_held_out = name in VALIDATION_NAMES + TEST_NAMES
@@ -92,13 +102,19 @@ def open_training(
     _check_names(data, train.classes)
     validation: Images
     validating = name
-    if val_data is None and len(splits) == 1:
+    if folds and (val_data or set(splits) & set(VALIDATION_NAMES)):
+        raise ValueError(
+            f"folds = {folds}: {val_data or data} has a validation split, which folds are in place "
+            "of; give the images to divide alone"
+        )
+    if val_data is None and (folds or len(splits) == 1):
         if isinstance(train, StreamedImages):
             raise ValueError(
                 f"{data} has no validation split, and streams are not split: give val_data"
             )
         recorded = recorded_split(train, split_file) if split_file else None
-        train, validation = recorded or split(train, seed)
+        drawn = partial(fold_of, train, folds, fold, seed) if folds else partial(split, train, seed)
+        train, validation = recorded or drawn()
     else:
         validating = _chosen(source, others, VALIDATION_NAMES, TEST_NAMES)
         validation = others[validating]()
@@ -130,6 +146,12 @@ def _check(where: str, train: Images, validation: Images, test: Images | None) -
         labels = images.labels if isinstance(images, LabelledImages) else images.classes
         if empty := sorted(set(images.classes) - set(labels)):
             raise ValueError(f"{where} has classes without {name} images: {', '.join(empty)}")
+    named = [set(getattr(images, "groups", None) or ()) for images in (train, validation)]
+    if shared := sorted(set.intersection(*named)):
+        raise ValueError(
+            f"{where}: images of the group {shared[0]} are in the training and in the validation "
+            f"split, as are those of {len(shared) - 1} other groups"
+        )
     if len(train.classes) < 2:
         raise ValueError(
             f"{where} has a single class, {', '.join(train.classes)}; at least two are needed"
@@ -218,6 +240,7 @@ class _Options:
     names: list[str] | None
     image_column: str | None
     label_column: str | None
+    group_column: str | None = None
 
 
 def _names(file: Path | None) -> list[str] | None:
@@ -246,12 +269,13 @@ def _splits(data: str | Path, options: _Options) -> SplitReaders:
     streaming = name.startswith("stream:")
     name = name.removeprefix("stream:")
     path = Path(name)
-    columns = (options.image_column, options.label_column)
+    columns = (options.image_column, options.label_column, options.group_column)
     find = partial(
         find_columns,
         names=options.names,
         image_column=options.image_column,
         label_column=options.label_column,
+        group_column=options.group_column,
     )
     if name.startswith("hub:"):
         return hub_splits(name.removeprefix("hub:"), find, streaming)
@@ -267,7 +291,8 @@ def _splits(data: str | Path, options: _Options) -> SplitReaders:
         return _renamed(csv_splits(path, *columns), options.names, path)
     if any(columns):
         raise ValueError(
-            f"{data} has no columns to choose from: leave image_column and label_column out"
+            f"{data} has no columns to choose from: leave image_column, label_column and "
+            f"group_column out; `cvt check {data} --groups FILE.csv` writes a csv file with groups"
         )
     return _renamed(_plain_splits(name), options.names, path)
 
@@ -309,6 +334,7 @@ def _renamed(splits: SplitReaders, names: list[str] | None, path: Path) -> Split
             raise ValueError(
                 f"{path} has labels that are none of the classes: {', '.join(unknown)}"
             )
-        return LabelledImages(images.sources, [known[label] for label in images.labels], names)
+        labels = [known[label] for label in images.labels]
+        return LabelledImages(images.sources, labels, names, images.groups)
 
     return {name: partial(renamed, read) for name, read in splits.items()}

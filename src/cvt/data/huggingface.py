@@ -233,8 +233,13 @@ def _images(
             for i, value in enumerate(rows[label][:])
         ]
         return LabelledImages(
-            _Rows(rows.select_columns(columns.image), columns), labels, columns.names
+            _Rows(rows.select_columns(columns.image), columns),
+            labels,
+            columns.names,
+            _groups(rows, columns),
         )
+    if columns.group:
+        raise ValueError(f"{table}: a stream is not split; leave group_column out")
     if columns.names is None:
         raise ValueError(
             f"{table} does not list the names of its classes, in {columns.label}: give a file of "
@@ -246,6 +251,15 @@ def _images(
     if rows.split in splits:
         length = splits[rows.split].num_examples or length
     return StreamedImages(columns.names, length, rows, columns.sample)
+
+
+def _groups(rows: "Dataset", columns: Columns) -> list[str] | None:
+    if columns.group is None:
+        return None
+    values = rows[columns.group][:]
+    if (empty := next((i for i, value in enumerate(values) if value in (None, "")), None)) is None:
+        return [str(value) for value in values]
+    raise ValueError(f"{columns.table}#{empty}: has no {columns.group}")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import itertools
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,6 +49,7 @@ class LabelledImages:
         sources: the images; one that is not a file is read on access.
         labels: the name of the class of every image.
         classes: the names of the classes in the order of a classifier's outputs.
+        groups: what every image shows, if that is known; images of one group stay together.
 
     Example:
         >>> from pathlib import Path
@@ -59,13 +60,18 @@ class LabelledImages:
     """
 
     def __init__(
-        self, sources: Sequence[Source], labels: Sequence[str], classes: list[str] | None = None
+        self,
+        sources: Sequence[Source],
+        labels: Sequence[str],
+        classes: list[str] | None = None,
+        groups: Sequence[str] | None = None,
     ) -> None:
         """By default the classes are those of the labels, sorted."""
         assert len(sources) == len(labels)
         self.sources = sources
         self.labels = labels
         self.classes = sorted(set(labels)) if classes is None else classes
+        self.groups = groups
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,7 +94,13 @@ class LabelledImages:
     def select(self, indices: Sequence[int]) -> "LabelledImages":
         """Some of the images, in the order of `indices`."""
         labels = [self.labels[i] for i in indices]
-        return LabelledImages(_Selection(self.sources, indices), labels, self.classes)
+        groups = None if self.groups is None else [self.groups[i] for i in indices]
+        return LabelledImages(_Selection(self.sources, indices), labels, self.classes, groups)
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Of images that were selected, their positions in those that they were selected from."""
+        return self.sources.indices if isinstance(self.sources, _Selection) else range(len(self))
 
 
 def _name(sources: Sequence[Source], index: int) -> str:
@@ -241,11 +253,11 @@ SplitReaders = Mapping[str, Callable[[], Images]]
 def split(images: LabelledImages, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """Four fifths and one fifth of every class, drawn by `seed`, at least one image in each.
 
-    Images of equal content are on one side, whatever their classes; the fifth is as near as that
-    allows.
+    Images of equal content, and those of one group, are on one side, whatever their classes; the
+    fifth is as near as that allows.
 
     Raises:
-        ValueError: a class has a single image, or too few that differ.
+        ValueError: a class has a single image, or too few that may be apart.
 
     Example:
         >>> from cvt.data import open_labelled, split
@@ -268,15 +280,31 @@ def divide(
     return images.select(train), images.select(validating)
 
 
+def kept_together(images: LabelledImages) -> dict[int, list[int]]:
+    """Of every image that is not alone, all that stay with it on one side of a split, sorted.
+
+    These are the images of equal content and those of its group, and of theirs in turn.
+    """
+    named = defaultdict(list)
+    for i, name in enumerate(images.groups or ()):
+        named[name].append(i)
+    together: dict[int, list[int]] = {}
+    for members in (*named.values(), *equal_groups(images.sources)):
+        if len(members) > 1:
+            joined = sorted({j for i in members for j in together.get(i, [i])})
+            together.update(dict.fromkeys(joined, joined))
+    return together
+
+
 def _drawn(images: LabelledImages, seed: int) -> set[int]:
     """The images that validate: of each class those drawn first, as many as a fifth has room for.
 
-    An image is taken with all its equals, or not at all.
+    An image is taken with all that are kept together with it, or not at all.
     """
-    equal = {i: group for group in equal_groups(images.sources) for i in group}
+    together = kept_together(images)
     groups: dict[str, list[list[int]]] = {name: [] for name in images.classes}
     for i, label in enumerate(images.labels):
-        groups[label].append(equal.get(i, [i]))
+        groups[label].append(together.get(i, [i]))
     room = {name: max(1, round(len(found) / 5)) for name, found in groups.items()}
     validation: set[int] = set()
     decided: set[int] = set()
@@ -312,7 +340,8 @@ def _drawn(images: LabelledImages, seed: int) -> set[int]:
         if len({group[0] in validation for group in drawn}) == 1:
             raise ValueError(
                 f"class {name} has too few images that differ to be split: images of equal "
-                f"content, such as {images[drawn[0][0]][0]}, are kept on one side"
+                f"content{', or of one group' if images.groups else ''}, such as "
+                f"{images[drawn[0][0]][0]}, are kept on one side"
             )
     return validation
 

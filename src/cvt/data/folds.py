@@ -1,0 +1,74 @@
+"""The folds of a cross-validation."""
+
+import numpy as np
+
+from cvt.data.labelled import LabelledImages, divide, kept_together
+from cvt.libraries import require
+
+
+def fold(
+    images: LabelledImages, folds: int, number: int, seed: int
+) -> tuple[LabelledImages, LabelledImages]:
+    """The images of all folds but one, and those of this one.
+
+    Every image is in one fold, every class in each fold as nearly equally often as images that are
+    kept together allow: those of equal content, and those of one group.
+
+    Args:
+        images: to divide.
+        folds: how many there are.
+        number: the one that validates, from 1.
+        seed: draws the folds.
+
+    Raises:
+        ValueError: there is no such fold, or a class has too few images for so many.
+        ImportError: scikit-learn is not installed.
+
+    Example:
+        >>> from cvt.data import fold, open_labelled
+        >>> digits = open_labelled("digits")
+        >>> sum(len(fold(digits, 5, number, seed=0)[1]) for number in range(1, 6)) == len(digits)
+        True
+    """
+    if not 1 <= number <= folds:
+        raise ValueError(f"fold = {number}: there are the folds 1 to {folds}")
+    numbers = fold_numbers(images, folds, seed)
+    return divide(images, set(np.flatnonzero(numbers == number).tolist()))
+
+
+def fold_numbers(images: LabelledImages, folds: int, seed: int) -> np.ndarray:
+    """The number of every image's fold, (N,), from 1 on.
+
+    Raises:
+        ValueError: a class has too few images for so many folds.
+        ImportError: scikit-learn is not installed.
+    """
+    require("folds", "sklearn", extra="train")
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    together = kept_together(images)
+    groups = np.array([together.get(i, [i])[0] for i in range(len(images))])
+    _check(images, groups, folds)
+    settings = {"n_splits": folds, "shuffle": True, "random_state": seed % 2**32}
+    if together:
+        drawn = StratifiedGroupKFold(**settings).split(groups, images.labels, groups)
+    else:
+        drawn = StratifiedKFold(**settings).split(groups, images.labels)
+    numbers = np.zeros(len(images), int)
+    for number, (_, held) in enumerate(drawn, start=1):
+        numbers[held] = number
+    _check(images, numbers, folds)
+    return numbers
+
+
+def _check(images: LabelledImages, groups: np.ndarray, folds: int) -> None:
+    """Raise a ValueError if a class is in fewer groups than there are folds."""
+    found: dict[str, set[int]] = {name: set() for name in images.classes}
+    for label, group in zip(images.labels, groups.tolist(), strict=True):
+        found[label].add(group)
+    for name, of_class in found.items():
+        if len(of_class) < folds:
+            raise ValueError(
+                f"folds = {folds}: class {name} has images for {len(of_class)} folds (those of "
+                "equal content, or of one group, are kept together); take fewer folds"
+            )
