@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the same names as in _HOME and _MODULES, for mypy, pyright 
     from cvt.inference.explain import Explainer as Explainer
     from cvt.inference.explain import explain as explain
     from cvt.inference.explanation import Explanation as Explanation
+    from cvt.inference.label_errors import find_label_errors as find_label_errors
     from cvt.inference.probe import probe as probe
     from cvt.keras import TFCvtForImageClassification as TFCvtForImageClassification
     from cvt.keras import TFCvtModel as TFCvtModel
@@ -41,6 +42,7 @@ _HOME = {
     "explain": "inference.explain",
     "Explainer": "inference.explain",
     "Explanation": "inference.explanation",
+    "find_label_errors": "inference.label_errors",
     "probe": "inference.probe",
     "PixelError": "runtime.base",
 }

@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 )
 @click.option("--report", type=FILE, help="New HTML page of figures, tables and pictures.")
 @click.option(
+    "--label-errors",
+    type=FILE,
+    help="New folder for the labels that are probably wrong: a page with the pictures, a csv file.",
+)
+@click.option(
     "--class-map",
     type=FILE,
     help="JSON object, or csv of two columns: names of classes in the data and in the "
@@ -51,7 +56,7 @@ if TYPE_CHECKING:
 @data_options
 @no_verify_option
 @verbose_option
-@force_option("Overwrite existing output and report.")
+@force_option("Overwrite existing files.")
 def evaluate(
     model: str,
     data: str,
@@ -64,6 +69,7 @@ def evaluate(
     max_pixels: int | None,
     output: Path | None,
     report: Path | None,
+    label_errors: Path | None,
     class_map: Path | None,
     subset: bool,
     real_labels: Path | None,
@@ -77,11 +83,13 @@ def evaluate(
     """Measure accuracy, per class too, and calibration; classes are matched by name."""
     from cvt.cli.console import open_classifier, out, quiet_libraries
     from cvt.cli.progress import bar
-    from cvt.data import open_labelled
+    from cvt.data import LabelledImages, open_labelled
     from cvt.files import staged
     from cvt.inference.class_matching import read_class_map, read_real_labels
     from cvt.inference.evaluate import evaluate as evaluate_images
     from cvt.inference.evaluate import write_evaluation
+    from cvt.inference.label_errors import label_errors as find_label_errors
+    from cvt.inference.label_errors import write_label_errors
 
     quiet_libraries(verbose)
     columns = {"image_column": image_column, "label_column": label_column}
@@ -93,6 +101,7 @@ def evaluate(
     with (
         staged(output, force) if output else nullcontext() as folder,
         staged(report, force) if report else nullcontext() as page,
+        staged(label_errors, force) if label_errors else nullcontext() as suspects,
     ):
         write_report = report_writer(model, device, threads, max_pixels) if page else None
         how = (runtime, precision, device, threads)
@@ -104,13 +113,20 @@ def evaluate(
                 subset=subset,
                 real_labels=real,
                 max_pixels=max_pixels,
+                keep_scores=label_errors is not None,
             )
         if folder:
             write_evaluation(result, folder)
         if write_report:
             write_report(result, page, f"{model} on {data}")
+        if suspects:
+            errors, stored = find_label_errors(result), isinstance(images, LabelledImages)
+            picture = (lambda position: images[position][0]) if stored else None
+            write_label_errors(result, errors, suspects, f"{model} on {data}", picture)
     print_evaluation(result, subset)
-    for written in filter(None, (output, report)):
+    if label_errors:
+        out.print(f"{len(errors)} of {result.images} labels are probably wrong")
+    for written in filter(None, (output, report, label_errors)):
         out.print(f"written to {written}")
     if result.failures:
         raise click.exceptions.Exit(3)

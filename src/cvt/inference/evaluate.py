@@ -53,6 +53,7 @@ def evaluate(
     exact: bool = True,
     max_pixels: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
+    keep_scores: bool = False,
 ) -> Evaluation:
     """Classify labelled images and compare; classes are matched by name.
 
@@ -76,6 +77,7 @@ def evaluate(
         exact: decode every image whole, see `cvt.inference.predict.classify`.
         max_pixels: the pixels that an image may have, likewise.
         interrupted: whether to give up while a worker is stuck, likewise.
+        keep_scores: keep the scores of all classes, 4 bytes each, for every image.
 
     Returns:
         The evaluation; with `world` > 1 the share of this rank, for `Evaluation.joined`.
@@ -103,7 +105,7 @@ def evaluate(
         by_id = class_indices(imagenet_classes(), config)
         imagenet_rows = [by_id[wordnet_id] for wordnet_id in imagenet_classes()]
         real_labels = [[imagenet_rows[i] for i in image_labels] for image_labels in real_labels]
-    collected = _Collected(config, indices, ignored, real_labels)
+    collected = _Collected(config, indices, ignored, real_labels, keep_scores)
     share, sent = tee(_share(images, indices, batch_size, rank, world))
     sources = (source for _, (source, _) in sent)
     results = classify(
@@ -143,6 +145,7 @@ class _Collected:
         indices: of the classes of the data, by name.
         ignored: which classes do not compete, (K,).
         real_labels: indices of the classes that are right, by the number of the image.
+        keep_scores: whether to keep the scores of all classes.
     """
 
     def __init__(
@@ -151,10 +154,12 @@ class _Collected:
         indices: Mapping[str, int],
         ignored: np.ndarray,
         real_labels: list[list[int]] | None,
+        keep_scores: bool = False,
     ) -> None:
         self.config, self.labels, self.indices = config, config.class_names, indices
         self.ignored, self.real_labels = ignored, real_labels
         self.rows: list[tuple] = []
+        self.scores: list[np.ndarray] | None = [] if keep_scores else None
         self.mistakes: list[Mistake] = []  # a heap
         self.failures: list[Failure] = []
 
@@ -172,12 +177,15 @@ class _Collected:
             raise FloatingPointError(f"{source}: the model's answer to it is not finite")
         logits = np.where(self.ignored, np.float32(-inf), result.logits)
         true, best = self.indices[label], ranked(logits)[:5].tolist()
-        score = scores(logits, self.config)[best[0]].item()
+        of_classes = scores(logits, self.config)
+        score = of_classes[best[0]].item()
         loss = cross_entropy(logits, true)
         real = nan
         if self.real_labels and (right := real_labels_of(str(source), self.real_labels)):
             real = best[0] in right
         self.rows.append((position, str(source), true, best[0], score, true in best, loss, real))
+        if self.scores is not None:
+            self.scores.append(of_classes)
         if true != best[0]:
             labels = self.labels
             mistake = Mistake(score, position, source, labels[true], labels[best[0]])
@@ -188,7 +196,10 @@ class _Collected:
     def evaluation(self) -> Evaluation:
         """The evaluation of these images."""
         counted = np.array(self.rows, dtype=COUNTED)
-        return Evaluation(self.labels, counted, self.mistakes, self.failures)
+        kept = None
+        if self.scores is not None:
+            kept = np.array(self.scores, np.float32).reshape(-1, len(self.labels))
+        return Evaluation(self.labels, counted, self.mistakes, self.failures, kept)
 
 
 def cross_entropy(logits: np.ndarray, label: int) -> float:
@@ -229,7 +240,8 @@ def _share(
 def write_evaluation(evaluation: Evaluation, folder: str | Path, overwrite: bool = False) -> None:
     """Write metrics.json, per_class.csv, confusion_matrix.csv and predictions.csv.
 
-    Of more than `LARGEST_MATRIX` classes, the confusion matrix is a list of its non-zero cells.
+    Where the evaluation kept the scores of all classes, predictions.csv has a column for each. Of
+    more than `LARGEST_MATRIX` classes, the confusion matrix is a list of its non-zero cells.
 
     Raises:
         FileExistsError: `folder` is there already and may not be overwritten.
@@ -244,14 +256,19 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path, overwrite: bool
         rows = zip(labels, evaluation.confusion.tolist(), strict=True)
         matrix = [("true \\ predicted", *labels), *((label, *row) for label, row in rows)]
     classes = [(name, *values) for name, values in evaluation.per_class.items()]
+    kept = evaluation.scores
+    of_classes = [()] * evaluation.images if kept is None else kept
     predictions = [
-        (row["name"], labels[row["true"]], labels[row["predicted"]], row["score"])
-        for row in evaluation.counted
+        (row["name"], labels[row["true"]], labels[row["predicted"]], row["score"], *more)
+        for row, more in zip(evaluation.counted, of_classes, strict=True)
     ]
     tables: dict[str, list[Sequence]] = {
         "per_class": [("class", *ClassMetrics._fields), *classes],
         "confusion_matrix": matrix,
-        "predictions": [("name", "true", "predicted", "score"), *predictions],
+        "predictions": [
+            ("name", "true", "predicted", "score", *(labels if kept is not None else ())),
+            *predictions,
+        ],
     }
     with staged(folder, overwrite) as written:
         written.mkdir()

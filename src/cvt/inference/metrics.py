@@ -93,12 +93,14 @@ class Evaluation:
         counted: a row of `COUNTED` for every image that could be decoded, by position.
         mistakes: the most confident ones, at most `MOST_CONFIDENT`, the most confident first.
         failures: the images that could not be decoded, by position.
+        scores: of every class for each row of `counted`, (N, K) in float32, where they were kept.
     """
 
     labels: list[str]
     counted: np.ndarray
     mistakes: list[Mistake]
     failures: list[Failure]
+    scores: np.ndarray | None = None
 
     @classmethod
     def joined(cls, parts: Sequence["Evaluation"]) -> "Evaluation":
@@ -117,7 +119,9 @@ class Evaluation:
                 f"none of the {len(failures)} images could be decoded: {failures[0].error}"
             )
         order = np.argsort(counted["position"])
-        return cls(parts[0].labels, counted[order], mistakes[:MOST_CONFIDENT], failures)
+        kept = [part.scores for part in parts if part.scores is not None]
+        scores = np.concatenate(kept)[order] if kept else None
+        return cls(parts[0].labels, counted[order], mistakes[:MOST_CONFIDENT], failures, scores)
 
     @property
     def images(self) -> int:
