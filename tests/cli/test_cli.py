@@ -4,6 +4,7 @@ import logging
 import os
 import pty
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from cvt.cli import console, progress, rich_console, verbs
 from cvt.cli.explain import cold
 from cvt.cli.progress import TrainingBars
 from cvt.cli.train import default_output
-from cvt.data import open_training, write_split
+from cvt.data import open_training, read_split, write_split
 from cvt.runtime import factory
 from cvt.train.recipe import FIELDS
 
@@ -37,8 +38,8 @@ TORCH = ("--runtime", "torch")  # starts at once
 
 # A change here is a change for everybody's scripts.
 SETTINGS = [
-    "--val-data", "--classes", "--image-column", "--label-column", "--epoch-images",
-    "--max-corrupt", "--max-pixels", "--workers",
+    "--val-data", "--classes", "--image-column", "--label-column", "--group-column", "--folds",
+    "--fold", "--epoch-images", "--max-corrupt", "--max-pixels", "--workers",
     "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only",
     "--views", "--lora-r",
     "--image-size", "--crop-pct", "--crop-scale", "--crop-ratio", "--interpolation", "--flip",
@@ -69,14 +70,14 @@ COMMANDS = {
     ],
     "show": ["words", "--config", "--output", "--images", "--force", *SETTINGS],
     "probe": [
-        "model", "data", "--val-data", "--classes", "--image-column", "--label-column", "--seed",
-        "--batch-size", "--workers", "--device", "--threads", "--max-pixels", "--output",
-        "--no-verify", "--force",
+        "model", "data", "--val-data", "--classes", "--image-column", "--label-column",
+        "--group-column", "--seed", "--batch-size", "--workers", "--device", "--threads",
+        "--max-pixels", "--output", "--no-verify", "--force",
     ],
     "evaluate": [
         "model", "data", "--batch-size", "--workers", "--runtime", "--precision", "--device",
-        "--threads", "--max-pixels", "--output", "--report", "--class-map",
-        "--subset", "--real-labels", "--classes", "--image-column", "--label-column",
+        "--threads", "--max-pixels", "--output", "--report", "--label-errors",
+        "--class-map", "--subset", "--real-labels", "--classes", "--image-column", "--label-column",
         "--no-verify", "--verbose", "--force",
     ],
     "app": [
@@ -388,6 +389,43 @@ def test_evaluate_reports_broken_images(cvt, model_folder, photos, tmp_path):
     assert code == 3
     assert "1 images" in out
     assert "bad.png" in err
+
+
+def test_folds_print_a_table_and_what_to_do_next(cvt, photos, model_folder, tmp_path):
+    output = tmp_path / "folds"
+    settings = (f"model={model_folder}", "image_size=32", "batch_size=8", "epochs=1", "lr=3e-3")
+    assert cvt("check", photos, "--groups", tmp_path / "groups.csv")[0] == 0
+    words = ("train", tmp_path / "groups.csv", "--group-column", "group", "--folds", 2, *settings)
+    code, out, err = cvt(*words, "--output", output)
+    assert code == 0, err
+    assert "fold 2 of 2" in err
+    with open(output / "folds.csv") as file:
+        top1 = [float(row["top1"]) for row in csv.DictReader(file)]
+    mean, deviation = 50 * sum(top1), 100 * abs(top1[0] - top1[1]) / 2**0.5
+    for name, value in (("1", 100 * top1[0]), ("mean", mean), ("deviation", deviation)):
+        assert re.search(rf"^│ {name} .*│ +{value:.2f} │", out, re.MULTILINE), out
+    assert "36 images; all of it in" in out
+    assert re.search(r"\d+ of 36 labels are probably wrong: .*label_errors.html", out)
+    best = re.search(r"best model by top1 is (\S+)", out)[1]
+    code, out, err = cvt("evaluate", *TORCH, best, tmp_path / "groups.csv", "--label-errors",
+                         tmp_path / "errors")  # fmt: skip
+    assert code == 0, err
+    assert "labels are probably wrong" in out
+    assert (tmp_path / "errors/label_errors.html").exists()
+
+    code, again, err = cvt("train", "--resume", "--output", output)
+    assert code == 0, err
+    # What the output names as the next command runs.
+    command = shlex.split(again.rpartition(": ")[2])[1:]
+    assert cvt(*command)[0] == 0
+    assert (tmp_path / "folds-all/last/model.safetensors").exists()
+    trained = read_split(output / "fold-1/split.csv")
+    with open(tmp_path / "groups.csv") as file:
+        groups = {row["path"]: row["group"] for row in csv.DictReader(file)}
+    sides = {name: set() for name in groups.values()}
+    for path, side in trained.items():
+        sides[groups[path]].add(side)
+    assert all(len(found) == 1 for found in sides.values())
 
 
 def test_evaluate_takes_the_validation_images_of_the_run(cvt, model_folder, photos, tmp_path):

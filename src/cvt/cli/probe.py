@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 )
 @click.option("--val-data", help="Validation data, if DATA has no validation split.")
 @data_options
+@click.option("--group-column", help="Column of a table whose groups a drawn split keeps whole.")
 @click.option(
     "--seed",
     type=click.IntRange(min=0),
@@ -59,6 +60,7 @@ def probe(
     classes: Path | None,
     image_column: str | None,
     label_column: str | None,
+    group_column: str | None,
     seed: int,
     batch_size: int,
     workers: int,
@@ -95,6 +97,7 @@ def probe(
             classes=classes,
             image_column=image_column,
             label_column=label_column,
+            group_column=group_column,
         )
         with bar("features", total_length((splits.train, splits.validation))) as step:
             result = probe_features(

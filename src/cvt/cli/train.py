@@ -2,14 +2,19 @@
 
 import json
 import os
+import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cvt.cli.options import FILE, argument, command, with_settings
 from cvt.text import printable
 from cvt.train.recipe import Recipe, json_schema, load_recipe, read_settings
+
+if TYPE_CHECKING:
+    from cvt.train.cross_validation import CrossValidation
 
 
 @command
@@ -51,8 +56,9 @@ def train(
 ) -> None:
     """Train or fine-tune a classifier; the best epoch is kept as a model folder, OUTPUT/best.
 
-    With --resume, the same command starts a run or resumes it exactly. In several processes:
-    torchrun --nproc-per-node 8 -m cvt train ...
+    With --resume, the same command starts a run or resumes it exactly. With --folds, it trains a
+    model for each fold and evaluates all of them on the images that they did not see. In several
+    processes: torchrun --nproc-per-node 8 -m cvt train ...
     """
     if schema:
         click.echo(json.dumps(json_schema(), indent=2))
@@ -64,12 +70,22 @@ def train(
     from cvt.train import trainer
     from cvt.train.best_epoch import result
     from cvt.train.checkpointing import checkpoints
+    from cvt.train.cross_validation import cross_validate, has_folds, resume_folds
 
     output = output or default_output(recipe.data, config.stem if config else "train")
+    resumes_folds = resume and has_folds(output)
     resumes = resume and bool(checkpoints(output / "checkpoints"))
-    if not resumes and not recipe.data:
+    if not (resumes or resumes_folds or recipe.data):
         raise click.BadParameter("what to train on is missing", param_hint="DATA")
     quiet_libraries()
+    if resumes_folds or (recipe.folds and not recipe.fold and not resumes):
+        with TrainingBars() as progress:
+            if resume:
+                found = resume_folds(output, changes, progress)
+            else:
+                found = cross_validate(recipe, output, progress)
+        print_folds(found, output)
+        return
     with TrainingBars() as progress:
         if resumes:
             best = trainer.resume(output, changes, progress)
@@ -81,6 +97,52 @@ def train(
     shown = metric_text(metric, result(best, metric) or 0.0)
     out.print(f"best {shown}, after epoch {best['epoch']}; the model is {output / 'best'}")
     out.print(f"next: cvt predict {output / 'best'} IMAGES...")
+
+
+def print_folds(found: "CrossValidation", output: Path) -> None:
+    """Print the metrics of each fold, their mean and deviation, and what to do next."""
+    from rich.table import Column, Table
+
+    from cvt.cli.console import out
+    from cvt.cli.rich_console import print_table
+    from cvt.inference.metrics import METRIC_NAMES, metric_text
+    from cvt.train.cross_validation import OUT_OF_FOLD
+
+    recipe, whole = found.recipe, found.evaluation
+    metrics = list(dict.fromkeys(("top1", "balanced_accuracy", "f1_macro", recipe.metric, "loss")))
+    shown = {name: METRIC_NAMES[name] + (" %" if name != "loss" else "") for name in metrics}
+    columns = ("images", "best epoch", *shown.values())
+    table = Table("fold", *(Column(name, justify="right") for name in columns))
+
+    def add(name: str, values: Callable[[str], float], *numbers: float) -> None:
+        texts = (f"{values(m):.4f}" if m == "loss" else f"{100 * values(m):.2f}" for m in metrics)
+        table.add_row(name, *(map(str, numbers) if numbers else ("", "")), *texts)
+
+    for row in found.folds:
+        add(str(row["fold"]), row.__getitem__, row["images"], row["epoch"])
+    table.add_section()
+    add("mean", found.mean)
+    add("deviation", found.deviation)
+    print_table(table)
+    figures = "  ".join(metric_text(name, getattr(whole, name)) for name in metrics)
+    folder = output / OUT_OF_FOLD
+    out.print(f"out of fold: {figures}  {whole.images} images; all of it in {folder}")
+    if skipped := len(whole.failures):
+        out.print(f"{skipped} of {whole.images + skipped} images cannot be decoded")
+    out.print(
+        f"{len(found.label_errors)} of {whole.images} labels are probably wrong: "
+        f"{folder / 'label_errors.html'} shows them"
+    )
+    best = output / f"fold-{found.best}"
+    out.print(f"the best model by {recipe.metric} is {best / 'best'}")
+    words = ["cvt", "train", "--config", str(output / "args.yaml"), "folds=none"]
+    if not (best / "test").exists():  # else the test split validates a run without folds
+        words += [f"val_data={recipe.data}", *["group_column=none"] * bool(recipe.group_column)]
+    whole_run = output.with_name(f"{output.name}-all")
+    out.print(
+        f"next: for a model of all images, {whole_run / 'last'}, whose own validation then says "
+        f"nothing: {shlex.join([*words, '--output', str(whole_run)])}"
+    )
 
 
 def read_recipe(

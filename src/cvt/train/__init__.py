@@ -1,21 +1,27 @@
 """Training a classifier: the paper's recipe, resumable, on one process or many."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from cvt.train.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from cvt.train.cross_validation import cross_validate, resume_folds
     from cvt.train.trainer import resume, train
 
-__all__ = ["Recipe", "load_recipe", "resume", "train"]
+_HOME = {
+    "cross_validate": "cross_validation",
+    "resume": "trainer",
+    "resume_folds": "cross_validation",
+    "train": "trainer",
+}
+__all__ = ["Recipe", "cross_validate", "load_recipe", "resume", "resume_folds", "train"]
 
 
 if not TYPE_CHECKING:  # or type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         """Import the trainer on first use: a recipe alone loads no torch."""
-        if name in ("resume", "train"):
-            from cvt.train import trainer
-
-            return getattr(trainer, name)
+        if name in _HOME:
+            return getattr(import_module(f"cvt.train.{_HOME[name]}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -72,6 +72,16 @@ class Recipe:
     classes: str | None = setting(None, "File of class names, one per line, for numeric labels.")
     image_column: str | None = setting(None, "Image column of a table that has several.")
     label_column: str | None = setting(None, "Label column of a table that has several.")
+    group_column: str | None = setting(
+        None, "Column of a table that says what an image shows: a split keeps groups whole."
+    )
+    folds: int | None = setting(
+        None,
+        "Cross-validation: a run for each of so many folds, in OUTPUT/fold-1 and so on.",
+        ge=2,
+        le=1000,
+    )
+    fold: int | None = setting(None, "Train the run of this fold alone, from 1 to FOLDS.", ge=1)
     epoch_images: int | None = setting(
         None, "Images per epoch of a stream of unknown length.", ge=1
     )
@@ -235,6 +245,10 @@ class Recipe:
     def contradictions(self) -> list[str]:
         """A sentence for each pair of settings that exclude each other."""
         faults = []
+        if self.fold and self.fold > (self.folds or 0):
+            faults.append(f"fold = {self.fold}: must be at most folds, which is {self.folds}")
+        if self.folds and self.val_data:
+            faults.append(f"folds = {self.folds}: each validates the others; drop val_data")
         if self.mixes and self.batch_size % 2:
             faults.append(f"batch_size = {self.batch_size}: mixup and cutmix need an even one")
         if self.fsdp and (self.ema_decay or self.lora_r):

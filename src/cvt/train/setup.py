@@ -251,7 +251,10 @@ def set_up(
 
 
 def splits_for(recipe: Recipe, split_file: Path | None = None) -> Splits:
-    """The images of a recipe; those of a split that a run has drawn, where its file is given."""
+    """The images of a recipe; those of a split that a run has drawn, where its file is given.
+
+    Where the recipe has folds and names none of them, the first one validates.
+    """
     return open_training(
         recipe.data,
         recipe.val_data,
@@ -259,6 +262,9 @@ def splits_for(recipe: Recipe, split_file: Path | None = None) -> Splits:
         classes=Path(recipe.classes) if recipe.classes else None,
         image_column=recipe.image_column,
         label_column=recipe.label_column,
+        group_column=recipe.group_column,
+        folds=recipe.folds,
+        fold=recipe.fold or 1,
         split_file=split_file,
     )
 

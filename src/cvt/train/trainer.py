@@ -83,6 +83,10 @@ def train(recipe: Recipe, output: str | Path, progress: Progress | None = None) 
     """
     check_path(output, "output")
     output = Path(output)
+    if recipe.folds and not recipe.fold:
+        raise ValueError(
+            f"folds = {recipe.folds}: cross_validate trains all of them, and fold chooses one"
+        )
     if checkpoints(output / "checkpoints"):
         raise FileExistsError(f"{output} exists already; --resume resumes the run in it")
     if output.is_file() or any(path.name[0] != "." for path in output.glob("*")):
