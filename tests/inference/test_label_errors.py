@@ -102,4 +102,4 @@ def test_the_files_list_the_errors(tmp_path, photos):
     assert page.count("<img") == 1
     assert "label <b>=dog</b> 5 %" in page
     with pytest.raises(FileExistsError):
-        write_label_errors(evaluation, errors, tmp_path / "new", "pets")
+        write_label_errors(evaluation, errors, tmp_path / "new", "pets", lambda i: None)

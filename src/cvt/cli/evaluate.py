@@ -22,6 +22,7 @@ from cvt.cli.options import (
 
 if TYPE_CHECKING:
     from cvt.data import Images
+    from cvt.data.decoding import Source
     from cvt.inference.metrics import Evaluation
 
 
@@ -95,6 +96,10 @@ def evaluate(
     columns = {"image_column": image_column, "label_column": label_column}
     images = not_trained_on(open_labelled(data, classes=classes, **columns), model)
     total = images.length
+
+    def picture(position: int) -> "Source | None":
+        return images[position][0] if isinstance(images, LabelledImages) else None
+
     mapped = read_class_map(class_map) if class_map else None
     real = read_real_labels(real_labels) if real_labels else None
     # What may not be written is refused before the work begins.
@@ -120,8 +125,7 @@ def evaluate(
         if write_report:
             write_report(result, page, f"{model} on {data}")
         if suspects:
-            errors, stored = find_label_errors(result), isinstance(images, LabelledImages)
-            picture = (lambda position: images[position][0]) if stored else None
+            errors = find_label_errors(result)
             write_label_errors(result, errors, suspects, f"{model} on {data}", picture)
     print_evaluation(result, subset)
     if label_errors:

@@ -70,10 +70,10 @@ def train(
     from cvt.train import trainer
     from cvt.train.best_epoch import result
     from cvt.train.checkpointing import checkpoints
-    from cvt.train.cross_validation import cross_validate, has_folds, resume_folds
+    from cvt.train.cross_validation import cross_validate, recipe_of_folds, resume_folds
 
     output = output or default_output(recipe.data, config.stem if config else "train")
-    resumes_folds = resume and has_folds(output)
+    resumes_folds = resume and recipe_of_folds(output) is not None
     resumes = resume and bool(checkpoints(output / "checkpoints"))
     if not (resumes or resumes_folds or recipe.data):
         raise click.BadParameter("what to train on is missing", param_hint="DATA")
@@ -135,7 +135,7 @@ def print_folds(found: "CrossValidation", output: Path) -> None:
     )
     best = output / f"fold-{found.best}"
     out.print(f"the best model by {recipe.metric} is {best / 'best'}")
-    words = ["cvt", "train", "--config", str(output / "args.yaml"), "folds=none"]
+    words = ["cvt", "train", "--config", str(best / "args.yaml"), "folds=none", "fold=none"]
     if not (best / "test").exists():  # else the test split validates a run without folds
         words += [f"val_data={recipe.data}", *["group_column=none"] * bool(recipe.group_column)]
     whole_run = output.with_name(f"{output.name}-all")

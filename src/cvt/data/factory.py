@@ -104,9 +104,11 @@ def open_training(
     validating = name
     if folds and (val_data or set(splits) & set(VALIDATION_NAMES)):
         raise ValueError(
-            f"folds = {folds}: {val_data or data} has a validation split, which folds are in place "
-            "of; give the images to divide alone"
+            f"folds = {folds}: {val_data or data} has a validation split, whose place folds take; "
+            "name the images to divide alone"
         )
+    if folds and isinstance(train, StreamedImages):
+        raise ValueError(f"folds = {folds}: {data} is a stream, which cannot be divided")
     if val_data is None and (folds or len(splits) == 1):
         if isinstance(train, StreamedImages):
             raise ValueError(
@@ -149,8 +151,8 @@ def _check(where: str, train: Images, validation: Images, test: Images | None) -
     named = [set(getattr(images, "groups", None) or ()) for images in (train, validation)]
     if shared := sorted(set.intersection(*named)):
         raise ValueError(
-            f"{where}: images of the group {shared[0]} are in the training and in the validation "
-            f"split, as are those of {len(shared) - 1} other groups"
+            f"{where}: {len(shared)} groups, such as {shared[0]}, have images in the training and "
+            "in the validation split"
         )
     if len(train.classes) < 2:
         raise ValueError(

@@ -116,7 +116,7 @@ def write_label_errors(
     errors: Sequence[LabelError],
     folder: str | Path,
     title: str,
-    picture: Callable[[int], Source] | None = None,
+    picture: Callable[[int], Source | None],
     overwrite: bool = False,
 ) -> None:
     """Write `label_errors.csv`, and `label_errors.html`, one page with the pictures.
@@ -126,7 +126,7 @@ def write_label_errors(
         errors: what `label_errors` found in it.
         folder: where to; its other files stay.
         title: the heading of the page.
-        picture: returns an image by its position in the data; by default the page has none.
+        picture: returns an image by its position in the data; None where images are not looked up.
         overwrite: whether a folder that is there already may be written to.
 
     Raises:
@@ -136,7 +136,8 @@ def write_label_errors(
 
     @cache
     def thumbnail(index: int) -> str:
-        return embedded_thumbnail(picture(int(counted[index]["position"]))) if picture else ""
+        source = picture(int(counted[index]["position"]))
+        return embedded_thumbnail(source) if source else ""
 
     pairs = Counter((names[error.label], names[error.suggestion]) for error in errors)
     page = render(

@@ -2,7 +2,6 @@
 
 | file in the folder | what is in it |
 |---|---|
-| `args.yaml` | the recipe of all folds |
 | `fold-1/` and so on | a run folder each |
 | `folds.csv` | the metrics of each fold's best model on the images of the fold |
 | `out_of_fold/` | the same of all images together, each predicted by the model that did not see it: what `cvt evaluate` writes, with the scores of all classes, a report, and the labels that are probably wrong |
@@ -29,8 +28,7 @@ from cvt.inference.report import write_report
 from cvt.train import trainer
 from cvt.train.checkpointing import checkpoints
 from cvt.train.progress import NullProgress, Progress
-from cvt.train.recipe import METRICS, Recipe, load_recipe, read_settings, resumed_recipe
-from cvt.train.run_folder import write_recipe
+from cvt.train.recipe import METRICS, Recipe, load_recipe, resumed_recipe
 from cvt.train.setup import splits_for
 
 TABLE, OUT_OF_FOLD = "folds.csv", "out_of_fold"
@@ -95,7 +93,7 @@ def cross_validate(
     output = Path(output)
     if output.is_file() or any(path.name[0] != "." for path in output.glob("*")):
         raise FileExistsError(f"{output} exists already; --resume resumes the folds in it, if any")
-    return _run(recipe, output, {}, progress)
+    return _run(recipe, output, progress)
 
 
 def resume_folds(
@@ -124,22 +122,19 @@ def resume_folds(
     """
     check_path(output, "output")
     output, changes = Path(output), changes or {}
-    recipe = load_recipe(None, changes)
-    if (output / "args.yaml").is_file():
-        recipe = resumed_recipe(load_recipe(output / "args.yaml"), changes)
-    return _run(recipe, output, changes, progress)
+    found = recipe_of_folds(output)
+    recipe = resumed_recipe(found, changes) if found else load_recipe(None, changes)
+    return _run(recipe, output, progress)
 
 
-def has_folds(output: Path) -> bool:
-    """Whether a folder is that of a cross-validation."""
-    path = output / "args.yaml"
-    settings = read_settings(path) if path.is_file() else {}
-    return bool(settings.get("folds") and not settings.get("fold"))
+def recipe_of_folds(output: Path) -> Recipe | None:
+    """The recipe of the folds in a folder; None if it has none."""
+    recipes = (load_recipe(path) for path in sorted(output.glob("fold-*/args.yaml")))
+    recipe = next((recipe for recipe in recipes if recipe.folds), None)
+    return recipe and dataclasses.replace(recipe, fold=None)
 
 
-def _run(
-    recipe: Recipe, output: Path, changes: Mapping[str, Any], progress: Progress | None
-) -> CrossValidation:
+def _run(recipe: Recipe, output: Path, progress: Progress | None) -> CrossValidation:
     progress = progress or NullProgress()
     if not recipe.folds or recipe.fold:
         raise ValueError(f"folds = {recipe.folds}, fold = {recipe.fold}: give folds alone")
@@ -149,19 +144,17 @@ def _run(
             f"--output {output / 'fold-1'} for the first; the same command with --resume, in one "
             "process, then evaluates them together"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    write_recipe(output, recipe)
-    numbers = range(1, recipe.folds + 1)
-    # What is None is the default, for which a run may have another value that it found.
-    given = {name: value for name, value in dataclasses.asdict(recipe).items() if value is not None}
-    epochs = []
+    numbers, epochs = range(1, recipe.folds + 1), []
     for fold in numbers:
         folder = output / f"fold-{fold}"
+        own = dataclasses.replace(recipe, fold=fold)
         progress.log(f"fold {fold} of {recipe.folds}, in {folder}")
         if checkpoints(folder / "checkpoints"):
-            best = trainer.resume(folder, {**given, **changes}, progress)
+            best = trainer.resume(folder, dataclasses.asdict(own), progress)
         else:
-            best = trainer.train(dataclasses.replace(recipe, fold=fold), folder, progress)
+            best = trainer.train(own, folder, progress)
+        # What the first one has found, such as the precision, the others have too.
+        recipe = recipe_of_folds(output) or recipe
         epochs.append(best["epoch"] or 0)
     images = [_validation(output / f"fold-{fold}") for fold in numbers]
     positions = np.concatenate([each.positions for each in images])

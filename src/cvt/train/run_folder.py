@@ -52,7 +52,9 @@ KEPT = "checkpoints/best"  # what a run is resumed with that ended between two v
 
 def write_settings(output: Path, recipe: Recipe, plan: Plan, device: torch.device) -> None:
     """Write `args.yaml`, and a further entry of `environment.json`."""
-    write_recipe(output, recipe)
+    with staged(output / "args.yaml", overwrite=True) as file:
+        settings = dataclasses.asdict(recipe)
+        file.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
     entry = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -68,13 +70,6 @@ def write_settings(output: Path, recipe: Recipe, plan: Plan, device: torch.devic
     earlier = json.loads(path.read_text("utf-8")) if path.exists() else []
     with staged(path, overwrite=True) as file:
         file.write_text(json.dumps([*earlier, entry], indent=2) + "\n", "utf-8")
-
-
-def write_recipe(output: Path, recipe: Recipe) -> None:
-    """Write `args.yaml`."""
-    with staged(output / "args.yaml", overwrite=True) as file:
-        settings = dataclasses.asdict(recipe)
-        file.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
 
 
 def git_state() -> dict[str, Any] | None:
