@@ -136,13 +136,13 @@ def print_folds(found: "CrossValidation", output: Path) -> None:
     best = output / f"fold-{found.best}"
     out.print(f"the best model by {recipe.metric} is {best / 'best'}")
     words = ["cvt", "train", "--config", str(best / "args.yaml"), "folds=none", "fold=none"]
-    if not (best / "test").exists():  # else the test split validates a run without folds
+    run = output.with_name(f"{output.name}-all")
+    chosen = run / "best"
+    if not (best / "test").exists():  # the validation images are those that it is trained on
         words += [f"val_data={recipe.data}", *["group_column=none"] * bool(recipe.group_column)]
-    whole_run = output.with_name(f"{output.name}-all")
-    out.print(
-        f"next: for a model of all images, {whole_run / 'last'}, whose own validation then says "
-        f"nothing: {shlex.join([*words, '--output', str(whole_run)])}"
-    )
+        chosen = run / "last"
+    command = shlex.join([*words, "--output", str(run)])
+    out.print(f"next, for a model of all images, {chosen}: {command}")
 
 
 def read_recipe(
