@@ -84,7 +84,9 @@ class Recipe:
         ge=2,
         le=1000,
     )
-    fold: int | None = setting(None, "Train the run of this fold alone, from 1 to FOLDS.", ge=1)
+    fold: int | None = setting(
+        None, "Train the run of this fold alone, from 1 to FOLDS.", ge=1, advanced=True
+    )
     epoch_images: int | None = setting(
         None, "Images per epoch of a stream of unknown length.", ge=1, advanced=True
     )
