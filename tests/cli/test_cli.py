@@ -131,7 +131,7 @@ def test_the_help_of_train_groups_the_settings(cvt):
     groups = [spec.metadata["group"] for spec in FIELDS.values() if spec.metadata["group"]]
     assert sections == ["Arguments", "Options", *groups]
     assert len(out.splitlines()) <= 120  # three screens of 40 lines
-    assert "\nAdvanced, described by cvt train --schema:\n  --epoch-images, " in out
+    assert "\nAdvanced, described by cvt train --schema:\n  --fold, --epoch-images, " in out
     machine = out.partition("\nMachine:\n")[2].partition("\n\n")[0]
     assert re.findall(r"^  --([a-z-]+)", machine, re.MULTILINE)[0] == "precision"
 
