@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from cvt.limits import BOUNDS
+from cvt.problem_type import PROBLEMS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
@@ -157,7 +158,13 @@ data_options = with_options(
             "--classes", type=FILE, help="Names of the classes of the data, one per line."
         ),
         click.option("--image-column", help="Column of a table's images."),
-        click.option("--label-column", help="Column of a table's labels."),
+        click.option("--label-column", help="Column of a table's labels, or A,B,C."),
+        click.option("--label-separator", help="What is between several classes of a label."),
+        click.option(
+            "--problem-type",
+            type=click.Choice(PROBLEMS),
+            help="What the labels are: one class, several, or values.",
+        ),
     ]
 )
 

@@ -59,6 +59,8 @@ def probe(
     classes: Path | None,
     image_column: str | None,
     label_column: str | None,
+    label_separator: str | None,
+    problem_type: str | None,
     seed: int,
     batch_size: int,
     workers: int,
@@ -95,6 +97,8 @@ def probe(
             classes=classes,
             image_column=image_column,
             label_column=label_column,
+            label_separator=label_separator,
+            problem_type=problem_type,
         )
         with bar("features", total_length((splits.train, splits.validation))) as step:
             result = probe_features(

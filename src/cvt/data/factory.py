@@ -34,7 +34,9 @@ from cvt.data.labelled import (
     split,
 )
 from cvt.data.split_file import recorded_split
+from cvt.data.task import Task, other_task
 from cvt.files import check_path
+from cvt.problem_type import MULTI_LABEL, PROBLEMS, REGRESSION, SINGLE_LABEL
 
 
 def open_training(
@@ -45,6 +47,8 @@ def open_training(
     classes: Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    label_separator: str | None = None,
+    problem_type: str | None = None,
     split_file: Path | None = None,
 ) -> Splits:
     """The images to train on, those that validate, of the same classes, and those held out.
@@ -55,7 +59,11 @@ def open_training(
         seed: draws the validation images where the data has no split for them.
         classes: a text file of class names, one per line, in the order of the classifier's outputs.
         image_column: the column of a table or csv file with the images, where it is not plain.
-        label_column: the column with the labels, likewise.
+        label_column: the column with the labels, likewise; with `problem_type` several, with commas
+            between: one of 0 and 1 for each class, or one for each value.
+        label_separator: what is between the classes of a label of a csv file, as `;` in `a;b`.
+        problem_type: `single_label_classification`, `multi_label_classification` or `regression`;
+            by default the second with a `label_separator`, else the first.
         split_file: what `write_split` wrote; the split in it, if it is of these images, is taken
             in place of one drawn.
 
@@ -65,7 +73,7 @@ def open_training(
 
     Raises:
         ValueError: there is only one class, a class has no images, the splits differ in their
-            classes, or the data is malformed.
+            classes, the labels look like those of another problem, or the data is malformed.
         OSError: a file is missing or cannot be read, or the hub cannot be reached.
         ImportError: a library that this kind of data needs is not installed.
 
@@ -81,7 +89,7 @@ def open_training(
         >>> len(splits.train), len(splits.validation)
         (16, 4)
     """
-    options = _Options(_names(classes), image_column, label_column)
+    options = _options(classes, image_column, label_column, label_separator, problem_type)
     splits = _splits(data, options)
     name = _chosen(data, splits, TRAIN_NAMES)
     is_held_out = name in VALIDATION_NAMES + TEST_NAMES
@@ -90,6 +98,8 @@ def open_training(
     source, others = (data, splits) if val_data is None else (val_data, _splits(val_data, options))
     train: Images = splits[name]()
     _check_names(data, train.classes)
+    if isinstance(train, LabelledImages):
+        _check_task(data, train, label_separator, problem_type)
     validation: Images
     validating = name
     if val_data is None and len(splits) == 1:
@@ -127,10 +137,14 @@ def _check(where: str, train: Images, validation: Images, test: Images | None) -
             "trained on"
         )
     for images, name in ((train, "training"), (validation, "validation")):
-        labels = images.labels if isinstance(images, LabelledImages) else images.classes
-        if empty := sorted(set(images.classes) - set(labels)):
+        if isinstance(images, StreamedImages):
+            continue
+        if not len(images):
+            raise ValueError(f"{where} has no {name} images")
+        used = {name for label in set(images.labels) for name in images.task.classes_of(label)}
+        if train.task.problem_type != REGRESSION and (empty := sorted(set(images.classes) - used)):
             raise ValueError(f"{where} has classes without {name} images: {', '.join(empty)}")
-    if len(train.classes) < 2:
+    if len(train.classes) < 2 and train.task.has_one_class:
         raise ValueError(
             f"{where} has a single class, {', '.join(train.classes)}; at least two are needed"
         )
@@ -157,6 +171,8 @@ def open_labelled(
     classes: Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    label_separator: str | None = None,
+    problem_type: str | None = None,
 ) -> Images:
     """The images to evaluate with: the validation split, else the test split, else all of them.
 
@@ -165,6 +181,8 @@ def open_labelled(
         classes: as in `open_training`.
         image_column: likewise.
         label_column: likewise.
+        label_separator: likewise.
+        problem_type: likewise.
 
     Raises:
         ValueError: the data is malformed.
@@ -177,7 +195,7 @@ def open_labelled(
         >>> len(images), images.classes
         (360, ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9'])
     """
-    options = _Options(_names(classes), image_column, label_column)
+    options = _options(classes, image_column, label_column, label_separator, problem_type)
     splits = _splits(data, options)
     images = splits[_chosen(data, splits, VALIDATION_NAMES, TEST_NAMES)]()
     _check_names(data, images.classes)
@@ -190,6 +208,8 @@ def open_splits(
     classes: Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    label_separator: str | None = None,
+    problem_type: str | None = None,
 ) -> dict[str, Images]:
     """All splits of a data set by their names; one that has none is called "".
 
@@ -198,6 +218,8 @@ def open_splits(
         classes: as in `open_training`.
         image_column: likewise.
         label_column: likewise.
+        label_separator: likewise.
+        problem_type: likewise.
 
     Raises:
         ValueError: the data is malformed.
@@ -209,7 +231,7 @@ def open_splits(
         >>> {name: len(images) for name, images in open_splits("digits").items()}
         {'train': 1437, 'test': 360}
     """
-    options = _Options(_names(classes), image_column, label_column)
+    options = _options(classes, image_column, label_column, label_separator, problem_type)
     return {name: read() for name, read in _splits(data, options).items()}
 
 
@@ -218,11 +240,49 @@ class _Options:
     names: list[str] | None
     image_column: str | None
     label_column: str | None
+    task: Task
 
 
-def _names(file: Path | None) -> list[str] | None:
-    """The class names in a file, however many they are."""
-    return None if file is None else read_labels(file)
+def _options(
+    classes: Path | None,
+    image_column: str | None,
+    label_column: str | None,
+    label_separator: str | None,
+    problem_type: str | None,
+) -> _Options:
+    """The options with the class names in a file, however many they are.
+
+    Raises:
+        ValueError: options contradict each other.
+    """
+    problem = problem_type or (MULTI_LABEL if label_separator else SINGLE_LABEL)
+    if problem not in PROBLEMS:
+        raise ValueError(f"problem_type = {problem}: must be one of {', '.join(PROBLEMS)}")
+    if label_separator and problem != MULTI_LABEL:
+        raise ValueError(f"label_separator = {label_separator}: means several labels, no {problem}")
+    if classes and problem == REGRESSION:
+        raise ValueError(f"classes = {classes}: values have no classes; leave it out")
+    if problem == MULTI_LABEL and not label_separator and "," not in (label_column or ""):
+        raise ValueError(
+            f"problem_type = {problem}: give label_separator for a column of several classes, or "
+            "label_column=A,B,C for columns of 0 and 1"
+        )
+    names = None if classes is None else read_labels(classes)
+    task = Task(problem, label_separator or Task.separator)
+    return _Options(names, image_column, label_column, task)
+
+
+def _check_task(
+    data: str | Path, images: LabelledImages, separator: str | None, problem_type: str | None
+) -> None:
+    """Raise a ValueError if labels look like those of another problem than the one assumed."""
+    if separator and problem_type is None and not any(separator in x for x in images.labels):
+        raise ValueError(
+            f"label_separator = {separator}: no label of {data} has several classes, such as "
+            f"{images.labels[0]}; give problem_type={MULTI_LABEL} too if that is right"
+        )
+    if problem_type is None and images.task.has_one_class and (found := other_task(images.labels)):
+        raise ValueError(f"{data} {found}; if each is one class, problem_type={SINGLE_LABEL}")
 
 
 def _chosen(data: str | Path, splits: SplitReaders, *names: tuple[str, ...]) -> str:
@@ -253,6 +313,12 @@ def _splits(data: str | Path, options: _Options) -> SplitReaders:
         image_column=options.image_column,
         label_column=options.label_column,
     )
+    is_csv = path.suffix.lower() == ".csv" and path.is_file()
+    if not options.task.has_one_class and not is_csv:
+        raise ValueError(
+            f"problem_type = {options.task.problem_type}: such labels are read from a csv file "
+            f"alone, and {data} is none"
+        )
     if name.startswith("hub:"):
         return hub_splits(name.removeprefix("hub:"), find, streaming)
     if shards := files_of("tar", name):
@@ -263,8 +329,8 @@ def _splits(data: str | Path, options: _Options) -> SplitReaders:
         raise ValueError(f"{data}: neither shards nor parquet files nor hub:OWNER/NAME to stream")
     if any((path / file).is_file() for file in SAVED):
         return saved_splits(path, find)
-    if path.suffix.lower() == ".csv" and path.is_file():
-        return _renamed(csv_splits(path, *columns), options.names, path)
+    if is_csv:
+        return _renamed(csv_splits(path, *columns, options.task), options.names, path)
     if any(columns):
         raise ValueError(
             f"{data} has no columns to choose from: leave image_column and label_column out"
@@ -305,10 +371,16 @@ def _renamed(splits: SplitReaders, names: list[str] | None, path: Path) -> Split
     def renamed(read: Callable[[], Images]) -> LabelledImages:
         images = read()
         assert isinstance(images, LabelledImages)
-        if unknown := sorted(set(images.labels) - known.keys()):
+        task = images.task
+        used = {name for label in set(images.labels) for name in task.classes_of(label)}
+        if unknown := sorted(used - known.keys()):
             raise ValueError(
                 f"{path} has labels that are none of the classes: {', '.join(unknown)}"
             )
-        return LabelledImages(images.sources, [known[label] for label in images.labels], names)
+        labels = [
+            task.separator.join(sorted(known[name] for name in task.classes_of(label)))
+            for label in images.labels
+        ]
+        return LabelledImages(images.sources, labels, names, task)
 
     return {name: partial(renamed, read) for name, read in splits.items()}

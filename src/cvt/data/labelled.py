@@ -6,10 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from cvt.data.decoding import Source
 from cvt.data.duplicates import equal_groups
+from cvt.data.task import Task
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -42,13 +46,29 @@ def resembles_splits(names: Iterable[str]) -> list[str]:
     return sorted(kinds) if several else []
 
 
-class LabelledImages:
-    """Images that can be looked up, each with the name of its class.
+class _Labelled:
+    """What images that are looked up and streamed ones share."""
+
+    classes: list[str]
+    task: Task
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.classes)}
+
+    def target(self, label: str) -> int | list[float]:
+        """What a classifier is trained to give for a label, see `Task.target`."""
+        return self.task.target(label, self._indices)
+
+
+class LabelledImages(_Labelled):
+    """Images that can be looked up, each with its label.
 
     Attributes:
         sources: the images; one that is not a file is read on access.
-        labels: the name of the class of every image.
-        classes: the names of the classes in the order of a classifier's outputs.
+        labels: of every image the name of its class, or what `task` says.
+        classes: the names of the classes, or of the values, in the order of a classifier's outputs.
+        task: what the labels mean.
 
     Example:
         >>> from pathlib import Path
@@ -59,13 +79,20 @@ class LabelledImages:
     """
 
     def __init__(
-        self, sources: Sequence[Source], labels: Sequence[str], classes: list[str] | None = None
+        self,
+        sources: Sequence[Source],
+        labels: Sequence[str],
+        classes: list[str] | None = None,
+        task: Task = Task(),  # noqa: B008 (it is frozen)
     ) -> None:
         """By default the classes are those of the labels, sorted."""
         assert len(sources) == len(labels)
         self.sources = sources
         self.labels = labels
-        self.classes = sorted(set(labels)) if classes is None else classes
+        self.task = task
+        if classes is None:
+            classes = sorted({name for label in set(labels) for name in task.classes_of(label)})
+        self.classes = classes
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,6 +101,12 @@ class LabelledImages:
     def length(self) -> int:
         """How many images there are, as of streamed ones."""
         return len(self)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Of every image the index of its class, (N,), or a target for each output, (N, K)."""
+        dtype = np.int64 if self.task.has_one_class else np.float32
+        return np.array([self.target(label) for label in self.labels], dtype)
 
     def name(self, index: int) -> str:
         """The name of an image, the same wherever its folder is; of a file its path from there."""
@@ -88,7 +121,7 @@ class LabelledImages:
     def select(self, indices: Sequence[int]) -> "LabelledImages":
         """Some of the images, in the order of `indices`."""
         labels = [self.labels[i] for i in indices]
-        return LabelledImages(_Selection(self.sources, indices), labels, self.classes)
+        return LabelledImages(_Selection(self.sources, indices), labels, self.classes, self.task)
 
 
 def _name(sources: Sequence[Source], index: int) -> str:
@@ -111,7 +144,7 @@ class _Selection(Sequence[Source]):
 
 
 @dataclass(frozen=True)
-class StreamedImages:
+class StreamedImages(_Labelled):
     """Images that are read one after the other, for sets that do not fit on one machine.
 
     Attributes:
@@ -119,6 +152,7 @@ class StreamedImages:
         length: how many images one pass has, where that is known without reading them all.
         rows: what is streamed.
         sample: returns the image and the name of the class of a row.
+        task: what the labels mean.
 
     Example:
         >>> from datasets import IterableDataset
@@ -140,6 +174,7 @@ class StreamedImages:
     length: int | None
     rows: "IterableDataset"
     sample: Callable[[dict[str, Any]], tuple[Source, str]]
+    task: Task = Task()  # noqa: RUF009 (it is frozen)
 
     def __iter__(self) -> Iterator[tuple[Source, str]]:
         """All images once, in the order in which they are stored.
@@ -241,6 +276,8 @@ SplitReaders = Mapping[str, Callable[[], Images]]
 def split(images: LabelledImages, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """Four fifths and one fifth of every class, drawn by `seed`, at least one image in each.
 
+    Of images with values, and of those that have no class, four fifths and one fifth.
+
     Images of equal content are on one side, whatever their classes; the fifth is as near as that
     allows.
 
@@ -261,7 +298,9 @@ def divide(
 ) -> tuple[LabelledImages, LabelledImages]:
     """The images to train on and those that validate, both class by class."""
     position = {name: i for i, name in enumerate(images.classes)}
-    order = sorted(range(len(images)), key=lambda i: position[images.labels[i]])
+    order = sorted(  # labels of several classes and values keep their order, behind the others
+        range(len(images)), key=lambda i: position.get(images.labels[i], len(position))
+    )
     train, validating = (
         [i for i in order if (i in validation) == validates] for validates in (False, True)
     )
@@ -274,15 +313,17 @@ def _drawn(images: LabelledImages, seed: int) -> set[int]:
     An image is taken with all its equals, or not at all.
     """
     equal = {i: group for group in equal_groups(images.sources) for i in group}
+    names = [images.task.classes_of(label) or [""] for label in images.labels]
     groups: dict[str, list[list[int]]] = {name: [] for name in images.classes}
-    for i, label in enumerate(images.labels):
-        groups[label].append(equal.get(i, [i]))
+    for i, of_image in enumerate(names):
+        for name in of_image:
+            groups.setdefault(name, []).append(equal.get(i, [i]))
     room = {name: max(1, round(len(found) / 5)) for name, found in groups.items()}
     validation: set[int] = set()
     decided: set[int] = set()
 
     def labels(group: list[int]) -> Counter[str]:
-        return Counter(images.labels[i] for i in group)
+        return Counter(name for i in group for name in names[i])
 
     def fits(group: list[int]) -> bool:
         return all(count <= room[name] for name, count in labels(group).items())
@@ -299,7 +340,7 @@ def _drawn(images: LabelledImages, seed: int) -> set[int]:
 
     for name in sorted(groups, key=distinct):  # those with the least choice first
         drawn = groups[name]
-        if len(drawn) == 1:
+        if len(drawn) == 1 and name:
             image, _ = images[drawn[0][0]]
             raise ValueError(f"class {name} has one image, {image}: too few to split")
         random.Random(f"{seed} {name}").shuffle(drawn)
@@ -309,7 +350,7 @@ def _drawn(images: LabelledImages, seed: int) -> set[int]:
         for group in free:
             if group[0] not in decided:
                 decide(group, validates=fits(group))
-        if len({group[0] in validation for group in drawn}) == 1:
+        if len({group[0] in validation for group in drawn}) == 1 and name:
             raise ValueError(
                 f"class {name} has too few images that differ to be split: images of equal "
                 f"content, such as {images[drawn[0][0]][0]}, are kept on one side"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from cvt.data.decoding import Source
 
 BINS = 15  # of the calibration error, as in its paper
 MOST_CONFIDENT = 60  # mistakes whose images are kept
-# What the metrics are called where they are printed; all but the loss are shares.
+# What the metrics are called where they are printed; shares, but for `NOT_SHARES`.
 METRIC_NAMES = {
     "top1": "top-1",
     "top5": "top-5",
@@ -19,7 +19,13 @@ METRIC_NAMES = {
     "balanced_accuracy": "balanced accuracy",
     "f1_macro": "macro F1",
     "lowest_recall": "lowest recall",
+    "mean_average_precision": "mAP",
+    "f1_micro": "micro F1",
+    "mae": "mean absolute error",
+    "rmse": "root mean squared error",
+    "r2": "R²",
 }
+NOT_SHARES = ("loss", "mae", "rmse", "r2")
 
 # What is kept of every counted image.
 COUNTED = np.dtype(
@@ -94,6 +100,10 @@ class Evaluation:
         mistakes: the most confident ones, at most `MOST_CONFIDENT`, the most confident first.
         failures: the images that could not be decoded, by position.
     """
+
+    METRICS: ClassVar = (
+        *("top1", "top5", "loss", "balanced_accuracy", "f1_macro", "lowest_recall"),
+    )
 
     labels: list[str]
     counted: np.ndarray
@@ -199,7 +209,7 @@ class Evaluation:
     @property
     def metrics(self) -> dict[str, float]:
         """The figures by their names."""
-        names = ("images", *METRIC_NAMES, "calibration_error", "real_top1")
+        names = ("images", *self.METRICS, "calibration_error", "real_top1")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
@@ -243,6 +253,8 @@ class Evaluation:
 
 
 def metric_text(metric: str, value: float) -> str:
-    """A metric for people: `top-1 99.44 %`, `loss 0.1284`."""
-    number = f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f} %"
+    """A metric for people: `top-1 99.44 %`, `loss 0.1284`, `mean absolute error 3.107`."""
+    number = f"{value:.4f}" if metric in ("loss", "r2") else f"{100 * value:.2f} %"
+    if metric in ("mae", "rmse"):  # in units of the values
+        number = f"{value:.4g}"
     return f"{METRIC_NAMES[metric]} {number}"
