@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import pipeline
 
 from cvt import Classifier, CvtConfig, image_processor
+from cvt.data import LabelledImages
 from cvt.data.decoding import StoredImage
 from cvt.data.preprocessing import IMAGE_MEAN, IMAGE_STD, LARGEST
 from cvt.data.workers import answer_nothing
@@ -262,8 +263,8 @@ def test_values_are_printed_and_written_as_values(cvt, processor, photos, tmp_pa
 
 
 def test_a_regression_has_no_classes_to_evaluate(processor):
-    with pytest.raises(ValueError, match="problem_type = regression: such a model gives values"):
-        evaluate(regression(37.0, 1.0), processor, None)
+    with pytest.raises(ValueError, match="problem_type = regression of the model, and the labels"):
+        evaluate(regression(37.0, 1.0), processor, LabelledImages([], []))
 
 
 def test_several_independent_labels_are_scored_as_by_pipeline(processor, photos):

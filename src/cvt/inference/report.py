@@ -234,6 +234,7 @@ def plot_precision_recall(evaluation: MultiLabelEvaluation, path: Path) -> None:
         k = evaluation.labels.index(label)
         precision, recall = precision_recall(evaluation.targets[:, k] > 0, evaluation.scores[:, k])
         name = f"{short(label, 20)}  {100 * figures.average_precision:.1f} %"
+        recall, precision = np.append(0, recall), np.append(precision[:1], precision)
         (line,) = axes.step(recall, precision, where="pre", label=name, linewidth=1.2)
         axes.plot(figures.recall, figures.precision, "o", color=line.get_color(), markersize=5)
     title = "Precision and recall, with the thresholds"
