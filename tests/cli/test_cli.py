@@ -37,7 +37,8 @@ TORCH = ("--runtime", "torch")  # starts at once
 
 # A change here is a change for everybody's scripts.
 SETTINGS = [
-    "--val-data", "--classes", "--image-column", "--label-column", "--epoch-images",
+    "--val-data", "--classes", "--image-column", "--label-column", "--label-separator",
+    "--problem-type", "--epoch-images",
     "--max-corrupt", "--max-pixels", "--workers",
     "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only",
     "--views", "--lora-r",
@@ -56,7 +57,8 @@ SETTINGS = [
 COMMANDS = {
     "check": [
         "data", "--output", "--groups", "--distance", "--min-images", "--max-pixels", "--workers",
-        "--classes", "--image-column", "--label-column", "--force",
+        "--classes", "--image-column", "--label-column", "--label-separator", "--problem-type",
+        "--force",
     ],
     "predict": [
         "model", "images", "--topk", "--batch-size", "--workers", "--runtime", "--precision",
@@ -69,15 +71,15 @@ COMMANDS = {
     ],
     "show": ["words", "--config", "--output", "--images", "--force", *SETTINGS],
     "probe": [
-        "model", "data", "--val-data", "--classes", "--image-column", "--label-column", "--seed",
-        "--batch-size", "--workers", "--device", "--threads", "--max-pixels", "--output",
-        "--no-verify", "--force",
+        "model", "data", "--val-data", "--classes", "--image-column", "--label-column",
+        "--label-separator", "--problem-type", "--seed", "--batch-size", "--workers", "--device",
+        "--threads", "--max-pixels", "--output", "--no-verify", "--force",
     ],
     "evaluate": [
         "model", "data", "--batch-size", "--workers", "--runtime", "--precision", "--device",
         "--threads", "--max-pixels", "--output", "--report", "--class-map",
         "--subset", "--real-labels", "--classes", "--image-column", "--label-column",
-        "--no-verify", "--verbose", "--force",
+        "--label-separator", "--problem-type", "--no-verify", "--verbose", "--force",
     ],
     "app": [
         "model", "--port", "--host", "--lang", "--examples", "--device", "--threads",
