@@ -180,8 +180,11 @@ class Setup:
             if self.scale:
                 adapted = in_units(copy.deepcopy(adapted))
             return merged(adapted), adapted
-        model = rebuilt(self.config.to_dict())
-        model.load_state_dict(state["ema"] or state["model"])
+        with torch.device("meta"):  # no time for random weights
+            model = rebuilt(self.config.to_dict())
+        weights = state["ema"] or state["model"]
+        contiguous = {name: weight.contiguous() for name, weight in weights.items()}
+        model.load_state_dict(contiguous, assign=True)
         if self.scale:
             self.scale.put_on(model)
             in_units(model)

@@ -76,10 +76,10 @@ class StandardisedLinear(nn.Linear):
 
 @torch.no_grad()
 def in_units(model: Module) -> Module:
-    """The model itself, with the scale of its values in the weights of its classifier."""
+    """The model itself, with the scale of its values in new weights of its classifier."""
     for module in [each for each in model.modules() if isinstance(each, StandardisedLinear)]:
-        module.weight.mul_(module.deviation[:, None])
-        module.bias.mul_(module.deviation).add_(module.mean)
+        module.weight = nn.Parameter(module.weight * module.deviation[:, None])
+        module.bias = nn.Parameter(module.bias * module.deviation + module.mean)
         del module.mean, module.deviation
         module.__class__ = nn.Linear  # type: ignore[assignment]
     return model
