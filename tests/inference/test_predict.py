@@ -278,6 +278,17 @@ def test_several_independent_labels_are_scored_as_by_pipeline(processor, photos)
     assert sum(prediction.scores) != pytest.approx(1, abs=1e-3)
 
 
+def test_classes_that_reach_their_threshold_come_first(processor, photos):
+    model, path = make(tiny(problem_type="multi_label_classification")), photos / "red" / "00.png"
+    (plain,) = predict(model, processor, [path])
+    assert all(record.keys() == {"label", "score"} for record in plain.records)
+    lowest = model.config.label2id[plain.labels[-1]]
+    model.config.thresholds = [0.0 if i == lowest else 1.0 for i in range(len(plain.labels))]
+    (prediction,) = predict(model, processor, [path], topk=2)
+    assert prediction.labels == [plain.labels[-1], plain.labels[0]]
+    assert [record["predicted"] for record in prediction.records] == [True, False]
+
+
 # ------------------------------------------------------------------------------ processors
 
 

@@ -415,6 +415,7 @@ def _page_of_outputs(evaluation: OutputEvaluation, title: str) -> str:
         "report_outputs.html.jinja",
         title=title,
         evaluation=evaluation,
+        heading="Classes, the worst first" if name == "per_class" else "Values",
         figures=[
             (METRIC_NAMES[metric], metric_text(metric, value).removeprefix(METRIC_NAMES[metric]))
             for metric, value in evaluation.metrics.items()
