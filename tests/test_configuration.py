@@ -63,7 +63,7 @@ def save(config, folder):
 
 
 def test_every_field_has_bad_values_here():
-    assert BAD_VALUES.keys() == DEFAULTS.keys()
+    assert BAD_VALUES.keys() == DEFAULTS.keys() - {"thresholds"}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,15 @@ def test_a_list_of_the_wrong_length_is_named_with_its_length(name, length):
     )
     with pytest.raises(ValueError, match=message):
         CvtConfig(**{name: values})
+
+
+@pytest.mark.parametrize("value", [[0.5], [0.5, 1.5], [0.5, NAN], [0.5, "x"], 0.5, {0: 0.5}])
+def test_thresholds_are_a_share_for_each_class(tmp_path, value):
+    with pytest.raises(ValueError, match="thresholds = "):
+        CvtConfig(num_labels=2, thresholds=value)
+    save(CvtConfig(num_labels=2, thresholds=[0.25, 1]), tmp_path)
+    assert CvtConfig.from_pretrained(tmp_path).thresholds == [0.25, 1.0]
+    assert CvtConfig.from_pretrained(tmp_path, num_labels=5).thresholds is None
 
 
 def test_heads_that_do_not_divide_the_width_are_named():
@@ -355,7 +364,7 @@ def first_difference(config, other):
 
 
 def test_every_field_has_an_effect_here():
-    assert EFFECTS.keys() == DEFAULTS.keys()
+    assert EFFECTS.keys() == DEFAULTS.keys() - {"thresholds"}  # of predictions: test_predict.py
 
 
 @pytest.mark.parametrize(

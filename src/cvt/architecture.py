@@ -83,6 +83,7 @@ def _one_of(choices: tuple[str, ...]) -> _Kind:
 
 _FLAG = _Kind("True or False", lambda value: value in (0, 1), bool)
 _RATIO = _Kind("a number above 0", lambda v: isinstance(v, Real) and 0 < float(v) < math.inf, float)
+_SHARE = _Kind("from 0 to 1", lambda v: isinstance(v, Real) and 0 <= float(v) <= 1, float)
 _RATE = _Kind("at least 0 and below 1", lambda v: isinstance(v, Real) and 0 <= float(v) < 1, float)
 
 PER_STAGE = {
@@ -326,6 +327,7 @@ class Architecture:
     init: str = "trunc_norm"
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
+    thresholds: list[float] | None = None
 
     def validate(self) -> None:
         """Check every field and bring it to its own type; models call it again.
@@ -349,6 +351,13 @@ class Architecture:
             raise ValueError(
                 f"id2label = {reprlib.repr(self.id2label)}: its keys must count from 0"
             )
+        if self.thresholds is not None:
+            if not isinstance(self.thresholds, list) or len(self.thresholds) != self.num_labels:
+                raise ValueError(
+                    f"thresholds = {reprlib.repr(self.thresholds)}: must be a list of "
+                    f"{self.num_labels} numbers, one for each class"
+                )
+            self.thresholds = [_SHARE.check("thresholds", value) for value in self.thresholds]
         for i, stage in enumerate(self.stages):
             check_stage(stage, i)
 
@@ -402,6 +411,8 @@ class Architecture:
 
     @class_names.setter
     def class_names(self, names: list[str]) -> None:
+        if self.thresholds is not None and len(self.thresholds) != len(names):
+            self.thresholds = None  # they are of other classes
         self.id2label = dict(enumerate(names))
         self.label2id = {name: i for i, name in enumerate(names)}
 

@@ -54,6 +54,8 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
         initializer_range: standard deviation of `trunc_norm`, class tokens and the classifier.
         layer_norm_eps: epsilon of every LayerNorm. A config.json without `hidden_act` was written
             by transformers, whose 1e-12 never took effect; it is read as 1e-5.
+        thresholds: of `multi_label_classification`, the score of each class from which on
+            `cvt.Classifier` predicts it; `cvt train` chooses them on the validation images.
         kwargs: fields of transformers' `PreTrainedConfig`; `out_features`, `out_indices` of
             `CvtBackbone`.
 

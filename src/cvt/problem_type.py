@@ -2,7 +2,10 @@
 
 from collections.abc import Iterable
 
-PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
+SINGLE_LABEL = "single_label_classification"
+MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
+PROBLEMS = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 
 
 def problem_of(
@@ -24,11 +27,11 @@ def problem_of(
     Raises:
         ValueError: there is no such problem, or the shape of the labels does not fit.
     """
-    likely = "single_label_classification" if integers else "multi_label_classification"
-    problem = problem_type or ("regression" if num_labels == 1 else likely)
+    likely = SINGLE_LABEL if integers else MULTI_LABEL
+    problem = problem_type or (REGRESSION if num_labels == 1 else likely)
     if problem not in PROBLEMS:
         raise ValueError(f"problem_type = {problem!r}: must be one of {', '.join(PROBLEMS)}")
-    indices = problem == "single_label_classification" and integers
+    indices = problem == SINGLE_LABEL and integers
     columns = 1 if indices else logits[1]
     fits = (len(labels) == 2 and labels[1] in (columns, None)) or (len(labels) == columns == 1)
     known = None not in (labels[:1] + logits[:1])

@@ -38,8 +38,9 @@ TORCH = ("--runtime", "torch")  # starts at once
 
 # A change here is a change for everybody's scripts.
 SETTINGS = [
-    "--val-data", "--classes", "--image-column", "--label-column", "--group-column", "--folds",
-    "--fold", "--epoch-images", "--max-corrupt", "--max-pixels", "--workers",
+    "--val-data", "--classes", "--image-column", "--label-column", "--label-separator",
+    "--problem-type", "--group-column", "--folds", "--fold", "--epoch-images",
+    "--max-corrupt", "--max-pixels", "--workers",
     "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only",
     "--views", "--lora-r",
     "--image-size", "--crop-pct", "--crop-scale", "--crop-ratio", "--interpolation", "--flip",
@@ -57,7 +58,8 @@ SETTINGS = [
 COMMANDS = {
     "check": [
         "data", "--output", "--groups", "--distance", "--min-images", "--max-pixels", "--workers",
-        "--classes", "--image-column", "--label-column", "--force",
+        "--classes", "--image-column", "--label-column", "--label-separator", "--problem-type",
+        "--force",
     ],
     "predict": [
         "model", "images", "--topk", "--batch-size", "--workers", "--runtime", "--precision",
@@ -71,14 +73,14 @@ COMMANDS = {
     "show": ["words", "--config", "--output", "--images", "--force", *SETTINGS],
     "probe": [
         "model", "data", "--val-data", "--classes", "--image-column", "--label-column",
-        "--group-column", "--seed", "--batch-size", "--workers", "--device", "--threads",
-        "--max-pixels", "--output", "--no-verify", "--force",
+        "--label-separator", "--problem-type", "--group-column", "--seed", "--batch-size",
+        "--workers", "--device", "--threads", "--max-pixels", "--output", "--no-verify", "--force",
     ],
     "evaluate": [
         "model", "data", "--batch-size", "--workers", "--runtime", "--precision", "--device",
-        "--threads", "--max-pixels", "--output", "--report", "--label-errors",
-        "--class-map", "--subset", "--real-labels", "--classes", "--image-column", "--label-column",
-        "--no-verify", "--verbose", "--force",
+        "--threads", "--max-pixels", "--output", "--report", "--label-errors", "--class-map",
+        "--subset", "--real-labels", "--classes", "--image-column", "--label-column",
+        "--label-separator", "--problem-type", "--no-verify", "--verbose", "--force",
     ],
     "app": [
         "model", "--port", "--host", "--lang", "--examples", "--device", "--threads",

@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import pipeline
 
 from cvt import Classifier, CvtConfig, image_processor
+from cvt.data import LabelledImages
 from cvt.data.decoding import StoredImage
 from cvt.data.preprocessing import IMAGE_MEAN, IMAGE_STD, LARGEST
 from cvt.data.workers import answer_nothing
@@ -262,8 +263,8 @@ def test_values_are_printed_and_written_as_values(cvt, processor, photos, tmp_pa
 
 
 def test_a_regression_has_no_classes_to_evaluate(processor):
-    with pytest.raises(ValueError, match="problem_type = regression: such a model gives values"):
-        evaluate(regression(37.0, 1.0), processor, None)
+    with pytest.raises(ValueError, match="problem_type = regression of the model, and the labels"):
+        evaluate(regression(37.0, 1.0), processor, LabelledImages([], []))
 
 
 def test_several_independent_labels_are_scored_as_by_pipeline(processor, photos):
@@ -275,6 +276,17 @@ def test_several_independent_labels_are_scored_as_by_pipeline(processor, photos)
         assert record["score"] == pytest.approx(expected["score"], abs=1e-6)
     assert not prediction.are_values
     assert sum(prediction.scores) != pytest.approx(1, abs=1e-3)
+
+
+def test_classes_that_reach_their_threshold_come_first(processor, photos):
+    model, path = make(tiny(problem_type="multi_label_classification")), photos / "red" / "00.png"
+    (plain,) = predict(model, processor, [path])
+    assert all(record.keys() == {"label", "score"} for record in plain.records)
+    lowest = model.config.label2id[plain.labels[-1]]
+    model.config.thresholds = [0.0 if i == lowest else 1.0 for i in range(len(plain.labels))]
+    (prediction,) = predict(model, processor, [path], topk=2)
+    assert prediction.labels == [plain.labels[-1], plain.labels[0]]
+    assert [record["predicted"] for record in prediction.records] == [True, False]
 
 
 # ------------------------------------------------------------------------------ processors

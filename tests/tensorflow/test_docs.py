@@ -19,7 +19,7 @@ from cvt import PixelError
 from cvt.cli import verbs
 from cvt.runtime import RUNTIMES, factory
 from cvt.runtime.torch_runtime import TorchRuntime
-from cvt.train.recipe import FIELDS, METRICS, load_recipe, packaged_recipes
+from cvt.train.recipe import FIELDS, METRICS_OF, load_recipe, packaged_recipes
 
 ROOT = Path(__file__).parents[2]
 # By name in either tree, so that a page without its translation fails.
@@ -39,7 +39,12 @@ COMMANDS = {name: verbs.get_command(None, name) for name in verbs.list_commands(
 # Words with an underscore that the training page names and that are no settings.
 NO_SETTINGS = {
     *("from_pretrained", "save_to_disk"),
-    *(f"{prefix}{name}" for name in METRICS for prefix in ("", "val_")),
+    *(
+        f"{prefix}{name}"
+        for names in METRICS_OF.values()
+        for name in names
+        for prefix in ("", "val_")
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from cvt import CvtConfig, image_processor
-from cvt.data import LabelledImages, image_folder
+from cvt.data import LabelledImages, Task, image_folder
 from cvt.data.decoding import decode
 from cvt.keras import digits
 from cvt.keras.data import image_dataset
@@ -73,6 +73,18 @@ def test_classes_give_the_labels_of_a_models_outputs(photos, little):
     classes = ["red", "yellow", "green", "blue"]
     ((_, labels),) = image_dataset(photos, little, 36, classes=classes)
     assert [classes[i] for i in labels] == image_folder(photos).labels
+
+
+def test_several_classes_and_values_are_targets_of_every_output(pictures, little):
+    for problem, labels, expected in (
+        ("multi_label_classification", ["a;b", "", "b", "a", ""], [[1, 1], [0, 0], [0, 1]]),
+        ("regression", ["1.5;2.0"] * 5, [[1.5, 2.0]] * 3),
+    ):
+        images = LabelledImages(pictures, labels, ["a", "b"], Task(problem))
+        dataset = image_dataset(images, little, 3)
+        assert dataset.element_spec[1] == tf.TensorSpec((None, 2), tf.float32)
+        _, targets = next(iter(dataset))
+        assert targets.numpy().tolist() == expected
 
 
 def views(photos, little, **options):

@@ -123,6 +123,7 @@ def load_adapted(
     if config is not None and config.num_labels == base.config.num_labels:
         base.config.class_names = config.class_names
         base.config.problem_type = config.problem_type
+        base.config.thresholds = config.thresholds
     model = adapters.merge(base, folder, weights)
     if num_labels is None or num_labels == model.config.num_labels:
         return model

@@ -57,6 +57,8 @@ def check(
     classes: Path | None,
     image_column: str | None,
     label_column: str | None,
+    label_separator: str | None,
+    problem_type: str | None,
     force: bool,
 ) -> None:
     """Find what is wrong with images before training on them (exit code 3 if anything is)."""
@@ -70,7 +72,12 @@ def check(
     from cvt.inference.check_report import write_check
 
     quiet_libraries()
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "label_separator": label_separator,
+        "problem_type": problem_type,
+    }
     splits = open_splits(data, classes=classes, **columns)
     # What may not be written is refused before the work begins.
     with (
@@ -113,14 +120,17 @@ def print_check(found: "Check", data: str) -> None:
     for each in classes[:SHOWN]:
         counts = (each.images, *(each.by_split[name] for name in names), each.distinct)
         table.add_row(each.name, *map(str, counts))
-    print_table(table)
+    if classes:
+        print_table(table)
     if len(classes) > SHOWN:
         out.print(f"the smallest {SHOWN} of {len(classes)} classes; all of them in --output")
-    smallest, largest = classes[0].images, classes[-1].images
-    out.print(
-        f"{len(found.images)} images of {len(classes)} classes; the largest class has {largest}, "
-        f"the smallest {smallest}"
-    )
+    text = f"{len(found.images)} images"
+    if classes:
+        text += (
+            f" of {len(classes)} classes; the largest class has {classes[-1].images}, the smallest "
+            f"{classes[0].images}"
+        )
+    out.print(text)
     if not found.findings:
         out.print("nothing was found")
         return

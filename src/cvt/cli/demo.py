@@ -64,7 +64,7 @@ def demo(output: Path, epochs: int | None) -> None:
     write_digits(run / "digits")
     held_out = image_folder(run / "digits" / "test")
     with bar("evaluate", len(held_out)) as step:
-        evaluation = evaluate(classifier, processor, held_out, progress=step)
+        evaluation: Any = evaluate(classifier, processor, held_out, progress=step)
 
     out.print("3. Predicting the same images from their files", bold=True)
     predictions: Any = list(predict(classifier, processor, held_out.sources))  # all are readable

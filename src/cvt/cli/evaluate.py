@@ -23,7 +23,9 @@ from cvt.cli.options import (
 if TYPE_CHECKING:
     from cvt.data import Images
     from cvt.data.decoding import Source
+    from cvt.inference.evaluate import AnyEvaluation
     from cvt.inference.metrics import Evaluation
+    from cvt.inference.output_metrics import OutputEvaluation
 
 
 @command
@@ -77,6 +79,8 @@ def evaluate(
     classes: Path | None,
     image_column: str | None,
     label_column: str | None,
+    label_separator: str | None,
+    problem_type: str | None,
     no_verify: bool,
     verbose: bool,
     force: bool,
@@ -91,15 +95,25 @@ def evaluate(
     from cvt.inference.evaluate import write_evaluation
     from cvt.inference.label_errors import label_errors as find_label_errors
     from cvt.inference.label_errors import write_label_errors
+    from cvt.inference.metrics import Evaluation
 
     quiet_libraries(verbose)
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "label_separator": label_separator,
+        "problem_type": problem_type,
+    }
     images = not_trained_on(open_labelled(data, classes=classes, **columns), model)
     total = images.length
 
     def picture(position: int) -> "Source | None":
         return images[position][0] if isinstance(images, LabelledImages) else None
 
+    if label_errors and not images.task.has_one_class:
+        raise click.BadParameter(
+            "labels of one class are compared, and the data has others", param_hint="--label-errors"
+        )
     mapped = read_class_map(class_map) if class_map else None
     real = read_real_labels(real_labels) if real_labels else None
     # What may not be written is refused before the work begins.
@@ -124,7 +138,7 @@ def evaluate(
             write_evaluation(result, folder)
         if write_report:
             write_report(result, page, f"{model} on {data}")
-        if suspects:
+        if suspects and isinstance(result, Evaluation):
             errors = find_label_errors(result)
             write_label_errors(result, errors, suspects, f"{model} on {data}", picture)
     print_evaluation(result, subset)
@@ -154,16 +168,49 @@ def report_writer(
     return partial(write_report, explainer=explainer)
 
 
-def print_evaluation(result: "Evaluation", subset: bool) -> None:
+def print_evaluation(result: "AnyEvaluation", subset: bool) -> None:
     """Print the images that were skipped, the worst classes, and the metrics."""
-    from rich.table import Column, Table
-
-    from cvt.cli.console import err, out
-    from cvt.cli.rich_console import print_table
-    from cvt.inference.metrics import metric_text
+    from cvt.cli.console import err
+    from cvt.inference.metrics import Evaluation
 
     for failure in result.failures:
         err.print(f"skipped {failure.error}", fg="yellow")
+    if isinstance(result, Evaluation):
+        print_classes(result, subset)
+    else:
+        print_outputs(result)
+    if skipped := len(result.failures):
+        err.print(f"{skipped} of {result.images + skipped} images skipped")
+
+
+def print_outputs(result: "OutputEvaluation") -> None:
+    """Print the figures of every class or value, and the metrics."""
+    from rich.table import Column, Table
+
+    from cvt.cli.console import out
+    from cvt.cli.rich_console import print_table
+    from cvt.inference.metrics import METRIC_NAMES, metric_text
+
+    (header, *rows), *_ = result.tables().values()
+    names = [name.replace("_", " ") for name in header]
+    table = Table(names[0], *(Column(name, justify="right") for name in names[1:]))
+    for row in rows[:20]:
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    print_table(table)
+    if len(rows) > 20:
+        out.print(f"the first 20 of {len(rows)}; all of them in --output")
+    texts = [metric_text(*item) for item in result.metrics.items() if item[0] in METRIC_NAMES]
+    out.print("  ".join([*texts, f"{result.images} images"]))
+
+
+def print_classes(result: "Evaluation", subset: bool) -> None:
+    """Print the worst classes and the metrics of images of one class each."""
+    from rich.table import Column, Table
+
+    from cvt.cli.console import out
+    from cvt.cli.rich_console import print_table
+    from cvt.inference.metrics import metric_text
+
     numbers = [
         Column(name, justify="right") for name in ("images", "recall %", "precision %", "F1 %")
     ]
@@ -189,8 +236,6 @@ def print_evaluation(result: "Evaluation", subset: bool) -> None:
     out.print("  ".join([top1, top5, loss, error, f"{result.images} images"]))
     if result.real_top1 is not None:
         out.print(f"top-1 by real labels {100 * result.real_top1:.2f} %")
-    if skipped := len(result.failures):
-        err.print(f"{skipped} of {result.images + skipped} images skipped")
 
 
 def not_trained_on(images: "Images", model: str) -> "Images":

@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 import click
 
 from cvt.limits import BOUNDS
+from cvt.problem_type import PROBLEMS
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
 
 FILE = click.Path(path_type=Path)  # or a folder; whether it is there, the command checks
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+LONGEST_CHOICES = 60  # characters; of a setting with more, an error lists them
 RUNTIMES = (
     *("auto", "torch", "fused", "compiled", "onnxruntime", "openvino", "tensorflow", "litert"),
 )
@@ -172,7 +174,13 @@ data_options = with_options(
             "--classes", type=FILE, help="Names of the classes of the data, one per line."
         ),
         click.option("--image-column", help="Column of a table's images."),
-        click.option("--label-column", help="Column of a table's labels."),
+        click.option("--label-column", help="Column of a table's labels, or A,B,C."),
+        click.option("--label-separator", help="What is between several classes of a label."),
+        click.option(
+            "--problem-type",
+            type=click.Choice(PROBLEMS),
+            help="What the labels are: one class, several, or values.",
+        ),
     ]
 )
 
@@ -219,6 +227,7 @@ def with_settings(function: Function) -> Function:
     for name, spec in FIELDS.items():
         group = spec.metadata["group"] or group
         kind, _ = value_type(spec)
+        choices = "|".join(spec.metadata["choices"])
         flag = name.replace("_", "-")
         number = f"{spec.default:g}" if kind is float and spec.default else spec.default
         default = "" if spec.default in (None, False) or kind is bool else f" (default {number})"
@@ -231,7 +240,7 @@ def with_settings(function: Function) -> Function:
             default=None,
             help=spec.metadata["help"] + default,
             advanced=spec.metadata["advanced"],
-            metavar="|".join(spec.metadata["choices"]) or None,
+            metavar=(choices if len(choices) <= LONGEST_CHOICES else "NAME") or None,
         )
         if name != "data":
             options.append(option)

@@ -133,7 +133,11 @@ def printer(as_json: bool) -> "Callable[[Prediction], None]":
 
     def print_text(prediction: "Prediction") -> None:
         form = "{label} {score:g}" if prediction.are_values else "{label} {score:.1%}"
-        classes = "  ".join(form.format(**record) for record in prediction.records)
+        texts = [form.format(**record) for record in prediction.records]
+        if prediction.has is not None:
+            pairs = zip(texts, prediction.has, strict=True)
+            texts = [text if has else f"({text})" for text, has in pairs]
+        classes = "  ".join(texts)
         print(printable(f"{prediction.path}: {classes}"), flush=True)
 
     return (lambda each: print(json_line(each), flush=True)) if as_json else print_text

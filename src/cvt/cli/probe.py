@@ -60,6 +60,8 @@ def probe(
     classes: Path | None,
     image_column: str | None,
     label_column: str | None,
+    label_separator: str | None,
+    problem_type: str | None,
     group_column: str | None,
     seed: int,
     batch_size: int,
@@ -97,6 +99,8 @@ def probe(
             classes=classes,
             image_column=image_column,
             label_column=label_column,
+            label_separator=label_separator,
+            problem_type=problem_type,
             group_column=group_column,
         )
         with bar("features", total_length((splits.train, splits.validation))) as step:

@@ -105,17 +105,19 @@ def print_folds(found: "CrossValidation", output: Path) -> None:
 
     from cvt.cli.console import out
     from cvt.cli.rich_console import print_table
-    from cvt.inference.metrics import METRIC_NAMES, metric_text
+    from cvt.inference.metrics import METRIC_NAMES, metric_number, metric_text
     from cvt.train.cross_validation import OUT_OF_FOLD
+    from cvt.train.recipe import METRICS_OF
 
     recipe, whole = found.recipe, found.evaluation
-    metrics = list(dict.fromkeys(("top1", "balanced_accuracy", "f1_macro", recipe.metric, "loss")))
-    shown = {name: METRIC_NAMES[name] + (" %" if name != "loss" else "") for name in metrics}
-    columns = ("images", "best epoch", *shown.values())
+    metrics = [name for name in METRICS_OF[recipe.problem] if name not in ("top5", "lowest_recall")]
+    if recipe.metric not in metrics:
+        metrics.append(str(recipe.metric))
+    columns = ("images", "best epoch", *(METRIC_NAMES[name] for name in metrics))
     table = Table("fold", *(Column(name, justify="right") for name in columns))
 
     def add(name: str, values: Callable[[str], float], *numbers: float) -> None:
-        texts = (f"{values(m):.4f}" if m == "loss" else f"{100 * values(m):.2f}" for m in metrics)
+        texts = (metric_number(metric, values(metric)) for metric in metrics)
         table.add_row(name, *(map(str, numbers) if numbers else ("", "")), *texts)
 
     for row in found.folds:
@@ -129,10 +131,9 @@ def print_folds(found: "CrossValidation", output: Path) -> None:
     out.print(f"out of fold: {figures}  {whole.images} images; all of it in {folder}")
     if skipped := len(whole.failures):
         out.print(f"{skipped} of {whole.images + skipped} images cannot be decoded")
-    out.print(
-        f"{len(found.label_errors)} of {whole.images} labels are probably wrong: "
-        f"{folder / 'label_errors.html'} shows them"
-    )
+    if (page := folder / "label_errors.html").exists():
+        errors = len(found.label_errors)
+        out.print(f"{errors} of {whole.images} labels are probably wrong: {page} shows them")
     best = output / f"fold-{found.best}"
     out.print(f"the best model by {recipe.metric} is {best / 'best'}")
     words = ["cvt", "train", "--config", str(best / "args.yaml"), "folds=none", "fold=none"]

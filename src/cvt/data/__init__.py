@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # the same names as in _HOME, for mypy, pyright and editors
     from cvt.data.split_file import read_split as read_split
     from cvt.data.split_file import without_trained as without_trained
     from cvt.data.split_file import write_split as write_split
+    from cvt.data.task import Task as Task
 
 _HOME = {
     "Check": "findings",
@@ -58,6 +59,7 @@ _HOME = {
     "Splits": "labelled",
     "StoredImage": "decoding",
     "StreamedImages": "labelled",
+    "Task": "task",
     "check": "findings",
     "decode": "decoding",
     "fold": "folds",

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from cvt.data.folder import Files
 from cvt.data.labelled import SPLIT_NAMES, LabelledImages, SplitReaders
+from cvt.data.task import Task
+from cvt.problem_type import REGRESSION
 
 PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
 LABEL_NAMES = ("label", "class", "class_name")
+UNNAMED = "value"  # what a file without a header has
 SHOWN = 5  # files or lines that an error lists
 
 
@@ -18,11 +21,12 @@ def csv_splits(
     image_column: str | None = None,
     label_column: str | None = None,
     group_column: str | None = None,
+    task: Task = Task(),  # noqa: B008 (it is frozen)
 ) -> SplitReaders:
     """The images that a file lists, by the values of its column `split` if it has one.
 
     Its first line is a header if a cell of it is one of `PATH_NAMES`, or if a column is named.
-    Without a header a line is path and label.
+    Without a header a line is path and label. Several label columns have commas between.
 
     Raises:
         ValueError: the file is malformed; names the line, or the files that are missing.
@@ -32,12 +36,12 @@ def csv_splits(
     if not rows:
         raise ValueError(f"{path} is empty")
     header = [cell.lower() for cell in rows[0][1]]
-    image, label, split_column, group = 0, 1, None, None
+    image, labels, split_column, group = 0, {UNNAMED: 1}, None, None
     columns_given = image_column or label_column or group_column
     has_header = bool(columns_given or set(header) & set(PATH_NAMES))
     if has_header:
         image = _column(path, rows[0][1], image_column, PATH_NAMES, "image_column")
-        label = _column(path, rows[0][1], label_column, LABEL_NAMES, "label_column")
+        labels = _label_columns(path, rows[0][1], label_column, task)
         split_column = header.index("split") if "split" in header else None
         if group_column:
             group = _column(path, rows[0][1], group_column, (), "group_column")
@@ -48,7 +52,9 @@ def csv_splits(
             "path column"
         )
 
-    splits = _by_split(path, rows, (image, label, split_column, group), len(header))
+    has_columns = len(labels) > 1 or task.problem_type == REGRESSION
+    classes = list(labels) if has_columns else None
+    splits = _by_split(path, rows, (image, labels, split_column, group), len(header), task)
     if not splits:
         raise ValueError(f"{path} lists no images")
     listed = [name for names, _, _ in splits.values() for name in names]
@@ -68,35 +74,43 @@ def csv_splits(
         split: partial(
             LabelledImages,
             Files(path.parent, names),
-            labels,
+            written,
+            classes,
+            task,
             groups=groups if group_column else None,
         )
-        for split, (names, labels, groups) in splits.items()
+        for split, (names, written, groups) in splits.items()
     }
 
 
 def _by_split(
     path: Path,
     rows: list[tuple[int, list[str]]],
-    columns: tuple[int, int, int | None, int | None],
+    columns: tuple[int, dict[str, int], int | None, int | None],
     width: int,
+    task: Task,
 ) -> dict[str, tuple[list[str], list[str], list[str]]]:
     """The paths, labels and groups in the rows, by the name of their split, once each.
 
     Args:
         path: of the csv file.
         rows: number and cells of each line.
-        columns: of path, label, split and group.
+        columns: of path, labels by their names, split and group.
         width: cells that a line must have.
+        task: what the labels mean.
     """
-    image, label, split_column, group_column = columns
+    image, label_columns, split_column, group_column = columns
     splits: dict[str, tuple[list[str], list[str], list[str]]] = {}
     seen: dict[str, tuple[str, str, str]] = {}  # by path, however it is written
     for line, cells in rows:
         if len(cells) != width:
             raise ValueError(f"{path}, line {line}: {len(cells)} columns, expected {width}")
-        name, written = cells[image], cells[label]
-        if not name or not written:
+        name = cells[image]
+        try:
+            written = task.label_of({column: cells[i] for column, i in label_columns.items()})
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}") from None
+        if not name or (not written and task.has_one_class):
             raise ValueError(f"{path}, line {line}: has no {'label' if name else 'path'}")
         split = "" if split_column is None else cells[split_column].lower()
         if split_column is not None and split not in SPLIT_NAMES:
@@ -149,3 +163,19 @@ def _column(
         f"{path} has the columns {', '.join(header)}: "
         + (f"none is called {chosen}" if chosen else f"name the one to use with {option}")
     )
+
+
+def _label_columns(path: Path, header: list[str], chosen: str | None, task: Task) -> dict[str, int]:
+    """The columns of the label by their names."""
+    if chosen is None or chosen in header or "," not in chosen:
+        column = _column(path, header, chosen, LABEL_NAMES, "label_column")
+        return {header[column]: column}
+    names = [name.strip() for name in chosen.split(",")]
+    if task.has_one_class:
+        raise ValueError(
+            f"{path}: label_column = {chosen} are several columns: give problem_type="
+            "multi_label_classification if they are classes, of 0 and 1, or regression"
+        )
+    if unclear := [name for name in names if task.separator in name]:
+        raise ValueError(f"{path}: the column {unclear[0]} has a {task.separator} in it; rename it")
+    return {name: _column(path, header, name, (), "label_column") for name in names}

@@ -35,7 +35,9 @@ from cvt.data.labelled import (
     split,
 )
 from cvt.data.split_file import recorded_split
+from cvt.data.task import Task, other_task
 from cvt.files import check_path
+from cvt.problem_type import MULTI_LABEL, PROBLEMS, REGRESSION, SINGLE_LABEL
 
 
 def open_training(
@@ -49,6 +51,8 @@ def open_training(
     group_column: str | None = None,
     folds: int | None = None,
     fold: int = 1,
+    label_separator: str | None = None,
+    problem_type: str | None = None,
     split_file: Path | None = None,
 ) -> Splits:
     """The images to train on, those that validate, of the same classes, and those held out.
@@ -59,12 +63,16 @@ def open_training(
         seed: draws the validation images where the data has no split for them.
         classes: a text file of class names, one per line, in the order of the classifier's outputs.
         image_column: the column of a table or csv file with the images, where it is not plain.
-        label_column: the column with the labels, likewise.
+        label_column: the column with the labels, likewise; with `problem_type` several, with commas
+            between: one of 0 and 1 for each class, or one for each value.
         group_column: the column that says what an image shows; images of one group are on one side
             of the split.
         folds: divide the training images into so many folds, in place of drawing a fifth; what
             would validate otherwise is held out if it is called a test split.
         fold: the one of them that validates, from 1.
+        label_separator: what is between the classes of a label of a csv file, as `;` in `a;b`.
+        problem_type: `single_label_classification`, `multi_label_classification` or `regression`;
+            by default the second with a `label_separator`, else the first.
         split_file: what `write_split` wrote; the split in it, if it is of these images, is taken
             in place of one drawn.
 
@@ -74,8 +82,8 @@ def open_training(
 
     Raises:
         ValueError: there is only one class, a class has no images, the splits differ in their
-            classes or share a group, there are folds beside a validation split, or the data is
-            malformed.
+            classes or share a group, there are folds beside a validation split, the labels look
+            like those of another problem, or the data is malformed.
         OSError: a file is missing or cannot be read, or the hub cannot be reached.
         ImportError: a library that this kind of data needs is not installed.
 
@@ -91,7 +99,9 @@ def open_training(
         >>> len(splits.train), len(splits.validation)
         (16, 4)
     """
-    options = _Options(_names(classes), image_column, label_column, group_column)
+    options = _options(
+        classes, image_column, label_column, label_separator, problem_type, group_column
+    )
     splits = _splits(data, options)
     name = _chosen(data, splits, TRAIN_NAMES)
     is_held_out = name in VALIDATION_NAMES + TEST_NAMES
@@ -100,6 +110,8 @@ def open_training(
     source, others = (data, splits) if val_data is None else (val_data, _splits(val_data, options))
     train: Images = splits[name]()
     _check_names(data, train.classes)
+    if isinstance(train, LabelledImages):
+        _check_task(data, train, label_separator, problem_type)
     validation: Images
     validating = name
     if folds and (val_data or set(splits) & set(VALIDATION_NAMES)):
@@ -145,8 +157,12 @@ def _check(where: str, train: Images, validation: Images, test: Images | None) -
             "trained on"
         )
     for images, name in ((train, "training"), (validation, "validation")):
-        labels = images.labels if isinstance(images, LabelledImages) else images.classes
-        if empty := sorted(set(images.classes) - set(labels)):
+        if isinstance(images, StreamedImages):
+            continue
+        if not len(images):
+            raise ValueError(f"{where} has no {name} images")
+        used = {name for label in set(images.labels) for name in images.task.classes_of(label)}
+        if train.task.problem_type != REGRESSION and (empty := sorted(set(images.classes) - used)):
             raise ValueError(f"{where} has classes without {name} images: {', '.join(empty)}")
     named = [set(getattr(images, "groups", None) or ()) for images in (train, validation)]
     if shared := sorted(set.intersection(*named)):
@@ -154,7 +170,7 @@ def _check(where: str, train: Images, validation: Images, test: Images | None) -
             f"{where}: {len(shared)} groups, such as {shared[0]}, have images in the training and "
             "in the validation split"
         )
-    if len(train.classes) < 2:
+    if len(train.classes) < 2 and train.task.has_one_class:
         raise ValueError(
             f"{where} has a single class, {', '.join(train.classes)}; at least two are needed"
         )
@@ -181,6 +197,8 @@ def open_labelled(
     classes: Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    label_separator: str | None = None,
+    problem_type: str | None = None,
 ) -> Images:
     """The images to evaluate with: the validation split, else the test split, else all of them.
 
@@ -189,6 +207,8 @@ def open_labelled(
         classes: as in `open_training`.
         image_column: likewise.
         label_column: likewise.
+        label_separator: likewise.
+        problem_type: likewise.
 
     Raises:
         ValueError: the data is malformed.
@@ -201,7 +221,7 @@ def open_labelled(
         >>> len(images), images.classes
         (360, ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9'])
     """
-    options = _Options(_names(classes), image_column, label_column)
+    options = _options(classes, image_column, label_column, label_separator, problem_type)
     splits = _splits(data, options)
     images = splits[_chosen(data, splits, VALIDATION_NAMES, TEST_NAMES)]()
     _check_names(data, images.classes)
@@ -214,6 +234,8 @@ def open_splits(
     classes: Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    label_separator: str | None = None,
+    problem_type: str | None = None,
 ) -> dict[str, Images]:
     """All splits of a data set by their names; one that has none is called "".
 
@@ -222,6 +244,8 @@ def open_splits(
         classes: as in `open_training`.
         image_column: likewise.
         label_column: likewise.
+        label_separator: likewise.
+        problem_type: likewise.
 
     Raises:
         ValueError: the data is malformed.
@@ -233,7 +257,7 @@ def open_splits(
         >>> {name: len(images) for name, images in open_splits("digits").items()}
         {'train': 1437, 'test': 360}
     """
-    options = _Options(_names(classes), image_column, label_column)
+    options = _options(classes, image_column, label_column, label_separator, problem_type)
     return {name: read() for name, read in _splits(data, options).items()}
 
 
@@ -242,12 +266,51 @@ class _Options:
     names: list[str] | None
     image_column: str | None
     label_column: str | None
-    group_column: str | None = None
+    task: Task
+    group_column: str | None
 
 
-def _names(file: Path | None) -> list[str] | None:
-    """The class names in a file, however many they are."""
-    return None if file is None else read_labels(file)
+def _options(
+    classes: Path | None,
+    image_column: str | None,
+    label_column: str | None,
+    label_separator: str | None,
+    problem_type: str | None,
+    group_column: str | None = None,
+) -> _Options:
+    """The options with the class names in a file, however many they are.
+
+    Raises:
+        ValueError: options contradict each other.
+    """
+    problem = problem_type or (MULTI_LABEL if label_separator else SINGLE_LABEL)
+    if problem not in PROBLEMS:
+        raise ValueError(f"problem_type = {problem}: must be one of {', '.join(PROBLEMS)}")
+    if label_separator and problem != MULTI_LABEL:
+        raise ValueError(f"label_separator = {label_separator}: means several labels, no {problem}")
+    if classes and problem == REGRESSION:
+        raise ValueError(f"classes = {classes}: values have no classes; leave it out")
+    if problem == MULTI_LABEL and not label_separator and "," not in (label_column or ""):
+        raise ValueError(
+            f"problem_type = {problem}: give label_separator for a column of several classes, or "
+            "label_column=A,B,C for columns of 0 and 1"
+        )
+    names = None if classes is None else read_labels(classes)
+    task = Task(problem, label_separator or Task.separator)
+    return _Options(names, image_column, label_column, task, group_column)
+
+
+def _check_task(
+    data: str | Path, images: LabelledImages, separator: str | None, problem_type: str | None
+) -> None:
+    """Raise a ValueError if labels look like those of another problem than the one assumed."""
+    if separator and problem_type is None and not any(separator in x for x in images.labels):
+        raise ValueError(
+            f"label_separator = {separator}: no label of {data} has several classes, such as "
+            f"{images.labels[0]}; give problem_type={MULTI_LABEL} too if that is right"
+        )
+    if problem_type is None and images.task.has_one_class and (found := other_task(images.labels)):
+        raise ValueError(f"{data} {found}; if each is one class, problem_type={SINGLE_LABEL}")
 
 
 def _chosen(data: str | Path, splits: SplitReaders, *names: tuple[str, ...]) -> str:
@@ -279,6 +342,12 @@ def _splits(data: str | Path, options: _Options) -> SplitReaders:
         label_column=options.label_column,
         group_column=options.group_column,
     )
+    is_csv = path.suffix.lower() == ".csv" and path.is_file()
+    if not options.task.has_one_class and not is_csv:
+        raise ValueError(
+            f"problem_type = {options.task.problem_type}: such labels are read from a csv file "
+            f"alone, and {data} is none"
+        )
     if name.startswith("hub:"):
         return hub_splits(name.removeprefix("hub:"), find, streaming)
     if shards := files_of("tar", name):
@@ -289,8 +358,8 @@ def _splits(data: str | Path, options: _Options) -> SplitReaders:
         raise ValueError(f"{data}: neither shards nor parquet files nor hub:OWNER/NAME to stream")
     if any((path / file).is_file() for file in SAVED):
         return saved_splits(path, find)
-    if path.suffix.lower() == ".csv" and path.is_file():
-        return _renamed(csv_splits(path, *columns), options.names, path)
+    if is_csv:
+        return _renamed(csv_splits(path, *columns, options.task), options.names, path)
     if any(columns):
         raise ValueError(
             f"{data} has no columns to choose from: leave image_column, label_column and "
@@ -332,11 +401,16 @@ def _renamed(splits: SplitReaders, names: list[str] | None, path: Path) -> Split
     def renamed(read: Callable[[], Images]) -> LabelledImages:
         images = read()
         assert isinstance(images, LabelledImages)
-        if unknown := sorted(set(images.labels) - known.keys()):
+        task = images.task
+        used = {name for label in set(images.labels) for name in task.classes_of(label)}
+        if unknown := sorted(used - known.keys()):
             raise ValueError(
                 f"{path} has labels that are none of the classes: {', '.join(unknown)}"
             )
-        labels = [known[label] for label in images.labels]
-        return LabelledImages(images.sources, labels, names, images.groups)
+        labels = [
+            task.separator.join(sorted(known[name] for name in task.classes_of(label)))
+            for label in images.labels
+        ]
+        return LabelledImages(images.sources, labels, names, task, images.groups)
 
     return {name: partial(renamed, read) for name, read in splits.items()}

@@ -17,6 +17,7 @@ from cvt.data.labelled import TRAIN_NAMES, Images, LabelledImages
 from cvt.data.workers import computed_ahead
 from cvt.libraries import require
 from cvt.limits import check_counts
+from cvt.problem_type import REGRESSION
 from cvt.text import csv_cell
 
 # The kinds of findings, in the order in which they are listed.
@@ -122,7 +123,7 @@ class Check:
         splits: the data set.
         images: all its images.
         groups: the number of the group of each image; images of one group are the same picture.
-        classes: its classes, in their order.
+        classes: its classes, in their order; none where the images have values.
         findings: what is wrong, in the order of `KINDS`.
 
     Example:
@@ -322,10 +323,12 @@ def _classes(splits: Mapping[str, Images], images: Sequence[CheckedImage]) -> li
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     distinct: dict[str, set[str]] = defaultdict(set)
     for image in images:
-        counts[image.label][image.split] += 1
-        if image.digest and trained in (None, image.split):
-            distinct[image.label].add(image.digest)
-    names = dict.fromkeys(name for each in splits.values() for name in each.classes)
+        for name in splits[image.split].task.classes_of(image.label):
+            counts[name][image.split] += 1
+            if image.digest and trained in (None, image.split):
+                distinct[name].add(image.digest)
+    has_classes = (each for each in splits.values() if each.task.problem_type != REGRESSION)
+    names = dict.fromkeys(name for each in has_classes for name in each.classes)
     return [
         ClassCount(name, {split: counts[name][split] for split in splits}, len(distinct[name]))
         for name in names

@@ -12,7 +12,8 @@ def fold(
     """The images of all folds but one, and those of this one.
 
     Every image is in one fold, every class in each fold as nearly equally often as images that are
-    kept together allow: those of equal content, and those of one group.
+    kept together allow: those of equal content, and those of one group. Images of several classes
+    and images with values are divided into folds of nearly equal size.
 
     Args:
         images: to divide.
@@ -44,13 +45,15 @@ def fold_numbers(images: LabelledImages, folds: int, seed: int) -> np.ndarray:
         ImportError: scikit-learn is not installed.
     """
     require("folds", "sklearn", extra="train")
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
     together = kept_together(images)
     groups = np.array([together.get(i, [i])[0] for i in range(len(images))])
     _check(images, groups, folds)
     settings = {"n_splits": folds, "shuffle": True, "random_state": seed % 2**32}
-    if together:
+    if not images.task.has_one_class:
+        drawn = GroupKFold(**settings).split(groups, groups=groups)
+    elif together:
         drawn = StratifiedGroupKFold(**settings).split(groups, images.labels, groups)
     else:
         drawn = StratifiedKFold(**settings).split(groups, images.labels)
@@ -62,13 +65,14 @@ def fold_numbers(images: LabelledImages, folds: int, seed: int) -> np.ndarray:
 
 
 def _check(images: LabelledImages, groups: np.ndarray, folds: int) -> None:
-    """Raise a ValueError if a class is in fewer groups than there are folds."""
-    found: dict[str, set[int]] = {name: set() for name in images.classes}
+    """Raise a ValueError if a class, or all images, are in fewer groups than there are folds."""
+    found: dict[str, set[int]] = {"the data": set(groups.tolist())}
     for label, group in zip(images.labels, groups.tolist(), strict=True):
-        found[label].add(group)
+        for name in images.task.classes_of(label):
+            found.setdefault(f"class {name}", set()).add(group)
     for name, of_class in found.items():
         if len(of_class) < folds:
             raise ValueError(
-                f"folds = {folds}: class {name} has images for {len(of_class)} folds (those of "
-                "equal content, or of one group, are kept together); take fewer folds"
+                f"folds = {folds}: {name} has images for {len(of_class)} folds (those of equal "
+                "content, or of one group, are kept together); take fewer folds"
             )

@@ -236,7 +236,7 @@ def _images(
             _Rows(rows.select_columns(columns.image), columns),
             labels,
             columns.names,
-            _groups(rows, columns),
+            groups=_groups(rows, columns),
         )
     if columns.group:
         raise ValueError(f"{table}: a stream is not split; leave group_column out")

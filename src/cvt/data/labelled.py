@@ -6,10 +6,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from cvt.data.decoding import Source
 from cvt.data.duplicates import equal_groups
+from cvt.data.task import Task
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -42,13 +46,29 @@ def resembles_splits(names: Iterable[str]) -> list[str]:
     return sorted(kinds) if several else []
 
 
-class LabelledImages:
-    """Images that can be looked up, each with the name of its class.
+class _Labelled:
+    """What images that are looked up and streamed ones share."""
+
+    classes: list[str]
+    task: Task
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.classes)}
+
+    def target(self, label: str) -> int | list[float]:
+        """What a classifier is trained to give for a label, see `Task.target`."""
+        return self.task.target(label, self._indices)
+
+
+class LabelledImages(_Labelled):
+    """Images that can be looked up, each with its label.
 
     Attributes:
         sources: the images; one that is not a file is read on access.
-        labels: the name of the class of every image.
-        classes: the names of the classes in the order of a classifier's outputs.
+        labels: of every image the name of its class, or what `task` says.
+        classes: the names of the classes, or of the values, in the order of a classifier's outputs.
+        task: what the labels mean.
         groups: what every image shows, if that is known; images of one group stay together.
 
     Example:
@@ -64,13 +84,17 @@ class LabelledImages:
         sources: Sequence[Source],
         labels: Sequence[str],
         classes: list[str] | None = None,
+        task: Task = Task(),  # noqa: B008 (it is frozen)
         groups: Sequence[str] | None = None,
     ) -> None:
         """By default the classes are those of the labels, sorted."""
         assert len(sources) == len(labels)
         self.sources = sources
         self.labels = labels
-        self.classes = sorted(set(labels)) if classes is None else classes
+        self.task = task
+        if classes is None:
+            classes = sorted({name for label in set(labels) for name in task.classes_of(label)})
+        self.classes = classes
         self.groups = groups
 
     def __len__(self) -> int:
@@ -80,6 +104,12 @@ class LabelledImages:
     def length(self) -> int:
         """How many images there are, as of streamed ones."""
         return len(self)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Of every image the index of its class, (N,), or a target for each output, (N, K)."""
+        dtype = np.int64 if self.task.has_one_class else np.float32
+        return np.array([self.target(label) for label in self.labels], dtype)
 
     def name(self, index: int) -> str:
         """The name of an image, the same wherever its folder is; of a file its path from there."""
@@ -95,7 +125,8 @@ class LabelledImages:
         """Some of the images, in the order of `indices`."""
         labels = [self.labels[i] for i in indices]
         groups = None if self.groups is None else [self.groups[i] for i in indices]
-        return LabelledImages(_Selection(self.sources, indices), labels, self.classes, groups)
+        sources = _Selection(self.sources, indices)
+        return LabelledImages(sources, labels, self.classes, self.task, groups)
 
     @property
     def positions(self) -> Sequence[int]:
@@ -123,7 +154,7 @@ class _Selection(Sequence[Source]):
 
 
 @dataclass(frozen=True)
-class StreamedImages:
+class StreamedImages(_Labelled):
     """Images that are read one after the other, for sets that do not fit on one machine.
 
     Attributes:
@@ -131,6 +162,7 @@ class StreamedImages:
         length: how many images one pass has, where that is known without reading them all.
         rows: what is streamed.
         sample: returns the image and the name of the class of a row.
+        task: what the labels mean.
 
     Example:
         >>> from datasets import IterableDataset
@@ -152,6 +184,7 @@ class StreamedImages:
     length: int | None
     rows: "IterableDataset"
     sample: Callable[[dict[str, Any]], tuple[Source, str]]
+    task: Task = Task()  # noqa: RUF009 (it is frozen)
 
     def __iter__(self) -> Iterator[tuple[Source, str]]:
         """All images once, in the order in which they are stored.
@@ -253,8 +286,9 @@ SplitReaders = Mapping[str, Callable[[], Images]]
 def split(images: LabelledImages, seed: int) -> tuple[LabelledImages, LabelledImages]:
     """Four fifths and one fifth of every class, drawn by `seed`, at least one image in each.
 
-    Images of equal content, and those of one group, are on one side, whatever their classes; the
-    fifth is as near as that allows.
+    Of images with values, and of those that have no class, four fifths and one fifth. Images of
+    equal content, and those of one group, are on one side, whatever their classes; the fifth is as
+    near as that allows.
 
     Raises:
         ValueError: a class has a single image, or too few that may be apart.
@@ -273,7 +307,9 @@ def divide(
 ) -> tuple[LabelledImages, LabelledImages]:
     """The images to train on and those that validate, both class by class."""
     position = {name: i for i, name in enumerate(images.classes)}
-    order = sorted(range(len(images)), key=lambda i: position[images.labels[i]])
+    order = sorted(  # labels of several classes and values keep their order, behind the others
+        range(len(images)), key=lambda i: position.get(images.labels[i], len(position))
+    )
     train, validating = (
         [i for i in order if (i in validation) == validates] for validates in (False, True)
     )
@@ -302,15 +338,17 @@ def _drawn(images: LabelledImages, seed: int) -> set[int]:
     An image is taken with all that are kept together with it, or not at all.
     """
     together = kept_together(images)
+    names = [images.task.classes_of(label) or [""] for label in images.labels]
     groups: dict[str, list[list[int]]] = {name: [] for name in images.classes}
-    for i, label in enumerate(images.labels):
-        groups[label].append(together.get(i, [i]))
+    for i, of_image in enumerate(names):
+        for name in of_image:
+            groups.setdefault(name, []).append(together.get(i, [i]))
     room = {name: max(1, round(len(found) / 5)) for name, found in groups.items()}
     validation: set[int] = set()
     decided: set[int] = set()
 
     def labels(group: list[int]) -> Counter[str]:
-        return Counter(images.labels[i] for i in group)
+        return Counter(name for i in group for name in names[i])
 
     def fits(group: list[int]) -> bool:
         return all(count <= room[name] for name, count in labels(group).items())
@@ -327,7 +365,7 @@ def _drawn(images: LabelledImages, seed: int) -> set[int]:
 
     for name in sorted(groups, key=distinct):  # those with the least choice first
         drawn = groups[name]
-        if len(drawn) == 1:
+        if len(drawn) == 1 and name:
             image, _ = images[drawn[0][0]]
             raise ValueError(f"class {name} has one image, {image}: too few to split")
         random.Random(f"{seed} {name}").shuffle(drawn)
@@ -337,7 +375,7 @@ def _drawn(images: LabelledImages, seed: int) -> set[int]:
         for group in free:
             if group[0] not in decided:
                 decide(group, validates=fits(group))
-        if len({group[0] in validation for group in drawn}) == 1:
+        if len({group[0] in validation for group in drawn}) == 1 and name:
             raise ValueError(
                 f"class {name} has too few images that differ to be split: images of equal "
                 f"content{', or of one group' if images.groups else ''}, such as "

@@ -35,6 +35,7 @@ from cvt.export.tensorflow import (
 from cvt.files import check_path, staged, sums_of
 from cvt.libraries import require, version_of
 from cvt.modeling import CvtForImageClassification
+from cvt.problem_type import REGRESSION
 from cvt.runtime import PRECISIONS, open_runtime
 from cvt.runtime.capture import onnx_graph, openvino_graph, torch_graph
 from cvt.runtime.fused import fuse
@@ -141,6 +142,11 @@ def export(
         progress(f"loading {source}")
         named = model_source(source)
         model = load_classifier(named, verify=verify).float().eval()
+        if precision == "int8" and model.config.problem_type == REGRESSION:
+            raise ValueError(
+                "precision = int8: an int8 export is accepted by the classes that images get, and "
+                "a regression has none"
+            )
         processor = load_processor(named, model.config, image_size)
         size = (image_size_of(processor),) * 2
         model.config.save_pretrained(folder)

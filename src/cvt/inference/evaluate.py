@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cvt.architecture import Architecture
-from cvt.data import Images, LabelledImages
+from cvt.data import Images, LabelledImages, Task
 from cvt.data.class_names import imagenet_classes
 from cvt.data.decoding import Source, StoredImage
 from cvt.files import staged
@@ -25,14 +25,22 @@ from cvt.inference.metrics import (
     Failure,
     Mistake,
 )
+from cvt.inference.output_metrics import (
+    DEFAULT_THRESHOLD,
+    MultiLabelEvaluation,
+    RegressionEvaluation,
+    Worst,
+)
 from cvt.inference.predict import BLANK, Result, classify, ranked, runtime_of, scores
 from cvt.limits import check_counts
+from cvt.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from cvt.runtime.base import Runtime
 from cvt.text import csv_cell
 
 if TYPE_CHECKING:
     from torch import nn
 
+AnyEvaluation = Evaluation | MultiLabelEvaluation | RegressionEvaluation
 LARGEST_MATRIX = 1000  # classes; a larger confusion matrix is written as a list of its cells
 
 
@@ -54,7 +62,7 @@ def evaluate(
     max_pixels: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     keep_scores: bool = False,
-) -> Evaluation:
+) -> AnyEvaluation:
     """Classify labelled images and compare; classes are matched by name.
 
     Several processes share the work batch by batch, so that every image has the neighbours that it
@@ -86,15 +94,16 @@ def evaluate(
         TypeError: batch size or workers are no whole numbers.
         ValueError: these are out of bounds, the model does not know a class, no image could be
             decoded, an image has no place in the real labels, a stream of unknown length is to be
-            shared, or the model is a regression.
+            shared, or the labels are of another problem than the model's.
         FloatingPointError: the model's answer is not finite.
         cvt.data.workers.Interrupted: `interrupted` was true while no image came.
     """
     check_counts(batch_size=batch_size, workers=workers)
     runtime = runtime_of(model, config)
     config = runtime.config
-    if config.problem_type == "regression":
-        raise ValueError("problem_type = regression: such a model gives values, not classes")
+    check_problem(images.task, config)
+    if not images.task.has_one_class and (subset or real_labels is not None):
+        raise ValueError("subset and real_labels are for models that give one class")
     labels = config.class_names
     indices = match_classes(images.classes, config, class_map)
     ignored = np.zeros(len(labels), bool)
@@ -105,7 +114,11 @@ def evaluate(
         by_id = class_indices(imagenet_classes(), config)
         imagenet_rows = [by_id[wordnet_id] for wordnet_id in imagenet_classes()]
         real_labels = [[imagenet_rows[i] for i in image_labels] for image_labels in real_labels]
-    collected = _Collected(config, indices, ignored, real_labels, keep_scores)
+    collected: _Collected | _CollectedOutputs
+    if images.task.has_one_class:
+        collected = _Collected(config, indices, ignored, real_labels, keep_scores)
+    else:
+        collected = _CollectedOutputs(config, indices, images.classes, images.task)
     share, sent = tee(_share(images, indices, batch_size, rank, world))
     sources = (source for _, (source, _) in sent)
     results = classify(
@@ -116,25 +129,56 @@ def evaluate(
             progress()
             collected.add(result, position, source, label)
     part = collected.evaluation()
-    return part if world > 1 else Evaluation.joined([part])
+    return part if world > 1 else joined([part])
 
 
-def evaluation_of(results: Iterable[tuple[Result, str]], config: Architecture) -> Evaluation:
+def joined(parts: Sequence[AnyEvaluation]) -> AnyEvaluation:
+    """The evaluation of one process, from the shares of several; raises as theirs."""
+    return type(parts[0]).joined(parts)  # type: ignore[arg-type]
+
+
+def check_problem(task: Task, config: Architecture) -> None:
+    """Raise a ValueError if labels are of another problem than a model."""
+    problem = config.problem_type or SINGLE_LABEL
+    if task.problem_type == problem:
+        return
+    settings = {
+        REGRESSION: "label_column, the column of the values, and problem_type=regression",
+        MULTI_LABEL: "label_separator, or label_column with a column of 0 and 1 for each class and "
+        f"problem_type={MULTI_LABEL}",
+        SINGLE_LABEL: "neither label_separator nor problem_type",
+    }
+    raise ValueError(
+        f"problem_type = {problem} of the model, and the labels are read for {task.problem_type}: "
+        f"give {settings[problem]}"
+    )
+
+
+def evaluation_of(
+    results: Iterable[tuple[Result, str]],
+    config: Architecture,
+    task: Task = Task(),  # noqa: B008 (it is frozen)
+) -> AnyEvaluation:
     """The evaluation of images that are classified already.
 
     Args:
-        results: of every image its result and the name of its class, one of the classifier's.
+        results: of every image its result and its label, of classes of the classifier.
         config: the classifier's.
+        task: what the labels mean.
 
     Raises:
         ValueError: there were no images, or none could be decoded.
         FloatingPointError: logits are not finite.
     """
     indices = {name: i for i, name in enumerate(config.class_names)}
-    collected = _Collected(config, indices, np.zeros(len(indices), bool), None)
+    collected: _Collected | _CollectedOutputs
+    if task.has_one_class:
+        collected = _Collected(config, indices, np.zeros(len(indices), bool), None)
+    else:
+        collected = _CollectedOutputs(config, indices, config.class_names, task)
     for position, (result, label) in enumerate(results):
         collected.add(result, position, result.path, label)
-    return Evaluation.joined([collected.evaluation()])
+    return joined([collected.evaluation()])
 
 
 class _Collected:
@@ -170,12 +214,11 @@ class _Collected:
             FloatingPointError: its logits are not finite.
             ValueError: it has no place in the real labels.
         """
-        if result.logits is None:
-            self.failures.append(Failure(position, str(source), str(result.error)))
+        answer = _answer(result, position, source)
+        if isinstance(answer, Failure):
+            self.failures.append(answer)
             return
-        if not np.isfinite(result.logits).all():
-            raise FloatingPointError(f"{source}: the model's answer to it is not finite")
-        logits = np.where(self.ignored, np.float32(-inf), result.logits)
+        logits = np.where(self.ignored, np.float32(-inf), answer)
         true, best = self.indices[label], ranked(logits)[:5].tolist()
         of_classes = scores(logits, self.config)
         score = of_classes[best[0]].item()
@@ -202,6 +245,79 @@ class _Collected:
         return Evaluation(self.labels, counted, self.mistakes, self.failures, kept)
 
 
+class _CollectedOutputs:
+    """What is kept of the images so far, where every output has a target.
+
+    Args:
+        config: the classifier's.
+        indices: of the outputs that are evaluated, by their names in the data.
+        classes: of the data.
+        task: what the labels mean.
+    """
+
+    def __init__(
+        self, config: Architecture, indices: Mapping[str, int], classes: list[str], task: Task
+    ) -> None:
+        self.config, self.task = config, task
+        self.in_data = {name: i for i, name in enumerate(classes)}
+        self.evaluated = [i for i, name in enumerate(classes) if name in indices]
+        self.columns = [indices[classes[i]] for i in self.evaluated]
+        is_multi_label = task.problem_type == MULTI_LABEL
+        self.kind: Any = MultiLabelEvaluation if is_multi_label else RegressionEvaluation
+        self.rows: list[tuple[int, str, list[float], np.ndarray]] = []
+        self.worst: list[Worst] = []  # a heap
+        self.failures: list[Failure] = []
+
+    def add(self, result: Result, position: int, source: Source, label: str) -> None:
+        """Compare the result of an image with its label.
+
+        Raises:
+            FloatingPointError: its logits are not finite.
+        """
+        answer = _answer(result, position, source)
+        if isinstance(answer, Failure):
+            self.failures.append(answer)
+            return
+        of_data = self.task.target(label, self.in_data)
+        assert isinstance(of_data, list)
+        target, output = [of_data[i] for i in self.evaluated], answer[self.columns]
+        self.rows.append((position, str(source), target, output))
+        loss = float(self.kind.losses(output, np.array(target)).mean())
+        heapq.heappush(self.worst, Worst(loss, position, source))
+        if len(self.worst) > MOST_CONFIDENT:
+            heapq.heappop(self.worst)
+
+    def evaluation(self) -> Any:
+        """The evaluation of these images."""
+        positions, names, targets, outputs = zip(*self.rows, strict=True) if self.rows else [()] * 4
+        given = self.config.thresholds or [DEFAULT_THRESHOLD] * len(self.config.class_names)
+        thresholds = [given[i] for i in self.columns]
+        shape = (-1, len(self.columns))
+        return self.kind(
+            labels=[self.config.class_names[i] for i in self.columns],
+            positions=np.array(positions, np.int64),
+            names=np.array(names, object),
+            targets=np.array(targets, np.float32).reshape(shape),
+            outputs=np.array(outputs, np.float32).reshape(shape),
+            worst=self.worst,
+            failures=self.failures,
+            **({"thresholds": thresholds} if self.kind is MultiLabelEvaluation else {}),
+        )
+
+
+def _answer(result: Result, position: int, source: Source) -> np.ndarray | Failure:
+    """The logits of an image, or why there are none.
+
+    Raises:
+        FloatingPointError: they are not finite.
+    """
+    if result.logits is None:
+        return Failure(position, str(source), str(result.error))
+    if not np.isfinite(result.logits).all():
+        raise FloatingPointError(f"{source}: the model's answer to it is not finite")
+    return result.logits
+
+
 def cross_entropy(logits: np.ndarray, label: int) -> float:
     """The loss of an image, computed in float64 from logits, (K,)."""
     shifted = logits.astype(np.float64) - logits.max()
@@ -217,7 +333,8 @@ def _share(
     """
     own: Iterable[tuple[int, tuple[Source, str]]]
     if isinstance(images, LabelledImages):
-        kept = [i for i, label in enumerate(images.labels) if label in classes]
+        one = images.task.has_one_class
+        kept = [i for i, label in enumerate(images.labels) if not one or label in classes]
         mine = [i for k, i in enumerate(kept) if k // batch_size % world == rank]
         own, total = zip(mine, images.select(mine), strict=True), len(kept)
     else:
@@ -237,17 +354,9 @@ def _share(
             yield None, (StoredImage("blank", BLANK), "")
 
 
-def write_evaluation(evaluation: Evaluation, folder: str | Path, overwrite: bool = False) -> None:
-    """Write metrics.json, per_class.csv, confusion_matrix.csv and predictions.csv.
-
-    Where the evaluation kept the scores of all classes, predictions.csv has a column for each. Of
-    more than `LARGEST_MATRIX` classes, the confusion matrix is a list of its non-zero cells.
-
-    Raises:
-        FileExistsError: `folder` is there already and may not be overwritten.
-    """
+def class_tables(evaluation: Evaluation) -> dict[str, list[Sequence]]:
+    """Rows of csv files, by the names of the files."""
     labels = evaluation.labels
-    metrics = evaluation.metrics | {"failures": [failure.name for failure in evaluation.failures]}
     matrix: list[Sequence]
     if len(labels) > LARGEST_MATRIX:
         cells = [(labels[i], labels[j], count) for i, j, count in evaluation.cells.tolist()]
@@ -262,7 +371,7 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path, overwrite: bool
         (row["name"], labels[row["true"]], labels[row["predicted"]], row["score"], *more)
         for row, more in zip(evaluation.counted, of_classes, strict=True)
     ]
-    tables: dict[str, list[Sequence]] = {
+    return {
         "per_class": [("class", *ClassMetrics._fields), *classes],
         "confusion_matrix": matrix,
         "predictions": [
@@ -270,6 +379,24 @@ def write_evaluation(evaluation: Evaluation, folder: str | Path, overwrite: bool
             *predictions,
         ],
     }
+
+
+def write_evaluation(
+    evaluation: AnyEvaluation, folder: str | Path, overwrite: bool = False
+) -> None:
+    """Write metrics.json and predictions.csv, and per_class.csv or per_value.csv.
+
+    Of images of one class also confusion_matrix.csv; of more than `LARGEST_MATRIX` classes, it is a
+    list of the matrix's non-zero cells.
+
+    Raises:
+        FileExistsError: `folder` is there already and may not be overwritten.
+    """
+    metrics = evaluation.metrics | {"failures": [failure.name for failure in evaluation.failures]}
+    if isinstance(evaluation, Evaluation):
+        tables = class_tables(evaluation)
+    else:
+        tables = evaluation.tables()
     with staged(folder, overwrite) as written:
         written.mkdir()
         (written / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")

@@ -45,6 +45,7 @@ def with_classifier(
     """
     config = copy.deepcopy(model.config)
     config.class_names, config.problem_type, config.dtype = classes, None, torch.float32
+    config.thresholds = None
     kept = {name: w for name, w in model.state_dict().items() if name not in CLASSIFIER}
     return model_from_config(config, {**kept, **weights}, torch.float32).eval()
 

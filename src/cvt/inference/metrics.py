@@ -1,9 +1,9 @@
 """The figures of an evaluation: accuracy, per class too, calibration, confusion, mistakes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import nan
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from cvt.data.decoding import Source
 
 BINS = 15  # of the calibration error, as in its paper
 MOST_CONFIDENT = 60  # mistakes whose images are kept
-# What the metrics are called where they are printed; all but the loss are shares.
+# What the metrics are called where they are printed; shares, but for `NOT_SHARES`.
 METRIC_NAMES = {
     "top1": "top-1",
     "top5": "top-5",
@@ -19,7 +19,13 @@ METRIC_NAMES = {
     "balanced_accuracy": "balanced accuracy",
     "f1_macro": "macro F1",
     "lowest_recall": "lowest recall",
+    "mean_average_precision": "mAP",
+    "f1_micro": "micro F1",
+    "mae": "mean absolute error",
+    "rmse": "root mean squared error",
+    "r2": "R²",
 }
+NOT_SHARES = ("loss", "mae", "rmse", "r2")
 
 # What is kept of every counted image.
 COUNTED = np.dtype(
@@ -96,11 +102,26 @@ class Evaluation:
         scores: of every class for each row of `counted`, (N, K) in float32, where they were kept.
     """
 
+    METRICS: ClassVar = (
+        *("top1", "top5", "loss", "balanced_accuracy", "f1_macro", "lowest_recall"),
+    )
+
     labels: list[str]
     counted: np.ndarray
     mistakes: list[Mistake]
     failures: list[Failure]
     scores: np.ndarray | None = None
+
+    def placed(self, places: Sequence[int]) -> "Evaluation":
+        """The same images in a larger data set, in which each position of theirs has a place."""
+        counted = self.counted.copy()
+        counted["position"] = np.array(places)[counted["position"]]
+        return replace(
+            self,
+            counted=counted,
+            mistakes=[each._replace(position=places[each.position]) for each in self.mistakes],
+            failures=[each._replace(position=places[each.position]) for each in self.failures],
+        )
 
     @classmethod
     def joined(cls, parts: Sequence["Evaluation"]) -> "Evaluation":
@@ -203,7 +224,7 @@ class Evaluation:
     @property
     def metrics(self) -> dict[str, float]:
         """The figures by their names."""
-        names = ("images", *METRIC_NAMES, "calibration_error", "real_top1")
+        names = ("images", *self.METRICS, "calibration_error", "real_top1")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
@@ -246,7 +267,13 @@ class Evaluation:
         return self.labels[taken.argmax()] if len(taken) else ""
 
 
+def metric_number(metric: str, value: float) -> str:
+    """The value of a metric for people: `99.44 %`, of a loss `0.1284`, of an error `3.107`."""
+    if metric in ("mae", "rmse"):  # in units of the values
+        return f"{value:.4g}"
+    return f"{value:.4f}" if metric in NOT_SHARES else f"{100 * value:.2f} %"
+
+
 def metric_text(metric: str, value: float) -> str:
-    """A metric for people: `top-1 99.44 %`, `loss 0.1284`."""
-    number = f"{value:.4f}" if metric == "loss" else f"{100 * value:.2f} %"
-    return f"{METRIC_NAMES[metric]} {number}"
+    """A metric for people: `top-1 99.44 %`, `loss 0.1284`, `mean absolute error 3.107`."""
+    return f"{METRIC_NAMES[metric]} {metric_number(metric, value)}"

@@ -22,6 +22,7 @@ from cvt.data.folder import Skipped, unreadable
 from cvt.data.preprocessing import AnyPreprocessing, check_range, preprocessing_of
 from cvt.data.workers import computed_ahead
 from cvt.files import check_path
+from cvt.problem_type import MULTI_LABEL, REGRESSION
 from cvt.runtime.base import PixelError, Runtime
 
 if TYPE_CHECKING:
@@ -48,21 +49,30 @@ class Prediction:
 
     Attributes:
         path: the image.
-        labels: names of the classes.
+        labels: names of the classes; those that the image has come first.
         scores: from 0 to 1; of a regression, the values that the model gives.
         are_values: whether the scores are values of a regression.
+        has: which of the classes the image has: their scores reach the model's thresholds. None
+            of a model that has none, which gives one class or values.
     """
 
     path: Source
     labels: list[str]
     scores: list[float]
     are_values: bool = False
+    has: list[bool] | None = None
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Label and score of each class, in the form of transformers' pipeline."""
+        """Label and score of each class, in the form of transformers' pipeline.
+
+        Where there are thresholds, also `predicted`: whether the image has the class.
+        """
         pairs = zip(self.labels, self.scores, strict=True)
-        return [{"label": label, "score": score} for label, score in pairs]
+        records: list[dict[str, Any]] = [{"label": label, "score": score} for label, score in pairs]
+        for record, has in zip(records, self.has or [], strict=False):
+            record["predicted"] = has
+        return records
 
 
 def find_images(sources: Iterable[str | Path]) -> Iterator[Path]:
@@ -262,9 +272,9 @@ def scores(logits: np.ndarray, config: Architecture) -> np.ndarray:
 
     Softmax; sigmoid where labels are independent; of a regression the values themselves.
     """
-    if config.problem_type == "regression":
+    if config.problem_type == REGRESSION:
         return logits
-    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+    if config.problem_type == MULTI_LABEL or config.num_labels == 1:
         return 1 / (1 + np.exp(-logits))
     powers = np.exp(logits - logits.max())
     return powers / powers.sum()
@@ -272,7 +282,7 @@ def scores(logits: np.ndarray, config: Architecture) -> np.ndarray:
 
 def scores_per_image(topk: int, config: Architecture) -> int:
     """How many scores `predict` gives of an image: `topk`, at most all; of a regression all."""
-    is_regression = config.problem_type == "regression"
+    is_regression = config.problem_type == REGRESSION
     return len(config.class_names) if is_regression else min(topk, len(config.class_names))
 
 
@@ -306,7 +316,7 @@ def predict(
     if not names:
         raise ValueError("num_labels = 0: the model has no classes to name")
     count = scores_per_image(topk, config)
-    are_values = config.problem_type == "regression"
+    are_values = config.problem_type == REGRESSION
     for result in classify(model, processor, sources, batch_size, workers, exact, max_pixels):
         if result.logits is None:
             yield result
@@ -315,7 +325,12 @@ def predict(
             reason = "its scores are not finite; fp16 may overflow where bf16 does not"
             yield Result(result.path, error=f"{result.path}: {reason}")
             continue
-        best = ranked(result.logits)[:count]
+        found = scores(result.logits, config)
+        best, has = ranked(result.logits), None
+        if config.thresholds and config.problem_type == MULTI_LABEL:
+            reached = found >= np.array(config.thresholds)
+            best = np.concatenate([best[reached[best]], best[~reached[best]]])
+            has = reached[best[:count]].tolist()
+        best = best[:count]
         labels = [names[i] for i in best.tolist()]
-        best_scores = scores(result.logits, config)[best].tolist()
-        yield Prediction(result.path, labels, best_scores, are_values)
+        yield Prediction(result.path, labels, found[best].tolist(), are_values, has)

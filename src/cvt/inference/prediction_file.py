@@ -4,7 +4,7 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from cvt.runtime.base import Runtime
 from cvt.text import UNSAFE, csv_cell
 
 HEADER = ["path", "rank", "label", "score"]  # of the csv file, which has a row per class
+PREDICTED = "predicted"  # a further column where the model has thresholds
 SETTINGS = "settings.json"
 
 
@@ -104,17 +105,19 @@ class PredictionFile:
             self._write(prediction)
 
     def _write(self, prediction: Prediction) -> None:
-        file = self.file or self._begin()
+        file = self.file or self._begin([] if prediction.has is None else [PREDICTED])
         if self.target.suffix == ".jsonl":
             file.write(json_line(prediction) + "\n")
         else:
             form = ".9g" if prediction.are_values else ".6f"  # of a value all that float32 has
+            has = prediction.has
             csv.writer(file).writerows(
                 (
                     csv_cell(str(prediction.path)),
                     rank,
                     csv_cell(record["label"]),
                     f"{record['score']:{form}}",
+                    *([str(record[PREDICTED]).lower()] if has else []),
                 )
                 for rank, record in enumerate(prediction.records, start=1)
             )
@@ -151,8 +154,8 @@ class PredictionFile:
                 "same, or start over with --force"
             )
 
-    def _begin(self) -> IO[str]:
-        """Open the file behind what is kept of it."""
+    def _begin(self, further: Sequence[str] = ()) -> IO[str]:
+        """Open the file behind what is kept of it; `further` columns are in its header."""
         if not self.part.exists():
             self.part.mkdir(parents=True)
             self.claimed.enter_context(locked(self.part))
@@ -164,7 +167,7 @@ class PredictionFile:
         )
         self.claimed.callback(self.file.close)
         if not self.end and self.target.suffix == ".csv":
-            csv.writer(self.file).writerow(HEADER)
+            csv.writer(self.file).writerow([*HEADER, *further])
         return self.file
 
     def _records(self) -> Iterator[tuple[str, int]]:
@@ -222,10 +225,11 @@ def _csv_records(file: IO[bytes], topk: int) -> Iterator[tuple[str, int]]:
 
     rows = csv.reader(lines())
     with suppress(csv.Error):
-        if next(rows, None) != HEADER:
+        header = next(rows, None)
+        if header not in (HEADER, [*HEADER, PREDICTED]):
             return
         while record := list(islice(rows, topk)):
-            ranks = [(row[0], row[1]) for row in record if len(row) == len(HEADER)]
+            ranks = [(row[0], row[1]) for row in record if len(row) == len(header)]
             whole = [(record[0][0], str(rank)) for rank in range(1, topk + 1)]
             if ranks != whole or not line.endswith(b"\r\n"):
                 return

@@ -142,7 +142,8 @@ def probe(
         FileNotFoundError: there is no such model or data.
         ImportError: scikit-learn is not installed.
         ValueError: the model is an export, a loaded model comes without its processor, no training
-            image of a class could be decoded, or no class has two.
+            image of a class could be decoded, no class has two, or images do not have one class
+            each.
         FloatingPointError: the features of an image are not finite.
 
     Example:
@@ -156,6 +157,11 @@ def probe(
     """
     require("a probe", "sklearn", extra="train")
     splits = data if isinstance(data, Splits) else open_training(data, seed=seed)
+    if not splits.train.task.has_one_class:
+        raise ValueError(
+            f"problem_type = {splits.train.task.problem_type}: a probe is of images of one class "
+            "each; train with head_only instead"
+        )
     opened, processor = _opened(model, processor, verify)
     runtime = feature_runtime(opened, device, threads)
 
@@ -241,7 +247,9 @@ def _evaluation(
         (Result(source, rows.get(i), errors.get(i)), label)
         for i, (source, label) in enumerate(images)
     )
-    return evaluation_of(results, config)
+    evaluation = evaluation_of(results, config)
+    assert isinstance(evaluation, Evaluation)
+    return evaluation
 
 
 # ------------------------------------------------------------------------------ on features

@@ -19,7 +19,13 @@ from PIL import Image
 from cvt.data.decoding import Source
 from cvt.files import staged
 from cvt.inference.explain import Explainer
-from cvt.inference.metrics import BINS, METRIC_NAMES, Evaluation, Mistake
+from cvt.inference.metrics import BINS, METRIC_NAMES, NOT_SHARES, Evaluation, Mistake, metric_text
+from cvt.inference.output_metrics import (
+    MultiLabelEvaluation,
+    OutputEvaluation,
+    RegressionEvaluation,
+    precision_recall,
+)
 from cvt.inference.page import SIDE, embedded, embedded_thumbnail, render, thumbnail, write_page
 from cvt.inference.predict import Prediction
 from cvt.text import printable
@@ -40,6 +46,13 @@ WIDE_FONTS = (
     *("Arial Unicode MS", "AR PL UMing CN", "IPAGothic", "Noto Sans CJK KR", "NanumGothic"),
     *("Malgun Gothic", "Unifont"),
 )
+# Of the curves: what the loss is, by the metric that is usually beside it.
+LOSS_NAMES = {
+    "top1": "cross-entropy",
+    "mean_average_precision": "binary cross-entropy",
+    "mae": "mean squared error of scaled values",
+}
+CURVES = 10  # classes whose precision and recall are drawn
 COLUMNS, CELL, MARGIN = 10, (144, 188), 8  # of a sheet; a cell is an image below its caption
 ROWS = 1000  # of the table of classes on the page
 
@@ -110,26 +123,30 @@ def plot_curves(
         history: for every epoch `epoch`, `train_loss`, `val_loss` and `val_top1`, and perhaps
             `ema_loss` and `ema_top1`; those of the validation are None where there was none.
         path: the picture.
-        metric: to draw beside the loss; if it is the loss, top-1 is drawn.
+        metric: to draw beside the loss; if it is the loss, the first of `LOSS_NAMES` that there is.
     """
-    metric = "top1" if metric == "loss" else metric
+    main, loss = next((m, n) for m, n in LOSS_NAMES.items() if f"val_{m}" in history[0])
+    metric = main if metric == "loss" else metric
     name = METRIC_NAMES[metric]
+    scale, unit = (1, "") if metric in NOT_SHARES else (100, ", %")
     figure = Figure(figsize=(9, 3.6), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw(left, history, "train_loss", 1, GREY, "train")
     _draw(left, history, "val_loss", 1, INK, "validation")
     _draw(left, history, "ema_loss", 1, BLUE, "validation, averaged weights")
-    left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
+    left.set(xlabel="epoch", ylabel=loss, title="Loss")
     left.legend(frameon=False)
-    points = _draw(right, history, f"val_{metric}", 100, INK, "weights as trained")
-    averaged = _draw(right, history, f"ema_{metric}", 100, BLUE, "averaged weights")
-    right.set(xlabel="epoch", ylabel=f"{name}, %", title=f"Validation {name}")
+    points = _draw(right, history, f"val_{metric}", scale, INK, "weights as trained")
+    averaged = _draw(right, history, f"ema_{metric}", scale, BLUE, "averaged weights")
+    right.set(xlabel="epoch", ylabel=f"{name}{unit}", title=f"Validation {name}")
     if averaged:
         right.legend(frameon=False, loc="lower right")
     if points + averaged:
-        best = max(points + averaged, key=lambda point: point[1])
+        choose = min if metric in ("mae", "rmse") else max
+        best = choose(points + averaged, key=lambda point: point[1])
         right.plot(*best, "o", color=RIGHT)
-        right.set(title=f"Validation {name}, at best {best[1]:.2f} %")
+        text = metric_text(metric, best[1] / scale).removeprefix(f"{name} ")
+        right.set(title=f"Validation {name}, at best {text}")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.savefig(path, format="png")
@@ -203,6 +220,61 @@ def plot_reliability(evaluation: Evaluation, path: Path) -> None:
     figure.savefig(path, format="png")
 
 
+@_styled(lambda evaluation: evaluation.labels)
+def plot_precision_recall(evaluation: MultiLabelEvaluation, path: Path) -> None:
+    """Precision over recall of the classes with the lowest average precision, as a PNG.
+
+    A point marks the threshold.
+    """
+    classes = [item for item in evaluation.per_class.items() if item[1].images]
+    classes.sort(key=lambda item: item[1].average_precision)
+    figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for label, figures in classes[:CURVES]:
+        k = evaluation.labels.index(label)
+        precision, recall = precision_recall(evaluation.targets[:, k] > 0, evaluation.scores[:, k])
+        name = f"{short(label, 20)}  {100 * figures.average_precision:.1f} %"
+        recall, precision = np.append(0, recall), np.append(precision[:1], precision)
+        (line,) = axes.step(recall, precision, where="pre", label=name, linewidth=1.2)
+        axes.plot(figures.recall, figures.precision, "o", color=line.get_color(), markersize=5)
+    title = "Precision and recall, with the thresholds"
+    if len(classes) > CURVES:
+        title += f"; the worst {CURVES} of {len(classes)} classes"
+    axes.set(xlabel="recall", ylabel="precision", title=title, xlim=(0, 1.02), ylim=(0, 1.02))
+    if classes:
+        figure.legend(loc="outside right upper", title="average precision", frameon=False)
+    figure.savefig(path, format="png")
+
+
+@_styled(lambda evaluation: evaluation.labels)
+def plot_values(evaluation: RegressionEvaluation, path: Path, most: int = 6) -> None:
+    """Predicted over true values, as a PNG; of several values the first `most`."""
+    labels = evaluation.labels[:most]
+    columns = min(3, len(labels))
+    rows = -(-len(labels) // columns)
+    figure = Figure(figsize=(4 * columns, 4 * rows), dpi=120, layout="constrained")
+    for k, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        if k >= len(labels):
+            axes.axis("off")
+            continue
+        true, predicted = evaluation.targets[:, k], evaluation.outputs[:, k]
+        axes.axline((true.mean(), true.mean()), slope=1, linestyle="--", color=GREY)
+        axes.plot(true, predicted, "o", color=BLUE, markersize=3, alpha=0.6)
+        figures = evaluation.per_value[labels[k]]
+        axes.set(xlabel=f"true {short(labels[k], 24)}", ylabel="predicted")
+        axes.set(title=f"mean absolute error {figures.mae:.4g}, R² {figures.r2:.3f}")
+    figure.savefig(path, format="png")
+
+
+def plot_outputs(evaluation: OutputEvaluation, path: Path) -> None:
+    """What is drawn of several classes, or of values, as a PNG."""
+    if isinstance(evaluation, MultiLabelEvaluation):
+        plot_precision_recall(evaluation, path)
+    else:
+        assert isinstance(evaluation, RegressionEvaluation)
+        plot_values(evaluation, path)
+
+
 class Cell(NamedTuple):
     """An image of a sheet, with what stands above it.
 
@@ -248,6 +320,15 @@ def plot_mistakes(evaluation: Evaluation, path: Path, most: int = 30) -> None:
     plot_sheet(shown, title + (", the most confident" if wrong > len(shown) else ""), path)
 
 
+def plot_worst(evaluation: OutputEvaluation, path: Path, most: int = 30) -> None:
+    """A sheet of the images with the largest loss, the worst first, as a PNG."""
+    cells = []
+    for each in evaluation.worst[:most]:
+        predicted, true = (short(text or "none", 20) for text in evaluation.texts(each.position))
+        cells.append(Cell(each.source, f"{predicted}\ntruly {true}", predicted == true))
+    plot_sheet(cells, f"the {len(cells)} of {evaluation.images} images with the largest loss", path)
+
+
 @_styled(lambda cells: [cell.caption for cell in cells])
 def plot_sheet(cells: Sequence[Cell], title: str, path: Path) -> None:
     """A sheet of images with captions, as a PNG."""
@@ -281,7 +362,7 @@ def short(name: str, width: int) -> str:
 
 
 def write_report(
-    evaluation: Evaluation,
+    evaluation: Evaluation | OutputEvaluation,
     path: str | Path,
     title: str,
     overwrite: bool = False,
@@ -295,11 +376,16 @@ def write_report(
         title: its heading.
         overwrite: whether a file that is there already may be replaced.
         explainer: of the model, for a Grad-CAM of the predicted class beside each mistake; by
-            default the page has none.
+            default, and of images that do not have one class each, the page has none.
 
     Raises:
         FileExistsError: `path` is there already and may not be overwritten.
     """
+    if isinstance(evaluation, OutputEvaluation):
+        page = _page_of_outputs(evaluation, title)
+        with staged(path, overwrite) as written:
+            write_page(written, page)
+        return
     classes = sorted(evaluation.per_class.items(), key=lambda item: item[1].recall)
     mistakes = [
         (_pictures(mistake, evaluation.labels, explainer), mistake)
@@ -318,6 +404,35 @@ def write_report(
     )
     with staged(path, overwrite) as written:
         write_page(written, page)
+
+
+def _page_of_outputs(evaluation: OutputEvaluation, title: str) -> str:
+    name = "per_class" if isinstance(evaluation, MultiLabelEvaluation) else "per_value"
+    header, *rows = evaluation.tables()[name]
+    if name == "per_class":
+        rows.sort(key=lambda row: row[2] if row[1] else 2)  # those without images last
+    return render(
+        "report_outputs.html.jinja",
+        title=title,
+        evaluation=evaluation,
+        heading="Classes, the worst first" if name == "per_class" else "Values",
+        figures=[
+            (METRIC_NAMES[metric], metric_text(metric, value).removeprefix(METRIC_NAMES[metric]))
+            for metric, value in evaluation.metrics.items()
+            if metric in METRIC_NAMES
+        ],
+        header=[column.replace("_", " ") for column in header],
+        rows=[
+            [f"{cell:.4g}" if isinstance(cell, float) else cell for cell in row]
+            for row in rows[:ROWS]
+        ],
+        hidden=len(rows[ROWS:]),
+        plot=embedded(lambda file: plot_outputs(evaluation, file)),
+        worst=[
+            (embedded_thumbnail(each.source), each, *evaluation.texts(each.position))
+            for each in evaluation.worst
+        ],
+    )
 
 
 def _pictures(mistake: Mistake, labels: list[str], explainer: Explainer | None) -> list[str]:

@@ -46,7 +46,8 @@ def image_dataset(
         batch_size: images in a batch; the last batch may have fewer.
         training: crop every image at random, mirror some crops, and shuffle anew in each epoch.
             By default the images keep their order.
-        classes: class names in the order of the model's outputs; by default those of `images`.
+        classes: class names in the order of the model's outputs; by default those of `images`, and
+            always those of several classes for one image, or of values.
         data_format: that of the model, `channels_first` or `channels_last`.
         crop_scale: the smallest area of a crop, as a fraction of the image's area.
         flip: the probability that a crop is mirrored.
@@ -56,7 +57,8 @@ def image_dataset(
 
     Returns:
         Batches of pixels, (B, 3, H, W) or (B, H, W, 3) in float32, and class indices, (B,) in
-        int32. An image that cannot be decoded raises a `tf.errors.InvalidArgumentError`.
+        int32, or a target for each output, (B, K) in float32. An image that cannot be decoded
+        raises a `tf.errors.InvalidArgumentError`.
 
     Raises:
         ValueError: an argument is out of its range, a label is none of the classes, the folder has
@@ -109,11 +111,13 @@ def open_folder(folder: str | Path) -> LabelledImages:
 
 
 def label_indices(images: LabelledImages, classes: Sequence[str] | None) -> np.ndarray:
-    """Return the class index of every image, (N,) in int32.
+    """Return the class index of every image, (N,) in int32, or its targets, (N, K) in float32.
 
     Raises:
         ValueError: a label is none of the classes.
     """
+    if not images.task.has_one_class:
+        return images.targets
     indices = {name: i for i, name in enumerate(images.classes if classes is None else classes)}
     if unknown := sorted(set(images.labels) - indices.keys()):
         raise ValueError(f"images have labels that are none of the classes: {', '.join(unknown)}")

@@ -13,12 +13,6 @@ from cvt.train.recipe import Recipe
 IMBALANCED = 2  # times as many images has the largest class as the smallest
 
 
-def class_indices(images: LabelledImages) -> np.ndarray:
-    """The class of every image, (images,)."""
-    indices = {name: i for i, name in enumerate(images.classes)}
-    return np.array([indices[label] for label in images.labels])
-
-
 def class_weights(images: LabelledImages) -> Tensor:
     """The weight of every class, inversely proportional to its number of images, (classes,).
 
@@ -26,7 +20,7 @@ def class_weights(images: LabelledImages) -> Tensor:
     classes have images. So the mean weight of an image is 1, and the loss keeps its scale.
     A class without images has weight 0.
     """
-    counts = np.bincount(class_indices(images), minlength=len(images.classes))
+    counts = np.bincount(images.targets, minlength=len(images.classes))
     weights = len(images) / (np.count_nonzero(counts) * np.maximum(counts, 1))
     return torch.tensor(np.where(counts, weights, 0), dtype=torch.float32)
 

@@ -150,7 +150,7 @@ def _is_map(value: Any) -> bool:
 
 
 def _is_row(row: Any) -> bool:
-    return {"epoch", "val_top1", "val_loss"} <= row.keys() and all(
+    return {"epoch", "val_loss"} <= row.keys() and all(
         value is None or isinstance(value, int | float) for value in row.values()
     )
 

@@ -21,14 +21,14 @@ import torch
 from cvt.checkpoints import load_classifier, load_processor
 from cvt.data import LabelledImages
 from cvt.files import check_path, staged
-from cvt.inference.evaluate import evaluate, write_evaluation
+from cvt.inference.evaluate import AnyEvaluation, evaluate, joined, write_evaluation
 from cvt.inference.label_errors import LabelError, label_errors, write_label_errors
 from cvt.inference.metrics import Evaluation
 from cvt.inference.report import write_report
 from cvt.train import trainer
 from cvt.train.checkpointing import checkpoints
 from cvt.train.progress import NullProgress, Progress
-from cvt.train.recipe import METRICS, Recipe, load_recipe, resumed_recipe
+from cvt.train.recipe import LOWER_IS_BETTER, METRICS_OF, Recipe, load_recipe, resumed_recipe
 from cvt.train.setup import splits_for
 
 TABLE, OUT_OF_FOLD = "folds.csv", "out_of_fold"
@@ -43,13 +43,13 @@ class CrossValidation:
         recipe: of the folds.
         folds: the rows of `folds.csv`: `fold`, `images`, the best `epoch`, and its metrics.
         evaluation: of all images, each by the model that did not see it.
-        label_errors: the labels that are probably wrong; their `index` is a row of
-            `evaluation.counted`.
+        label_errors: the labels that are probably wrong, of images of one class; their `index` is
+            a row of `evaluation.counted`.
     """
 
     recipe: Recipe
     folds: list[Fold]
-    evaluation: Evaluation
+    evaluation: AnyEvaluation
     label_errors: list[LabelError]
 
     def mean(self, metric: str) -> float:
@@ -63,7 +63,7 @@ class CrossValidation:
     @property
     def best(self) -> int:
         """The fold with the best metric of the recipe."""
-        sign = -1 if self.recipe.metric == "loss" else 1
+        sign = -1 if self.recipe.metric in LOWER_IS_BETTER else 1
         return int(max(self.folds, key=lambda row: sign * row[self.recipe.metric])["fold"])
 
 
@@ -168,11 +168,12 @@ def _run(recipe: Recipe, output: Path, progress: Progress | None) -> CrossValida
     ]
     rows: list[Fold] = [
         {"fold": fold, "images": part.images, "epoch": epoch}
-        | {name: getattr(part, name) for name in METRICS}
+        | {name: getattr(part, name) for name in METRICS_OF[recipe.problem]}
         for fold, epoch, part in zip(numbers, epochs, parts, strict=True)
     ]
-    evaluation = Evaluation.joined(parts)
-    found = CrossValidation(recipe, rows, evaluation, label_errors(evaluation))
+    evaluation = joined(parts)
+    errors = label_errors(evaluation) if isinstance(evaluation, Evaluation) else []
+    found = CrossValidation(recipe, rows, evaluation, errors)
     _write(found, output, images)
     return found
 
@@ -184,7 +185,7 @@ def _validation(folder: Path) -> LabelledImages:
     return images
 
 
-def _evaluation(folder: Path, images: LabelledImages, progress: Progress) -> Evaluation:
+def _evaluation(folder: Path, images: LabelledImages, progress: Progress) -> AnyEvaluation:
     """The evaluation of a run's best model; positions are those in all images of the data."""
     recipe = load_recipe(folder / "args.yaml")
     model: Any = load_classifier(folder / "best")
@@ -200,14 +201,7 @@ def _evaluation(folder: Path, images: LabelledImages, progress: Progress) -> Eva
         max_pixels=recipe.max_pixels,
         keep_scores=True,
     )
-    places, counted = images.positions, found.counted.copy()
-    counted["position"] = np.array(places)[counted["position"]]
-    return dataclasses.replace(
-        found,
-        counted=counted,
-        mistakes=[each._replace(position=places[each.position]) for each in found.mistakes],
-        failures=[each._replace(position=places[each.position]) for each in found.failures],
-    )
+    return found.placed(images.positions)
 
 
 def _write(found: CrossValidation, output: Path, images: list[LabelledImages]) -> None:
@@ -230,5 +224,6 @@ def _write(found: CrossValidation, output: Path, images: list[LabelledImages]) -
     title = f"{found.recipe.data}, {found.recipe.folds} folds"
     write_evaluation(found.evaluation, folder, overwrite=True)
     write_report(found.evaluation, folder / "report.html", title, overwrite=True)
-    errors = found.label_errors
-    write_label_errors(found.evaluation, errors, folder, title, picture, overwrite=True)
+    if isinstance(found.evaluation, Evaluation):
+        errors = found.label_errors
+        write_label_errors(found.evaluation, errors, folder, title, picture, overwrite=True)

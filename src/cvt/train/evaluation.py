@@ -8,10 +8,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from cvt.checkpoints import load_classifier
 from cvt.data import Images, LabelledImages
-from cvt.inference.evaluate import evaluate, write_evaluation
-from cvt.inference.metrics import Evaluation, metric_text
+from cvt.inference.evaluate import AnyEvaluation, evaluate, joined, write_evaluation
+from cvt.inference.metrics import metric_text
 from cvt.train.models import rebuilt
 from cvt.train.progress import Progress
+from cvt.train.recipe import DEFAULT_METRIC
 from cvt.train.setup import Setup
 
 
@@ -21,7 +22,7 @@ def evaluate_shared(
     images: Images,
     after_image: Callable[[], None],
     interrupted: Callable[[], bool],
-) -> Evaluation:
+) -> AnyEvaluation:
     """Evaluate a model on every image once, each process on its share.
 
     Args:
@@ -53,12 +54,12 @@ def evaluate_shared(
         max_pixels=setup.recipe.max_pixels,
         interrupted=interrupted,
     )
-    return Evaluation.joined(gather_object([share]))
+    return joined(gather_object([share]))
 
 
 def evaluate_held_out(
     setup: Setup,
-    evaluated: Callable[[Any, Images, str], Evaluation],
+    evaluated: Callable[[Any, Images, str], AnyEvaluation],
     progress: Progress,
 ) -> None:
     """Evaluate the best model on the test split, if there is one, and write `test/`, once.
@@ -84,6 +85,7 @@ def evaluate_held_out(
     evaluation = evaluated(model, setup.splits.test, "test")
     if setup.is_main:
         write_evaluation(evaluation, folder, overwrite=True)
-        shown = dict.fromkeys((setup.recipe.metric, "top1", "loss"))  # each once
+        usual = DEFAULT_METRIC[setup.recipe.problem]
+        shown = dict.fromkeys((setup.recipe.metric, usual, "loss"))  # each once
         figures = ", ".join(metric_text(name, getattr(evaluation, name)) for name in shown)
         progress.log(f"{evaluation.images} held-out test images: {figures}; more in {folder}")

@@ -26,11 +26,9 @@ from cvt.data import Images, LabelledImages
 from cvt.data.preprocessing import preprocessing_of
 from cvt.data.workers import Interrupted
 from cvt.files import staged
-from cvt.inference.evaluate import evaluation_of
-from cvt.inference.metrics import Evaluation
+from cvt.inference.evaluate import AnyEvaluation, evaluation_of
 from cvt.inference.predict import Result, reader
 from cvt.runtime.fused import FusedCvt
-from cvt.train.balance import class_indices
 from cvt.train.loader import Batch, Draw, Views, loaded, slots_of, training_views
 from cvt.train.models import frozen_stages
 from cvt.train.plan import Plan
@@ -201,7 +199,7 @@ class FrozenFeatures:
 
     def batches(self, start: int) -> Iterator[Batch]:
         """Batches of features, (B, ...), from step `start` to the end of the run."""
-        targets = class_indices(self.training)
+        targets = self.training.targets
         for epoch, slots, indices in slots_of(self.training, self.recipe, self.plan, start):
             views = self.views_in(epoch)
             rows, read, failures = [], [], {}
@@ -217,7 +215,7 @@ class FrozenFeatures:
 
     def evaluate(
         self, model: Any, images: LabelledImages, progress: Callable[[], Any]
-    ) -> Evaluation:
+    ) -> AnyEvaluation:
         """Evaluate a model on the validation images.
 
         Args:
@@ -232,7 +230,8 @@ class FrozenFeatures:
         draws = [Draw(image, i, (i,)) for i, (image, _) in enumerate(images)]
         self._compute(VALIDATION, draws, self.validation_views, progress)
         results = self._results(model, images)
-        return evaluation_of(zip(results, images.labels, strict=True), model.config)
+        pairs = zip(results, images.labels, strict=True)
+        return evaluation_of(pairs, model.config, images.task)
 
     @torch.no_grad()
     def _results(self, model: Any, images: LabelledImages) -> Iterator[Result]:

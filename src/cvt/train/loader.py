@@ -22,7 +22,7 @@ from cvt.data import LabelledImages, StreamedImages
 from cvt.data.decoding import ImageError, Source, decode
 from cvt.data.preprocessing import REDUCED
 from cvt.data.workers import POLL_SECONDS, answer_nothing
-from cvt.train.balance import balanced_order, class_indices
+from cvt.train.balance import balanced_order
 from cvt.train.plan import Plan
 from cvt.train.recipe import Recipe
 from cvt.train.workers import fetch_batches, received, shared
@@ -40,15 +40,15 @@ def seed_all(*numbers: int) -> None:
 
 
 class Draw(NamedTuple):
-    """One view of one image: which, its class, and the numbers that seed the view."""
+    """One view of one image: which, its target, and the numbers that seed the view."""
 
     image: Source
-    target: int
+    target: Any
     seed: tuple[int, ...]
 
 
 class Batch(NamedTuple):
-    """Views (B, 3, H, W), their classes (B,), and the images that could not be read."""
+    """Views (B, 3, H, W), classes (B,) or targets (B, K), and the images that could not be read."""
 
     pixels: Tensor
     targets: Tensor
@@ -59,7 +59,6 @@ def draws(
     images: LabelledImages | StreamedImages, recipe: Recipe, plan: Plan, start: int
 ) -> Iterator[list[Draw]]:
     """This process's batches from step `start` to the end of the run, image by image."""
-    targets = {name: i for i, name in enumerate(images.classes)}
     if isinstance(images, StreamedImages):
         mine = range(plan.rank, plan.batches_per_step, plan.world)
         count = plan.batch_size * plan.accumulate
@@ -69,13 +68,13 @@ def draws(
         for step in range(start, plan.steps):
             for batch in mine:
                 yield [
-                    Draw(image, targets[label], (recipe.seed, step, batch, i))
+                    Draw(image, images.target(label), (recipe.seed, step, batch, i))
                     for i, (image, label) in enumerate(islice(pairs, plan.batch_size))
                 ]
         return
     for epoch, slots, indices in slots_of(images, recipe, plan, start):
         yield [
-            Draw(image, targets[label], (recipe.seed, epoch, slot))
+            Draw(image, images.target(label), (recipe.seed, epoch, slot))
             for slot, (image, label) in zip(slots, map(images.__getitem__, indices), strict=True)
         ]
 
@@ -84,7 +83,7 @@ def slots_of(
     images: LabelledImages, recipe: Recipe, plan: Plan, start: int
 ) -> Iterator[tuple[int, range, list[int]]]:
     """Of this process's batches from step `start` on: epoch, slots in it, indices of images."""
-    classes = class_indices(images) if recipe.sampler else None
+    classes = images.targets if recipe.sampler else None
     order, ordered_epoch = np.empty(0, dtype=np.int64), -1
     for step in range(start, plan.steps):
         epoch, in_epoch = divmod(step, plan.steps_per_epoch)

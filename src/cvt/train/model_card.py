@@ -12,6 +12,7 @@ from cvt import hub
 from cvt.configuration import CvtConfig
 from cvt.inference.metrics import METRIC_NAMES
 from cvt.libraries import version_of
+from cvt.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from cvt.text import printable
 from cvt.train.best_epoch import result
 from cvt.train.progress import Row
@@ -27,6 +28,15 @@ METRICS = {  # of the model-index, by the hub's names of their kinds
     "loss": "loss",
     "balanced_accuracy": "recall",
     "f1_macro": "f1",
+    "mean_average_precision": "mean_average_precision",
+    "mae": "mae",
+    "r2": "r_squared",
+}
+# What a model does, and the metric of the hub, by its problem_type; {} is its number of outputs.
+PURPOSES = {
+    SINGLE_LABEL: ("Classifies images into {} classes", "accuracy"),
+    MULTI_LABEL: ("Finds which of {} classes an image has", "mean_average_precision"),
+    REGRESSION: ("Predicts {} values of an image", "mae"),
 }
 
 
@@ -110,11 +120,14 @@ def model_card(
             `export`.
         head: fields of `huggingface_hub.ModelCardData`.
     """
+    purpose, metric = PURPOSES[config.problem_type or SINGLE_LABEL]
+    if len(config.class_names) == 1:
+        purpose = purpose.replace("values", "value").replace("classes", "class")
     data = ModelCardData(
         library_name=LIBRARY,
         pipeline_tag="image-classification",
         tags=["cvt", "image-classification", "vision"],
-        metrics=["accuracy"],
+        metrics=[metric],
         **head,
     )
     names = config.class_names
@@ -122,7 +135,7 @@ def model_card(
     package = {"adapter": "'cvt-vision[train]'", "export": "'cvt-vision[export]'"}
     sections = [
         f"# {title}",
-        f"Classifies images into {len(names)} classes: {classes}.",
+        f"{purpose.format(len(names))}: {classes}.",
         f"""## Use
 
 ```sh

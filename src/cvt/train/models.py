@@ -19,11 +19,17 @@ from cvt.configuration import CvtConfig
 from cvt.data.image_processor import image_processor
 from cvt.inference.class_matching import class_rows
 from cvt.modeling import CvtForImageClassification
+from cvt.problem_type import REGRESSION, SINGLE_LABEL
 from cvt.train.recipe import Recipe
+
+KEPT_VALUES = "the values are those of the starting model, and so is its last layer"
 
 
 def classifier_for(
-    name: str | Path | ModelSource, classes: list[str], from_scratch: bool = False
+    name: str | Path | ModelSource,
+    classes: list[str],
+    from_scratch: bool = False,
+    problem_type: str = SINGLE_LABEL,
 ) -> tuple[CvtForImageClassification, str]:
     """A classifier of these classes: trained weights where `name` has some, else random ones.
 
@@ -32,6 +38,8 @@ def classifier_for(
             what `model_source` returned for one of them.
         classes: their names, in the order of the classifier.
         from_scratch: random weights in any case.
+        problem_type: what it is to predict. The head of a regression is kept for the same values
+            alone.
 
     Returns:
         The classifier, in fp32 whatever its weights were saved in; and what became of the head that
@@ -47,25 +55,37 @@ def classifier_for(
             own = load_config(source).num_labels or len(classes)
         model = load_classifier(source, num_labels=own).float()
         model.config.dtype = torch.float32
-        sentence = adapt_head(model, classes)
+        is_regression = REGRESSION in (problem_type, model.config.problem_type)
+        before = (model.config.problem_type, model.config.class_names)
+        reuses = not is_regression or before == (problem_type, classes)
+        sentence = adapt_head(model, classes, reuses)
+        if reuses and is_regression:
+            sentence = KEPT_VALUES
     else:
         config = load_config(source)
         config.name_or_path = ""  # where the weights are from
         config.class_names = classes
         model, sentence = CvtForImageClassification(config), ""
-    model.config.problem_type = None  # that of the task, whatever the start was trained for
+    # Those of the task, whatever the start was trained for.
+    model.config.problem_type = None if problem_type == SINGLE_LABEL else problem_type
+    model.config.thresholds = None
     return model, sentence
 
 
-def adapt_head(model: Any, classes: list[str]) -> str:
+def adapt_head(model: Any, classes: list[str], reuses: bool = True) -> str:
     """Give a model the head of these classes: its own row where it knows the name, else a new one.
+
+    Args:
+        model: a classifier.
+        classes: their names.
+        reuses: whether its rows may be kept at all.
 
     Returns:
         What was reused, in a sentence.
     """
-    if model.config.class_names == classes:
+    if reuses and model.config.class_names == classes:
         return f"the classifier of {len(classes)} classes is that of the starting model"
-    known = class_rows(model.config)
+    known = class_rows(model.config) if reuses else {}
     reused = {i: known[name] for i, name in enumerate(classes) if name in known}
     new = [name for name in classes if name not in known]
     if not new:
@@ -80,7 +100,8 @@ def adapt_head(model: Any, classes: list[str]) -> str:
             + (f" and {len(new) - 20} more" if len(new) > 20 else "")
         )
     else:
-        sentence = f"a new, random classifier: the start has none of the {len(classes)} classes"
+        outputs = "classes" if reuses else "outputs"
+        sentence = f"a new, random classifier: the start has none of the {len(classes)} {outputs}"
     old = model.classifier
     model.classifier = nn.Linear(old.in_features, len(classes))
     model._init_weights(model.classifier)

@@ -17,10 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from cvt.limits import MOST_AT_ONCE, MOST_IMAGES
+from cvt.problem_type import MULTI_LABEL, PROBLEMS, REGRESSION, SINGLE_LABEL
 
 PACKAGED = Path(__file__).parent / "recipes"
 # Of a validation, in the order of results.csv; one of them chooses the best epoch.
 METRICS = ("loss", "top1", "top5", "balanced_accuracy", "f1_macro", "lowest_recall")
+METRICS_OF = {
+    SINGLE_LABEL: METRICS,
+    MULTI_LABEL: ("loss", "mean_average_precision", "f1_macro", "f1_micro"),
+    REGRESSION: ("loss", "mae", "rmse", "r2"),
+}
+DEFAULT_METRIC = {SINGLE_LABEL: "top1", MULTI_LABEL: "mean_average_precision", REGRESSION: "mae"}
+LOWER_IS_BETTER = ("loss", "mae", "rmse")
+SMOOTHING = 0.1
 OPTIMIZERS = ("adamw", "sgd", "adan", "adopt", "lamb", "lion", "mars", "muon", "nadamw")
 LARGEST: dict[type, int] = {int: 2**63 - 1}  # that a setting without a limit of its own may be
 
@@ -74,7 +83,11 @@ class Recipe:
     val_data: str | None = setting(None, "Validation data, if DATA has no validation split.")
     classes: str | None = setting(None, "File of class names, one per line, for numeric labels.")
     image_column: str | None = setting(None, "Image column of a table that has several.")
-    label_column: str | None = setting(None, "Label column of a table that has several.")
+    label_column: str | None = setting(None, "Label column of a table, or several: A,B,C.")
+    label_separator: str | None = setting(None, "Separator of a label's classes, as ; in a;b.")
+    problem_type: str | None = setting(
+        None, "multi_label_classification or regression.", choices=PROBLEMS
+    )
     group_column: str | None = setting(
         None, "Column of a table that says what an image shows: a split keeps groups whole."
     )
@@ -175,7 +188,7 @@ class Recipe:
     mixup_off_epoch: int = setting(
         0, "Epoch from which nothing is mixed; 0 mixes to the end.", ge=0, advanced=True
     )
-    label_smoothing: float = setting(0.1, "Label smoothing.", ge=0, le=1)
+    label_smoothing: float = setting(SMOOTHING, "Label smoothing, of single classes.", ge=0, le=1)
     sampler: str | None = setting(
         None, "balanced draws all classes equally often.", choices=("balanced",)
     )
@@ -255,7 +268,11 @@ class Recipe:
 
     seed: int = setting(0, "Seed of weights, order, augmentation and split.", group="Run", ge=0)
     eval_every: int = setting(1, "Epochs between validations.", ge=1)
-    metric: str = setting("top1", "Metric that chooses the best epoch.", choices=METRICS)
+    metric: str = setting(
+        "auto",
+        "Metric of the best epoch, as f1_macro.",
+        choices=("auto", *dict.fromkeys(name for names in METRICS_OF.values() for name in names)),
+    )
     patience: int | None = setting(
         None, "Stop after so many validations without a new best epoch.", ge=1
     )
@@ -276,6 +293,8 @@ class Recipe:
                 faults.append(str(error))
         if faults := faults or self.contradictions():
             raise ValueError("\n".join(faults))
+        if self.metric == "auto":
+            object.__setattr__(self, "metric", DEFAULT_METRIC[self.problem])
 
     def contradictions(self) -> list[str]:
         """A sentence for each pair of settings that exclude each other."""
@@ -300,9 +319,36 @@ class Recipe:
             )
         if self.class_weights and self.label_smoothing == 1:
             faults.append("class_weights: with label_smoothing = 1, no target has a class")
+        if self.label_separator and self.problem_type not in (None, MULTI_LABEL):
+            faults.append(
+                f"label_separator = {self.label_separator}: means several classes of an image, not "
+                f"problem_type = {self.problem_type}"
+            )
+        if self.metric not in ("auto", *METRICS_OF[self.problem]):
+            faults.append(
+                f"metric = {self.metric}: of {self.problem}, one of "
+                + ", ".join(METRICS_OF[self.problem])
+            )
+        if self.problem != SINGLE_LABEL:
+            settings = {
+                "mixup and cutmix": self.mixes,
+                "sampler": self.sampler,
+                "class_weights": self.class_weights,
+                "label_smoothing": self.label_smoothing not in (0, SMOOTHING),
+            }
+            faults += [
+                f"{name}: for images of one class each, not for {self.problem}"
+                for name, is_set in settings.items()
+                if is_set
+            ]
         if self.lr_updates == "epoch" and (self.warmup_epochs or 0.0) % 1:
             faults.append(f"warmup_epochs = {self.warmup_epochs}: with lr_updates=epoch, whole")
         return faults
+
+    @property
+    def problem(self) -> str:
+        """What the model predicts, one of `cvt.problem_type.PROBLEMS`."""
+        return self.problem_type or (MULTI_LABEL if self.label_separator else SINGLE_LABEL)
 
     @property
     def mixes(self) -> bool:

@@ -9,7 +9,8 @@
 | `speed.csv` | images per second, and the share of the time that was spent waiting for them |
 | `split.csv` | which images were trained on, where the run drew the validation images itself |
 | `test/` | the best model's evaluation on the images that were held out, where there are any |
-| `confusion_matrix.png`, `mistakes.png` | of the best epoch |
+| `confusion_matrix.png`, `mistakes.png` | of the best epoch; of several classes or values \
+`predictions.png` and `mistakes.png` |
 | `tensorboard/` | events for TensorBoard |
 | `corrupt.txt` | the training images that could not be read |
 | `best/`, `last/` | model folders, with preprocessing, a model card and `checksums.json` |
@@ -34,8 +35,15 @@ import torch
 import yaml
 
 from cvt.files import staged, write_checksums
+from cvt.inference.evaluate import AnyEvaluation
 from cvt.inference.metrics import Evaluation
-from cvt.inference.report import plot_confusion, plot_curves, plot_mistakes
+from cvt.inference.report import (
+    plot_confusion,
+    plot_curves,
+    plot_mistakes,
+    plot_outputs,
+    plot_worst,
+)
 from cvt.libraries import version_of
 from cvt.text import printable
 from cvt.train.model_card import trained_card
@@ -46,7 +54,7 @@ from cvt.train.recipe import Recipe
 PACKAGES = ("cvt-vision", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets",
             "peft", "numpy", "pillow")  # fmt: skip
 CORRUPT = "corrupt.txt"
-OF_BEST = ("best", "confusion_matrix.png", "mistakes.png")
+OF_BEST = ("best", "confusion_matrix.png", "predictions.png", "mistakes.png")
 KEPT = "checkpoints/best"  # what a run is resumed with that ended between two validations
 
 
@@ -144,8 +152,14 @@ def write_model(
             (place / "README.md").write_text(str(card), "utf-8")
 
 
-def write_pictures(output: Path, evaluation: Evaluation) -> None:
+def write_pictures(output: Path, evaluation: AnyEvaluation) -> None:
     """Draw what the best epoch gets wrong."""
+    if not isinstance(evaluation, Evaluation):
+        with staged(output / "predictions.png", overwrite=True) as path:
+            plot_outputs(evaluation, path)
+        with staged(output / "mistakes.png", overwrite=True) as path:
+            plot_worst(evaluation, path)
+        return
     with staged(output / "confusion_matrix.png", overwrite=True) as path:
         plot_confusion(evaluation, path)
     with staged(output / "mistakes.png", overwrite=True) as path:

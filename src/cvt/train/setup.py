@@ -1,5 +1,6 @@
 """What a training run is built of: images, plan, model, optimizer, batches; restored on resume."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from cvt.data.image_processor import build_processor
 from cvt.data.processor_settings import ProcessorSettings
 from cvt.kernels import apply_cpu_bf16, apply_triton, recompute_activations
 from cvt.modeling import Block
+from cvt.problem_type import SINGLE_LABEL
 from cvt.train.augmentation import augmentation, mixing
 from cvt.train.balance import class_weights
 from cvt.train.checkpointing import check_weights
@@ -37,6 +39,7 @@ from cvt.train.frozen_features import (
 )
 from cvt.train.loader import Batch, batches, seed_all
 from cvt.train.models import (
+    KEPT_VALUES,
     classifier_for,
     merged,
     processor_for,
@@ -48,6 +51,7 @@ from cvt.train.optim import Schedule, optimizer_for
 from cvt.train.plan import Plan
 from cvt.train.progress import Progress
 from cvt.train.recipe import LENGTH, Recipe, load_recipe
+from cvt.train.target_scale import TargetScale, in_units
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, under sharding too
@@ -78,6 +82,7 @@ class Setup:
         mix: mixup and cutmix of a batch.
         features: of the frozen stages, if the recipe keeps any; then batches are of features.
         class_weights: of the loss, (classes,), if the recipe asks for them.
+        scale: of the values that a regression learns; None of classes.
         batches: this process's, from the next step on.
     """
 
@@ -100,6 +105,7 @@ class Setup:
     mix: Callable
     features: FrozenFeatures | None
     class_weights: Tensor | None
+    scale: TargetScale | None
     batches: Iterator[Batch]
 
     @property
@@ -122,6 +128,11 @@ class Setup:
         """Of an image, or of its features, in a batch."""
         side = self.recipe.image_size
         return self.features.shape if self.features else (3, side, side)
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """Of an image: () of the index of its class, else (K,)."""
+        return () if self.recipe.problem == SINGLE_LABEL else (self.config.num_labels,)
 
     @property
     def averaged(self) -> Any:
@@ -166,12 +177,17 @@ class Setup:
         """The model to write, averaged where there is an average, and its LoRA adapter."""
         if self.recipe.lora_r:
             adapted = self.averaged or self.model
+            if self.scale:
+                adapted = in_units(copy.deepcopy(adapted))
             return merged(adapted), adapted
         with torch.device("meta"):  # no time for random weights
             model = rebuilt(self.config.to_dict())
         weights = state["ema"] or state["model"]
         contiguous = {name: weight.contiguous() for name, weight in weights.items()}
         model.load_state_dict(contiguous, assign=True)
+        if self.scale:
+            self.scale.put_on(model)
+            in_units(model)
         return model, None
 
 
@@ -213,7 +229,8 @@ def set_up(
     if state:
         check_length(load_recipe(None, state["recipe"]), recipe, plan, step, output)
     seed_all(recipe.seed)
-    start, processor = _model(recipe, splits.train.classes, state, output, progress)
+    scale = TargetScale.of(splits.train)
+    start, processor = _model(recipe, splits.train, scale, state, output, progress)
     augment = augmentation(recipe, processor)
     mix = mixing(recipe, len(start.config.class_names))
     model, ema = _prepared(start, recipe, accelerator.device, plan.world)
@@ -240,6 +257,7 @@ def set_up(
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=fp16),
         mix=mix,
         class_weights=weights,
+        scale=scale,
         features=features,
         batches=(
             features.batches(step)
@@ -268,6 +286,8 @@ def splits_for(recipe: Recipe, split_file: Path | None = None) -> Splits:
         group_column=recipe.group_column,
         folds=recipe.folds,
         fold=recipe.fold or 1,
+        label_separator=recipe.label_separator,
+        problem_type=recipe.problem_type,
         split_file=split_file,
     )
 
@@ -333,19 +353,30 @@ def images_per_epoch(recipe: Recipe, images: Images) -> int:
 
 
 def _model(
-    recipe: Recipe, classes: list[str], state: dict[str, Any], output: Path, progress: Progress
+    recipe: Recipe,
+    images: Images,
+    scale: TargetScale | None,
+    state: dict[str, Any],
+    output: Path,
+    progress: Progress,
 ) -> tuple[Any, Any]:
     """The classifier to train and its image processor."""
     if state:
-        return rebuilt(state["config"]), build_processor(
-            ProcessorSettings.parse(state["processor"], str(output)).changed({})
-        )
-    start = model_source(recipe.model)
-    model, sentence = classifier_for(start, classes, recipe.from_scratch)
-    if sentence:
-        progress.log(sentence)
-    model = regularised(model, recipe)
-    return model, processor_for(start, recipe, model.config)
+        model = rebuilt(state["config"])
+        settings = ProcessorSettings.parse(state["processor"], str(output)).changed({})
+        processor, keeps_values = build_processor(settings), False
+    else:
+        start = model_source(recipe.model)
+        task = images.task.problem_type
+        model, sentence = classifier_for(start, images.classes, recipe.from_scratch, task)
+        if sentence:
+            progress.log(sentence)
+        keeps_values = sentence == KEPT_VALUES
+        model = regularised(model, recipe)
+        processor = processor_for(start, recipe, model.config)
+    if scale:
+        scale.put_on(model, are_in_units=keeps_values)
+    return model, processor
 
 
 def _prepared(
@@ -386,12 +417,13 @@ def _summarise(setup: Setup, progress: Progress) -> None:
             "the frozen stages run in every epoch, since mixup and cutmix mix pixels; with "
             f"mixup=0 cutmix=0 they run once for each of {DEFAULT_VIEWS} views"
         )
+    outputs = "values" if setup.scale else "classes"
     trained = sum(p.numel() for p in setup.model.parameters() if p.requires_grad)
     peak = f"{recipe.peak_lr(plan.images_per_step):.3g}"
     if recipe.lr is None:
         peak += f" = {recipe.lr_base:g} x {plan.images_per_step} / {recipe.lr_base_size}"
     progress.log(
-        f"{plan.images:,} images of {setup.config.num_labels} classes; {trained:,} parameters "
+        f"{plan.images:,} images of {setup.config.num_labels} {outputs}; {trained:,} parameters "
         f"to train on {setup.device.type} in {recipe.precision}"
         + (", sharded" if setup.is_sharded else "")
     )
@@ -456,6 +488,8 @@ def digest(*splits: Images) -> str:
     found = hashlib.sha256()
     for images in splits:
         found.update(repr(images.classes).encode())
+        if not images.task.has_one_class:
+            found.update(repr(images.task).encode())
         if isinstance(images, LabelledImages):
             found.update(repr(list(images.labels)).encode())
             for image in images.sources if isinstance(images.sources[0], Path) else ():

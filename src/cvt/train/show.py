@@ -16,6 +16,7 @@ from cvt.data.preprocessing import normalisation, preprocessing_of
 from cvt.files import staged
 from cvt.inference.predict import reader
 from cvt.inference.report import Cell, plot_sheet, short
+from cvt.problem_type import MULTI_LABEL, REGRESSION
 from cvt.train.augmentation import augmentation, mixing
 from cvt.train.loader import batches, seed_all
 from cvt.train.models import processor_for
@@ -95,7 +96,7 @@ def _training_cells(
         if len(targets) and len(targets) % 2 == 0:
             pixels, targets = mix(pixels, targets)
         for view, target in zip(pixels, targets, strict=True):
-            label = _label(target, images.classes, recipe.label_smoothing)
+            label = _label(target, images, recipe.label_smoothing)
             cells.append(Cell(_picture(view.numpy(), processor), label))
     return cells[:count], failures
 
@@ -119,8 +120,14 @@ def _validation_cells(
         except ImageError:
             failures += 1
         else:
+            if images.task.problem_type == MULTI_LABEL:
+                label = _names(images.task.classes_of(label))
             cells.append(Cell(_picture(pixels, processor), short(label, WIDTH)))
     return cells, failures
+
+
+def _names(classes: list[str]) -> str:
+    return short(", ".join(classes) or "none", WIDTH)
 
 
 def _picture(pixels: np.ndarray, processor: Any) -> StoredImage:
@@ -130,8 +137,16 @@ def _picture(pixels: np.ndarray, processor: Any) -> StoredImage:
     return StoredImage("", Image.fromarray(levels.transpose(1, 2, 0)))
 
 
-def _label(target: Tensor, classes: list[str], smoothing: float) -> str:
-    """The class of a target, or the shares of those of a mixed one, without the smoothing."""
+def _label(target: Tensor, images: Images, smoothing: float) -> str:
+    """The class of a target, or the shares of those of a mixed one, without the smoothing.
+
+    Of several classes their names, and of values the numbers.
+    """
+    classes = images.classes
+    if images.task.problem_type == REGRESSION:
+        return short(", ".join(f"{value:.4g}" for value in target.tolist()), WIDTH)
+    if images.task.problem_type == MULTI_LABEL:
+        return _names([classes[i] for i in torch.nonzero(target).flatten().tolist()])
     if not target.ndim:
         return short(classes[int(target)], WIDTH)
     shares = (target - smoothing / len(classes)) / (1 - smoothing) if smoothing < 1 else target

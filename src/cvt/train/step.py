@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cvt.train.balance import weighted_cross_entropy
 from cvt.train.loader import Batch, seed_all
+from cvt.train.loss import batch_loss
 from cvt.train.setup import DTYPES, Setup
 
 
@@ -99,17 +98,16 @@ class TrainingStep:
     def _backward(self, batch: Batch, step: int, is_blank: bool) -> Tensor:
         """Add the gradients of a batch to those of the step; returns its loss."""
         setup, recipe = self.setup, self.setup.recipe
-        pixels, targets = self._mixed(blank(setup.input_shape) if is_blank else batch, step)
+        used = blank(setup.input_shape, setup.target_shape) if is_blank else batch
+        pixels, targets = self._mixed(used, step)
         kept = statistics_kept(setup.model) if is_blank else contextlib.nullcontext()
         with kept:
             with torch.autocast(setup.device.type, self.dtype, self.dtype != torch.float32):
                 logits = setup.forward(pixels, return_dict=True).logits
-            if (weights := setup.class_weights) is not None:
-                smoothing = recipe.label_smoothing
-                loss = weighted_cross_entropy(logits.float(), targets, weights, smoothing)
-            else:
-                smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+            loss = batch_loss(
+                *(logits.float(), targets, recipe.problem, recipe.label_smoothing),
+                *(setup.class_weights, setup.scale),
+            )
             if is_blank:  # without weight in the step, but other processes wait for its gradient
                 loss = 0 * loss
             setup.scaler.scale(loss / setup.plan.accumulate).backward()
@@ -134,9 +132,15 @@ class TrainingStep:
         return contextlib.nullcontext()
 
 
-def blank(shape: tuple[int, ...]) -> Batch:
-    """A batch of one image of zeros, in the place of one of which no image can be read."""
-    return Batch(torch.zeros(1, *shape), torch.zeros(1, dtype=torch.int64), {})
+def blank(shape: tuple[int, ...], target: tuple[int, ...] = ()) -> Batch:
+    """A batch of one image of zeros, in the place of one of which no image can be read.
+
+    Args:
+        shape: of the image.
+        target: shape of its target; () is that of the index of a class.
+    """
+    targets = torch.zeros(1, *target, dtype=torch.float32 if target else torch.int64)
+    return Batch(torch.zeros(1, *shape), targets, {})
 
 
 @contextlib.contextmanager

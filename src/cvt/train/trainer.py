@@ -22,7 +22,8 @@ from accelerate.utils import broadcast_object_list
 from cvt.data import Images, LabelledImages, write_split
 from cvt.data.workers import Interrupted
 from cvt.files import check_path, locked
-from cvt.inference.metrics import Evaluation
+from cvt.inference.evaluate import AnyEvaluation
+from cvt.inference.output_metrics import MultiLabelEvaluation
 from cvt.train import run_folder
 from cvt.train.balance import advice
 from cvt.train.best_epoch import best, early_end
@@ -37,7 +38,7 @@ from cvt.train.corrupt import CorruptImages, report_oversized
 from cvt.train.evaluation import evaluate_held_out, evaluate_shared
 from cvt.train.models import frozen
 from cvt.train.progress import NullProgress, Progress, Row
-from cvt.train.recipe import METRICS, Recipe, load_recipe, read_settings, resumed_recipe
+from cvt.train.recipe import METRICS_OF, Recipe, load_recipe, read_settings, resumed_recipe
 from cvt.train.setup import Setup, set_up
 from cvt.train.signals import StopSignal
 from cvt.train.step import StepMetrics, TrainingStep
@@ -428,20 +429,27 @@ class Trainer:
             "train_loss": sum(self.losses) / len(self.losses),
         }
         prefixes = ("val", "ema") if self.setup.ema else ("val",)
-        return row | dict.fromkeys(f"{prefix}_{name}" for prefix in prefixes for name in METRICS)
+        names = METRICS_OF[self.recipe.problem]
+        return row | dict.fromkeys(f"{prefix}_{name}" for prefix in prefixes for name in names)
 
-    def validate(self, row: Row) -> Evaluation:
-        """Fill in the metrics of the validation; returns the evaluation of the model to write."""
+    def validate(self, row: Row) -> AnyEvaluation:
+        """Fill in the metrics of the validation; returns the evaluation of the model to write.
+
+        Of several classes, the thresholds are chosen here.
+        """
         weights = {"val": self.setup.model}
         if self.setup.ema:
             weights["ema"] = self.setup.averaged
         for prefix, model in weights.items():
             evaluation = self.evaluated(model, self.setup.splits.validation, "validation")
-            row.update({f"{prefix}_{name}": getattr(evaluation, name) for name in METRICS})
+            if isinstance(evaluation, MultiLabelEvaluation):
+                evaluation = evaluation.at_best_thresholds()
+            names = METRICS_OF[self.recipe.problem]
+            row.update({f"{prefix}_{name}": getattr(evaluation, name) for name in names})
         return evaluation
 
     def write_epoch(
-        self, state: dict[str, Any], history: list[Row], evaluation: Evaluation | None
+        self, state: dict[str, Any], history: list[Row], evaluation: AnyEvaluation | None
     ) -> None:
         """Write the models, if the last epoch was validated, and the results."""
         if self.setup.is_main:
@@ -458,11 +466,13 @@ class Trainer:
             self.curve_drawn = time.monotonic()
 
     def write_models(
-        self, state: dict[str, Any], history: list[Row], evaluation: Evaluation
+        self, state: dict[str, Any], history: list[Row], evaluation: AnyEvaluation
     ) -> None:
         """Write `last/`, and `best/` with its pictures if the last epoch is the best."""
         row = history[-1]
         model, adapter = self.setup.final_model(state)
+        if isinstance(evaluation, MultiLabelEvaluation):
+            model.config.thresholds = evaluation.thresholds
         is_first = len(history) <= self.recipe.eval_every
         for failure in evaluation.failures if is_first else ():
             logger.warning(f"not counted: {failure.error}")
@@ -473,7 +483,7 @@ class Trainer:
             processor = self.setup.processor
             run_folder.write_model(folder, model, processor, self.recipe, row, adapter)
 
-    def evaluated(self, model: Any, images: Images, name: str) -> Evaluation:
+    def evaluated(self, model: Any, images: Images, name: str) -> AnyEvaluation:
         """The evaluation of a model on every image once, shared by the processes."""
         total = images.length
         shown = self.progress.stage(name, total and -(-total // self.plan.world))
