@@ -377,8 +377,7 @@ def write_evaluation(
         FileExistsError: `folder` is there already and may not be overwritten.
     """
     metrics = evaluation.metrics | {"failures": [failure.name for failure in evaluation.failures]}
-    is_of_classes = isinstance(evaluation, Evaluation)
-    tables = class_tables(evaluation) if is_of_classes else evaluation.tables()
+    tables = class_tables(evaluation) if isinstance(evaluation, Evaluation) else evaluation.tables()
     with staged(folder, overwrite) as written:
         written.mkdir()
         (written / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
