@@ -136,9 +136,12 @@ def joined(parts: Sequence[AnyEvaluation]) -> AnyEvaluation:
 
 
 def check_problem(task: Task, config: Architecture) -> None:
-    """Raise a ValueError if labels are of another problem than a model."""
+    """Raise a ValueError if labels are of another problem than a model.
+
+    One class of each image may also be compared with the best of several.
+    """
     problem = config.problem_type or SINGLE_LABEL
-    if task.problem_type == problem:
+    if task.problem_type == problem or (task.has_one_class and problem == MULTI_LABEL):
         return
     settings = {
         REGRESSION: "label_column, the column of the values, and problem_type=regression",
