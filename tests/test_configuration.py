@@ -99,12 +99,12 @@ def test_a_list_of_the_wrong_length_is_named_with_its_length(name, length):
         CvtConfig(**{name: values})
 
 
-@pytest.mark.parametrize("value", [[0.5], [0.5, 1.5], [0.5, NAN], [0.5, "x"], 0.5, {0: 0.5}])
+@pytest.mark.parametrize("value", [[0.5], [0, 1, 1.5], [0, 1, NAN], [0, 1, "x"], 0.5, {0: 0.5}])
 def test_thresholds_are_a_share_for_each_class(tmp_path, value):
     with pytest.raises(ValueError, match="thresholds = "):
-        CvtConfig(num_labels=2, thresholds=value)
-    save(CvtConfig(num_labels=2, thresholds=[0.25, 1]), tmp_path)
-    assert CvtConfig.from_pretrained(tmp_path).thresholds == [0.25, 1.0]
+        CvtConfig(num_labels=3, thresholds=value)
+    save(CvtConfig(num_labels=3, thresholds=[0, 0.25, 1]), tmp_path)
+    assert CvtConfig.from_pretrained(tmp_path).thresholds == [0.0, 0.25, 1.0]
     assert CvtConfig.from_pretrained(tmp_path, num_labels=5).thresholds is None
 
 

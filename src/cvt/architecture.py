@@ -411,7 +411,7 @@ class Architecture:
 
     @class_names.setter
     def class_names(self, names: list[str]) -> None:
-        if self.thresholds is not None and len(self.thresholds) != len(names):
+        if self.id2label is not None and len(self.id2label) != len(names):
             self.thresholds = None  # they are of other classes
         self.id2label = dict(enumerate(names))
         self.label2id = {name: i for i, name in enumerate(names)}

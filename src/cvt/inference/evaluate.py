@@ -138,9 +138,12 @@ def joined(parts: Sequence[AnyEvaluation]) -> AnyEvaluation:
 
 
 def check_problem(task: Task, config: Architecture) -> None:
-    """Raise a ValueError if labels are of another problem than a model."""
+    """Raise a ValueError if labels are of another problem than a model.
+
+    One class of each image may also be compared with the best of several.
+    """
     problem = config.problem_type or SINGLE_LABEL
-    if task.problem_type == problem:
+    if task.problem_type == problem or (task.has_one_class and problem == MULTI_LABEL):
         return
     settings = {
         REGRESSION: "label_column, the column of the values, and problem_type=regression",
@@ -393,10 +396,7 @@ def write_evaluation(
         FileExistsError: `folder` is there already and may not be overwritten.
     """
     metrics = evaluation.metrics | {"failures": [failure.name for failure in evaluation.failures]}
-    if isinstance(evaluation, Evaluation):
-        tables = class_tables(evaluation)
-    else:
-        tables = evaluation.tables()
+    tables = class_tables(evaluation) if isinstance(evaluation, Evaluation) else evaluation.tables()
     with staged(folder, overwrite) as written:
         written.mkdir()
         (written / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
