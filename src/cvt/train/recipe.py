@@ -22,6 +22,7 @@ PACKAGED = Path(__file__).parent / "recipes"
 # Of a validation, in the order of results.csv; one of them chooses the best epoch.
 METRICS = ("loss", "top1", "top5", "balanced_accuracy", "f1_macro", "lowest_recall")
 OPTIMIZERS = ("adamw", "sgd", "adan", "adopt", "lamb", "lion", "mars", "muon", "nadamw")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 LARGEST: dict[type, int] = {int: 2**63 - 1}  # that a setting without a limit of its own may be
 
 
@@ -221,6 +222,9 @@ class Recipe:
     )
     save_steps: int | None = setting(None, "Steps between checkpoints within an epoch.", ge=1)
     keep: int = setting(2, "Checkpoints to keep.", ge=1)
+    track: str | None = setting(
+        "tensorboard", f"Trackers, with commas between: {', '.join(TRACKERS)}; or none."
+    )
 
     def __post_init__(self) -> None:
         faults = []
@@ -253,12 +257,20 @@ class Recipe:
             faults.append("class_weights: with label_smoothing = 1, no target has a class")
         if self.lr_updates == "epoch" and (self.warmup_epochs or 0.0) % 1:
             faults.append(f"warmup_epochs = {self.warmup_epochs}: with lr_updates=epoch, whole")
+        if not set(self.trackers) <= set(TRACKERS):
+            faults.append(f"track = {self.track}: must be of {', '.join(TRACKERS)}")
         return faults
 
     @property
     def mixes(self) -> bool:
         """Whether batches are mixed at all."""
         return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `track`, each once."""
+        names = self.track.split(",") if self.track else []
+        return list(dict.fromkeys(name.strip() for name in names))
 
     def peak_lr(self, images: int) -> float:
         """The learning rate after the warm-up, for so many images a step."""
@@ -270,7 +282,7 @@ class Recipe:
 LENGTH = ("epochs", "steps", "cooldown_epochs")
 RESUME_OVERRIDES = (
     "data", "val_data", "classes", "workers", "max_corrupt", "save_steps", "keep", *LENGTH,
-    "patience", "max_hours",
+    "patience", "max_hours", "track",
 )  # fmt: skip
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
 
