@@ -22,7 +22,7 @@ def test_a_resumed_run_is_one_run_of_each_tracker(recipe, tmp_path, monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     run, lr = tmp_path / "run", 0.0031
     with pytest.raises(Stopped):
-        train(recipe(track="wandb, mlflow,trackio", epochs=2, lr=lr), run, Watcher(stop_after=2))
+        train(recipe(track="wandb, mlflow,trackio", epochs=2, lr=lr), run, Watcher(stop_after=1))
     ids = json.loads((run / "trackers.json").read_text())
     resume(run)
     assert json.loads((run / "trackers.json").read_text()) == ids

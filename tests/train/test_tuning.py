@@ -66,7 +66,7 @@ def test_an_interrupted_search_resumes_to_the_same(recipe, tmp_path):
         tune(settings, SEARCH, tmp_path, trials=4)
     steps = sum(3 * trial.params["epochs"] for trial in study(tmp_path / "whole").trials[:1])
     with pytest.raises(Stopped) as stop:
-        tune(settings, SEARCH, output, trials=4, progress=Watcher(stop_after=steps + 2))
+        tune(settings, SEARCH, output, trials=4, progress=Watcher(stop_after=steps + 1))
     assert stop.value.code == 128 + signal.SIGTERM
     assert len(study(output).trials) == 1
     assert final_state(output / "trial-0001")["step"] == 2
@@ -117,7 +117,7 @@ def test_a_trial_below_the_median_is_pruned_also_after_an_interruption(
         tune(settings, search, output, 6, resume=True, progress=Watcher(2, during="validation"))
     found = tune(settings, search, output, 6, resume=True)
     assert [trial.state for trial in found] == [*5 * ["complete"], "pruned"]
-    assert (found[5].value, found[5].epoch) == (0.5, 1)
+    assert found[5].value == 0.5
     assert study(output).trials[5].intermediate_values == {1: 0.5, 2: 0.5}
     assert final_state(found[5].folder)["step"] == 6
     assert (found[5].folder / "best").is_dir()

@@ -17,7 +17,7 @@ from cvt.train.best_epoch import result
 from cvt.train.callbacks import Callback, RunState
 from cvt.train.checkpointing import checkpoints
 from cvt.train.progress import NullProgress, Progress
-from cvt.train.recipe import FIELDS, Recipe, checked, read_settings, value_type
+from cvt.train.recipe import FIELDS, Recipe, checked, load_recipe, read_settings, value_type
 from cvt.train.setup import splits_for
 from cvt.train.strict_yaml import write_yaml
 from cvt.train.tracking import require_trackers
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 STUDY, NAME = "study.db", "cvt"  # Optuna's file in the output folder, and the study in it
 SHARED = ("Data", "Run")  # groups of settings that all trials share: else none could be compared
-Space = Mapping[str, "BaseDistribution"]
+Space = dict[str, "BaseDistribution"]
 DRAWS = 100  # of settings, until some have not been tried
 EPOCHS_BEFORE_PRUNING = 2  # the learning rate is still rising in the first
 
@@ -157,7 +157,8 @@ def search_space(search: Mapping[str, str]) -> Space:
     if not search:
         raise ValueError("search: give at least one setting, as lr=1e-5..1e-3:log")
     read_settings(None, dict.fromkeys(search))  # refuses unknown names
-    space, faults, group = {}, [], ""
+    space: Space = {}
+    faults, group = [], ""
     for name, spec in FIELDS.items():
         group = spec.metadata["group"] or group
         if name in search:
@@ -209,18 +210,23 @@ def _open_study(output: Path, recipe: Recipe, search: Mapping[str, str]) -> "opt
     from sqlalchemy import URL
 
     url = URL.create("sqlite", database=str(output / STUDY)).render_as_string()
-    direction = "minimize" if recipe.metric == "loss" else "maximize"
+    direction = "MINIMIZE" if recipe.metric == "loss" else "MAXIMIZE"
     with quiet("optuna", "alembic"):
         study = optuna.create_study(
-            storage=url, study_name=NAME, direction=direction, load_if_exists=True
+            storage=url,
+            study_name=NAME,
+            direction=optuna.study.StudyDirection[direction],
+            load_if_exists=True,
         )
-    given = {"recipe": asdict(recipe), "search": dict(search)}
-    for name, settings in given.items():
-        known = study.user_attrs.get(name)
-        if known is None:
+    given = {"search": dict(search), "recipe": asdict(recipe)}
+    if "recipe" not in study.user_attrs:
+        for name, settings in given.items():
             study.set_user_attr(name, settings)
-        elif known != settings:
-            keys = sorted(key for key in known | settings if known.get(key) != settings.get(key))
+    known = dict(study.user_attrs)
+    known["recipe"] = asdict(load_recipe(None, known["recipe"]))  # older ones lack settings
+    for name, settings in given.items():
+        before = known[name]
+        if keys := sorted(k for k in before | settings if before.get(k) != settings.get(k)):
             raise ValueError(f"{output} is a search with another {name}: {', '.join(keys)} differ")
     return study
 
@@ -369,8 +375,8 @@ def _write(trials: Sequence[Trial], recipe: Recipe, output: Path) -> None:
     if best.value is not None:
         value = metric_text(recipe.metric, best.value)
         with staged(output / "best.yaml", overwrite=True) as path:
-            settings = asdict(_chosen(recipe, best.settings))
-            path.write_text(f"# trial {best.number}: {value}\n{write_yaml(settings)}", "utf-8")
+            text = write_yaml(asdict(_chosen(recipe, best.settings)))
+            path.write_text(f"# trial {best.number}: {value}\n{text}", "utf-8")
 
 
 def _outcome(trial: Trial, metric: str) -> str:
