@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import inf
 
 from cvt.train.progress import Row
-from cvt.train.recipe import Recipe
+from cvt.train.recipe import LOWER_IS_BETTER, Recipe
 
 
 def result(row: Mapping[str, float | None], metric: str) -> float | None:
@@ -22,7 +22,7 @@ def best(history: Sequence[Row], metric: str = "top1") -> Row:
         value, loss = result(row, metric), result(row, "loss")
         if value is None or loss is None:
             return -inf, -inf
-        return (-value if metric == "loss" else value), -loss
+        return (-value if metric in LOWER_IS_BETTER else value), -loss
 
     return max(history, key=quality)
 

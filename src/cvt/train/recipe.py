@@ -21,6 +21,7 @@ from cvt.limits import MOST_AT_ONCE, MOST_IMAGES
 PACKAGED = Path(__file__).parent / "recipes"
 # Of a validation, in the order of results.csv; one of them chooses the best epoch.
 METRICS = ("loss", "top1", "top5", "balanced_accuracy", "f1_macro", "lowest_recall")
+LOWER_IS_BETTER = ("loss",)
 OPTIMIZERS = ("adamw", "sgd", "adan", "adopt", "lamb", "lion", "mars", "muon", "nadamw")
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 LARGEST: dict[type, int] = {int: 2**63 - 1}  # that a setting without a limit of its own may be

@@ -17,7 +17,15 @@ from cvt.train.best_epoch import result
 from cvt.train.callbacks import Callback, RunState
 from cvt.train.checkpointing import checkpoints
 from cvt.train.progress import NullProgress, Progress
-from cvt.train.recipe import FIELDS, Recipe, checked, load_recipe, read_settings, value_type
+from cvt.train.recipe import (
+    FIELDS,
+    LOWER_IS_BETTER,
+    Recipe,
+    checked,
+    load_recipe,
+    read_settings,
+    value_type,
+)
 from cvt.train.setup import splits_for
 from cvt.train.strict_yaml import write_yaml
 from cvt.train.tracking import require_trackers
@@ -210,7 +218,7 @@ def _open_study(output: Path, recipe: Recipe, search: Mapping[str, str]) -> "opt
     from sqlalchemy import URL
 
     url = URL.create("sqlite", database=str(output / STUDY)).render_as_string()
-    direction = "MINIMIZE" if recipe.metric == "loss" else "MAXIMIZE"
+    direction = "MINIMIZE" if recipe.metric in LOWER_IS_BETTER else "MAXIMIZE"
     with quiet("optuna", "alembic"):
         study = optuna.create_study(
             storage=url,
@@ -353,7 +361,7 @@ def _trials(study: "optuna.Study", output: Path) -> list[Trial]:
 
 def _ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
     """The best first, then pruned ones, then failed ones."""
-    sign = 1 if metric == "loss" else -1
+    sign = 1 if metric in LOWER_IS_BETTER else -1
     states = ("complete", "pruned", "failed")
     return sorted(trials, key=lambda trial: (states.index(trial.state), sign * (trial.value or 0)))
 
