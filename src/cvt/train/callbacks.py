@@ -21,6 +21,12 @@ class RunState:
         metrics: of the event, see `Callback`.
         stop: ends the run for the reason that it is given, as `patience` does: after the step under
             way, with a checkpoint, an evaluation and the best model. `resume` continues the run.
+
+    Example:
+        >>> from cvt.train import Callback, RunState
+        >>> class Report(Callback):
+        ...     def on_epoch_end(self, run: RunState) -> None:
+        ...         print(f"{run.step} of {run.steps}: {run.metrics['train_loss']}")
     """
 
     recipe: Recipe

@@ -55,6 +55,13 @@ class Trial:
         settings: of the search.
         folder: of the run.
         error: why it failed; else empty.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from cvt.train import Trial
+        >>> trial = Trial(0, "complete", 0.94, 3, {"lr": 1e-3}, Path("runs/tune/trial-0000"))
+        >>> trial.settings["lr"]
+        0.001
     """
 
     number: int
