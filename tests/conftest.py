@@ -7,6 +7,11 @@ import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network by accident
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cvt-tests-")  # not the user's graphs
+os.environ["TRACKIO_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "trackio")
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["WANDB_ERROR_REPORTING"] = "false"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
 
 import numpy as np
 import pytest

@@ -54,6 +54,7 @@ SETTINGS = [
     "--precision", "--compile", "--recompute-activations", "--gradient-checkpointing", "--fsdp",
     "--triton",
     "--seed", "--eval-every", "--metric", "--patience", "--max-hours", "--save-steps", "--keep",
+    "--track",
 ]  # fmt: skip
 COMMANDS = {
     "check": [
@@ -69,6 +70,9 @@ COMMANDS = {
     "train": [
         "words", "--config", "--output", "--resume", "--schema",
         *SETTINGS,
+    ],
+    "tune": [
+        "words", "--config", "--search", "--trials", "--prune", "--output", "--resume", *SETTINGS,
     ],
     "show": ["words", "--config", "--output", "--images", "--force", *SETTINGS],
     "probe": [

@@ -19,6 +19,7 @@ from cvt import PixelError
 from cvt.cli import verbs
 from cvt.runtime import RUNTIMES, factory
 from cvt.runtime.torch_runtime import TorchRuntime
+from cvt.train import Callback
 from cvt.train.recipe import FIELDS, METRICS_OF, load_recipe, packaged_recipes
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +39,8 @@ COMMENT = re.compile(r"(?:^|(?<=\s))# (.*)$", re.MULTILINE)  # in sh and Python 
 COMMANDS = {name: verbs.get_command(None, name) for name in verbs.list_commands(None)}
 # Words with an underscore that the training page names and that are no settings.
 NO_SETTINGS = {
-    *("from_pretrained", "save_to_disk"),
+    *("from_pretrained", "save_to_disk", "learning_rate", "images_per_second"),
+    *(name for name in vars(Callback) if name.startswith("on_")),
     *(
         f"{prefix}{name}"
         for names in METRICS_OF.values()

@@ -22,6 +22,7 @@ VERBS = {
     "show": "Draw what `cvt train` would give the model: augmented views, and validation images.",
     "train": "Train or fine-tune a classifier; the best epoch is kept as a model folder, "
     "OUTPUT/best.",
+    "tune": "Search for the best settings of a recipe, by Optuna; each trial is a run folder.",
     "evaluate": "Measure accuracy, per class too, and calibration; classes are matched by name.",
     "explain": "Draw where a model looks; images that cannot be decoded are skipped (exit code 3).",
     "app": "Serve a page for the browser: drop a picture, see its classes and their heat maps.",

@@ -1,13 +1,13 @@
 """Which epoch of a run is the best, and whether the run ends early; both by its results alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 
 from cvt.train.progress import Row
 from cvt.train.recipe import LOWER_IS_BETTER, Recipe
 
 
-def result(row: Row, metric: str) -> float | None:
+def result(row: Mapping[str, float | None], metric: str) -> float | None:
     """A metric of the model that an epoch wrote, averaged where there is an average.
 
     None if the epoch was not validated.

@@ -31,6 +31,7 @@ DEFAULT_METRIC = {SINGLE_LABEL: "top1", MULTI_LABEL: "mean_average_precision", R
 LOWER_IS_BETTER = ("loss", "mae", "rmse")
 SMOOTHING = 0.1
 OPTIMIZERS = ("adamw", "sgd", "adan", "adopt", "lamb", "lion", "mars", "muon", "nadamw")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 LARGEST: dict[type, int] = {int: 2**63 - 1}  # that a setting without a limit of its own may be
 
 
@@ -283,6 +284,9 @@ class Recipe:
         None, "Steps between checkpoints within an epoch.", ge=1, advanced=True
     )
     keep: int = setting(2, "Checkpoints to keep.", ge=1, advanced=True)
+    track: str | None = setting(
+        "tensorboard", f"Trackers, with commas between: {', '.join(TRACKERS)}; or none."
+    )
 
     def __post_init__(self) -> None:
         faults = []
@@ -343,6 +347,8 @@ class Recipe:
             ]
         if self.lr_updates == "epoch" and (self.warmup_epochs or 0.0) % 1:
             faults.append(f"warmup_epochs = {self.warmup_epochs}: with lr_updates=epoch, whole")
+        if not set(self.trackers) <= set(TRACKERS):
+            faults.append(f"track = {self.track}: must be of {', '.join(TRACKERS)}")
         return faults
 
     @property
@@ -355,6 +361,12 @@ class Recipe:
         """Whether batches are mixed at all."""
         return self.mixup_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `track`, each once."""
+        names = self.track.split(",") if self.track else []
+        return list(dict.fromkeys(name.strip() for name in names))
+
     def peak_lr(self, images: int) -> float:
         """The learning rate after the warm-up, for so many images a step."""
         return self.lr_base * images / self.lr_base_size if self.lr is None else self.lr
@@ -365,7 +377,7 @@ class Recipe:
 LENGTH = ("epochs", "steps", "cooldown_epochs")
 RESUME_OVERRIDES = (
     "data", "val_data", "classes", "workers", "max_corrupt", "save_steps", "keep", *LENGTH,
-    "patience", "max_hours",
+    "patience", "max_hours", "track",
 )  # fmt: skip
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
 

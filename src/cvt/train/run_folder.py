@@ -12,6 +12,7 @@
 | `confusion_matrix.png`, `mistakes.png` | of the best epoch; of several classes or values \
 `predictions.png` and `mistakes.png` |
 | `tensorboard/` | events for TensorBoard |
+| `trackers.json` | the ids by which other trackers know the run |
 | `corrupt.txt` | the training images that could not be read |
 | `best/`, `last/` | model folders, with preprocessing, a model card and `checksums.json` |
 | `checkpoints/` | what the run resumes from |
@@ -32,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from cvt.files import staged, write_checksums
 from cvt.inference.evaluate import AnyEvaluation
@@ -50,6 +50,7 @@ from cvt.train.model_card import trained_card
 from cvt.train.plan import Plan
 from cvt.train.progress import Row
 from cvt.train.recipe import Recipe
+from cvt.train.strict_yaml import write_yaml
 
 PACKAGES = ("cvt-vision", "torch", "torchvision", "transformers", "timm", "accelerate", "datasets",
             "peft", "numpy", "pillow")  # fmt: skip
@@ -61,8 +62,7 @@ KEPT = "checkpoints/best"  # what a run is resumed with that ended between two v
 def write_settings(output: Path, recipe: Recipe, plan: Plan, device: torch.device) -> None:
     """Write `args.yaml`, and a further entry of `environment.json`."""
     with staged(output / "args.yaml", overwrite=True) as file:
-        settings = dataclasses.asdict(recipe)
-        file.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), "utf-8")
+        file.write_text(write_yaml(dataclasses.asdict(recipe)), "utf-8")
     entry = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,

@@ -1,5 +1,6 @@
-"""Reads the yaml of a recipe; refuses what yaml would take silently."""
+"""The yaml of a recipe: read, refusing what yaml would take silently, and written."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -42,3 +43,8 @@ def read_yaml(text: str) -> Any:
         return yaml.load(text, StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
+
+
+def write_yaml(settings: Mapping[str, Any]) -> str:
+    """The yaml text of settings, in their order."""
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)

@@ -9,8 +9,9 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType, TracebackType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -27,6 +28,7 @@ from cvt.inference.output_metrics import MultiLabelEvaluation
 from cvt.train import run_folder
 from cvt.train.balance import advice
 from cvt.train.best_epoch import best, early_end
+from cvt.train.callbacks import Callback, Events, RunState
 from cvt.train.checkpointing import (
     check_state,
     checkpoints,
@@ -42,7 +44,7 @@ from cvt.train.recipe import METRICS_OF, Recipe, load_recipe, read_settings, res
 from cvt.train.setup import Setup, set_up
 from cvt.train.signals import StopSignal
 from cvt.train.step import StepMetrics, TrainingStep
-from cvt.train.tracking import Tracker
+from cvt.train.tracking import Tracker, require_trackers
 
 logger = logging.getLogger(__name__)
 MAX_WAITING_SHARE = 0.2  # of an epoch's time
@@ -55,7 +57,12 @@ class Stopped(SystemExit):
     """A signal ended the run and its state is saved; the exit code is 128 + the signal's number."""
 
 
-def train(recipe: Recipe, output: str | Path, progress: Progress | None = None) -> Row:
+def train(
+    recipe: Recipe,
+    output: str | Path,
+    progress: Progress | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Row:
     """Train a classifier and leave a run folder; `cvt.train.run_folder` lists what is in it.
 
     Start it in several processes with `torchrun` or `accelerate launch` and they share the work.
@@ -64,16 +71,19 @@ def train(recipe: Recipe, output: str | Path, progress: Progress | None = None) 
         recipe: how to train.
         output: the run folder.
         progress: receives the progress, in the first process only.
+        callbacks: called at the events of the run, in this order, in the first process only.
 
     Returns:
         The row of `results.csv` of the best epoch, whose model is `output/best`.
 
     Raises:
         FileExistsError: `output` has something in it.
+        ImportError: a tracker of the recipe is not installed.
         OSError: there is no such data, or something cannot be written.
         ValueError: the data or the recipe cannot be used, or too many images are unreadable.
         FloatingPointError: the loss became NaN or infinite; names the step and what to try.
         Stopped: SIGTERM or SIGINT; the state is saved.
+        Exception: what a callback raised; the state is saved.
 
     Example:
         >>> from pathlib import Path
@@ -93,13 +103,14 @@ def train(recipe: Recipe, output: str | Path, progress: Progress | None = None) 
         raise FileExistsError(f"{output} exists already; --resume resumes the run in it")
     if output.is_file() or any(path.name[0] != "." for path in output.glob("*")):
         raise FileExistsError(f"{output} exists already, with no run to resume; take another")
-    return _run(recipe, output, {}, progress)
+    return _run(recipe, output, {}, progress, callbacks)
 
 
 def resume(
     output: str | Path,
     changes: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Row:
     """Resume a run from its newest checkpoint that verifies, as if it had not been stopped.
 
@@ -112,6 +123,7 @@ def resume(
             such as where the images are now, patience and max_hours; or the number of epochs, if
             the learning rate of the steps done would have been the same.
         progress: as in `train`.
+        callbacks: as in `train`.
 
     Returns:
         As `train`.
@@ -137,7 +149,7 @@ def resume(
         recipe = resumed_recipe(recipe, edited, f"{output / 'args.yaml'}: ")
     recipe = resumed_recipe(recipe, changes or {})
     opening = f"resuming from {path}, {state['step']} steps done"
-    return _run(recipe, output, state, progress, opening)
+    return _run(recipe, output, state, progress, callbacks, opening)
 
 
 def _run(
@@ -145,8 +157,10 @@ def _run(
     output: Path,
     state: dict[str, Any],
     progress: Progress | None,
+    callbacks: Sequence[Callback],
     opening: str = "",
 ) -> Row:
+    require_trackers(recipe)
     with isolated():
         accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
         shown = progress if progress and accelerator.is_main_process else NullProgress()
@@ -154,7 +168,8 @@ def _run(
             shown.log(opening)
         stop_signal = StopSignal()
         setup = set_up(recipe, output, state, accelerator, shown, stop_signal.received)
-        return Trainer(setup, state, shown, stop_signal).run()
+        events = Events([*map(Tracker, recipe.trackers), *callbacks] if setup.is_main else [])
+        return Trainer(setup, state, shown, stop_signal, events).run()
 
 
 @contextlib.contextmanager
@@ -187,17 +202,24 @@ class Trainer:
         state: of the checkpoint that the run resumes from; empty for a new run.
         progress: receives the progress.
         stop_signal: notes the signals of this process.
+        events: calls the callbacks.
 
     Raises:
         ValueError: the state does not fit the run.
     """
 
     def __init__(
-        self, setup: Setup, state: dict[str, Any], progress: Progress, stop_signal: StopSignal
+        self,
+        setup: Setup,
+        state: dict[str, Any],
+        progress: Progress,
+        stop_signal: StopSignal,
+        events: Events,
     ) -> None:
         self.setup, self.progress, self.stop_signal = setup, progress, stop_signal
+        self.events = events
         self.recipe, self.plan, self.output = setup.recipe, setup.plan, setup.output
-        self.train_step = TrainingStep(setup, stop_signal.received, self.is_late)
+        self.train_step = TrainingStep(setup, self.must_stop, self.is_late)
         self.clock = time.monotonic() - state.get("seconds", 0.0)
         self.step: int = state.get("step", 0)
         self.history: list[Row] = state.get("history", [])
@@ -205,6 +227,8 @@ class Trainer:
         self.corrupt = CorruptImages(
             state.get("corrupt", {}), setup.recipe, setup.plan.images, setup.output, progress
         )
+        self.speed: Row = {}  # of the last epoch
+        self.found: Row = {}  # the results of the best epoch, at the end
         self.curve_drawn = -math.inf  # when, by the clock
         self.has_advised = False  # about the time that was spent on waiting for images
         if self.step > self.plan.steps or (self.at_epoch_end and self.step and not self.losses):
@@ -228,12 +252,12 @@ class Trainer:
                     assert isinstance(setup.splits.validation, LabelledImages)
                     path = self.output / "split.csv"
                     write_split(path, setup.splits.train, setup.splits.validation)
-            self.tracker = Tracker(self.output, self.step)
-            stack.callback(self.tracker.close)
+            stack.push(self.end)
             stack.callback(delattr, setup, "batches")  # ends its workers
             if not self.step:
                 self.save()
                 report_oversized(setup.splits, self.recipe, self.plan, self.progress)
+            self.call("on_train_begin", {})
             if self.at_epoch_end:  # stopped between the last step of an epoch and its end
                 self.end_epoch()
             if not self.ending() and setup.is_main:  # that of a shorter run is out of date
@@ -246,13 +270,13 @@ class Trainer:
                 self.progress.log(f"ended after {self.step} of {self.plan.steps} steps: {reason}")
                 history = self.conclude()
             self.draw_curve(history)
-            found = best(history, self.recipe.metric)
-            if sentence := advice(found, self.recipe, setup.splits.train):
+            self.found = best(history, self.recipe.metric)
+            if sentence := advice(self.found, self.recipe, setup.splits.train):
                 self.progress.log(sentence)
             evaluate_held_out(setup, self.evaluated, self.progress)
             if setup.features:
                 setup.features.delete()
-        return found
+        return self.found
 
     @property
     def seconds(self) -> float:
@@ -260,16 +284,49 @@ class Trainer:
         return time.monotonic() - self.clock
 
     def is_late(self) -> bool:
-        """Whether the time of the run is over, by the clock of the main process."""
+        """Whether the time is over by the clock of the main process, or a callback ends the run."""
         limit = self.recipe.max_hours
-        return self.setup.is_main and limit is not None and self.seconds >= 3600 * limit
+        is_over = self.setup.is_main and limit is not None and self.seconds >= 3600 * limit
+        return is_over or bool(self.events.reason)
+
+    def must_stop(self) -> bool:
+        """Whether the run is to save and leave: a signal was received, or a callback failed."""
+        return self.stop_signal.received() or self.events.error is not None
 
     def ending(self) -> str:
         """Why the run ends here, the same in all processes; empty if it does not."""
+        late = self.step > 0 and self.is_late()
+        found = [late, late and self.events.reason, self.events.error is not None]
+        is_late, reason, has_failed = broadcast_object_list(found)
+        if has_failed:
+            self.stop(together=True)
         if self.step == self.plan.steps:
             return "all steps are done"
-        (is_late,) = broadcast_object_list([self.step > 0 and self.is_late()])
-        return early_end(self.history, self.recipe, is_late)
+        return reason or early_end(self.history, self.recipe, is_late)
+
+    def call(self, event: str, metrics: Row, step: int | None = None) -> None:
+        """Call an event of the callbacks, after the last step or the given one."""
+        if self.events.callbacks:
+            step = self.step if step is None else step
+            run = RunState(
+                *(self.recipe, self.output, step, self.plan.steps),
+                epoch=self.plan.epochs_in(step),
+                history=tuple(map(MappingProxyType, self.history)),
+                metrics=MappingProxyType(metrics),
+                stop=self.events.stop,
+            )
+            self.events.call(event, run)
+
+    def end(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Call the last event; raise what a callback raised, if nothing else has."""
+        self.call("on_train_end", self.found)
+        if self.events.error and error is not self.events.error:
+            raise self.events.error
 
     @property
     def at_epoch_end(self) -> bool:
@@ -342,21 +399,21 @@ class Trainer:
         loss, stopping, late, blank_share, failures = metrics.tensor.tolist()
         if not math.isfinite(loss):
             raise self.diverged(f"the loss is {loss}", metrics.step)
-        if blank_share < 1:
+        is_blank = blank_share == 1
+        if not is_blank:
             loss /= 1 - blank_share
             self.losses.append(loss)
-            train = {"train/loss": loss, "train/learning_rate": metrics.lr}
-            self.tracker.log(metrics.step + 1, train)
         if failures:
             self.corrupt.add(metrics.failures, write=self.setup.is_main)
+        row = {"loss": None if is_blank else loss, "learning_rate": metrics.lr}
+        self.call("on_step_end", row, metrics.step + 1)
         return stopping > 0, late > 0
 
     def log_speed(self, epoch: int, images_per_second: float, waiting: float) -> None:
         """Write how fast an epoch was; advise once if it spent much time waiting for images."""
-        speed = {"images_per_second": images_per_second, "waiting": waiting}
+        self.speed = {"images_per_second": images_per_second, "waiting": waiting}
         if self.setup.is_main:
-            run_folder.write_speed(self.output, {"epoch": epoch, **speed})
-        self.tracker.log(self.step, {f"epoch/{name}": value for name, value in speed.items()})
+            run_folder.write_speed(self.output, {"epoch": epoch, **self.speed})
         if waiting > MAX_WAITING_SHARE and not self.has_advised:
             self.has_advised = True
             self.progress.log(
@@ -387,7 +444,7 @@ class Trainer:
         self.losses = []
         state = self.state()
         self.write_epoch(state, self.history, evaluation)
-        self.tracker.log(self.step, {f"epoch/{name}": value for name, value in row.items()})
+        self.call("on_epoch_end", row | self.speed)
         self.save(state)
         self.progress.epoch(row, self.recipe.metric)
 
@@ -492,12 +549,11 @@ class Trainer:
 
         def after_image() -> None:
             shown()
-            if may_stop and self.stop_signal.received():
+            if may_stop and self.must_stop():
                 self.stop()
 
         try:
-            received = self.stop_signal.received
-            return evaluate_shared(self.setup, model, images, after_image, received)
+            return evaluate_shared(self.setup, model, images, after_image, self.must_stop)
         except Interrupted:
             self.leave_waiting()
         except FloatingPointError as error:
@@ -524,11 +580,16 @@ class Trainer:
             save_checkpoint(folder, self.step, state, keep, self.seconds)
 
     def stop(self, together: bool = False) -> NoReturn:
-        """Save and leave, as a signal has asked for; all processes together if all stop here."""
+        """Save and leave, for a signal or an error; all processes together if all stop here."""
         self.save()
         self.draw_curve(self.history)
         if together:  # torchrun kills the one that saves as soon as another has left
             self.setup.accelerator.wait_for_everyone()
+        if self.events.error:
+            self.progress.log(
+                f"{self.events.failed} failed; saved after {self.step} steps; --resume continues"
+            )
+            raise self.events.error
         self.progress.log(f"stopped and saved after {self.step} steps; --resume continues")
         raise Stopped(128 + (self.stop_signal.number or signal.SIGTERM))
 
