@@ -168,6 +168,13 @@ def frozen(model: Any, recipe: Recipe) -> list[nn.Module]:
     return [body] if recipe.head_only else list(body.encoder.stages[: recipe.freeze_stages])
 
 
+def set_training(model: Any, recipe: Recipe) -> None:
+    """Put a model into training mode, but for what stays as it is."""
+    model.train()
+    for module in frozen(model, recipe):
+        module.eval()
+
+
 def frozen_stages(model: Any, recipe: Recipe) -> int:
     """How many stages stay as they are, with all that is before them; 0 with adapters."""
     return len(model.config.stages) if recipe.head_only else recipe.freeze_stages

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from cvt.limits import MOST_AT_ONCE, MOST_IMAGES
 
@@ -163,7 +163,9 @@ class Recipe:
     optimizer: str = setting(
         "adamw", "Optimizer; PyTorch's adamw and sgd, timm's others.", choices=OPTIMIZERS
     )
-    lr: float | None = setting(None, "Peak learning rate, in place of LR_BASE.", gt=0)
+    lr: float | Literal["find"] | None = setting(
+        None, "Peak learning rate, in place of LR_BASE; find searches one first.", gt=0
+    )
     lr_base: float = setting(
         2.5e-4, "Peak learning rate for LR_BASE_SIZE images in a step; scales linearly.", gt=0
     )
@@ -262,6 +264,7 @@ class Recipe:
 
     def peak_lr(self, images: int) -> float:
         """The learning rate after the warm-up, for so many images a step."""
+        assert self.lr != "find"
         return self.lr_base * images / self.lr_base_size if self.lr is None else self.lr
 
 
@@ -273,6 +276,8 @@ RESUME_OVERRIDES = (
     "patience", "max_hours",
 )  # fmt: skip
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
+# Words that the start of a run replaces by what they mean there: a resumed run may be given them.
+SETTLED = {"precision": "auto", "lr": "find"}
 
 
 @cache
@@ -281,12 +286,28 @@ def type_hints() -> dict[str, Any]:
     return typing.get_type_hints(Recipe)
 
 
-def value_type(spec: dataclasses.Field) -> tuple[type, bool]:
-    """A setting's type, and whether it may be None."""
+class Kind(NamedTuple):
+    """The type of a setting.
+
+    Attributes:
+        type: of its values.
+        words: that may stand in the place of a value.
+        optional: whether it may be None.
+    """
+
+    type: type
+    words: tuple[str, ...]
+    optional: bool
+
+
+def value_type(spec: dataclasses.Field) -> Kind:
+    """The type of a setting."""
     hint = type_hints()[spec.name]
-    if isinstance(hint, types.UnionType):
-        return next(t for t in typing.get_args(hint) if t is not type(None)), True
-    return hint, False
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    parts = typing.get_args(hint) if is_union else (hint,)
+    words = [word for part in parts for word in typing.get_args(part)]  # of a Literal
+    kind = next(part for part in parts if not typing.get_args(part) and part is not type(None))
+    return Kind(kind, tuple(words), type(None) in parts)
 
 
 def checked(spec: dataclasses.Field, value: Any) -> Any:
@@ -295,14 +316,14 @@ def checked(spec: dataclasses.Field, value: Any) -> Any:
     Raises:
         ValueError: it is of another type or out of its limits.
     """
-    kind, optional = value_type(spec)
-    if value is None and optional:
-        return None
+    kind, words, optional = value_type(spec)
+    if (value is None and optional) or (isinstance(value, str) and value in words):
+        return value
     limits, fault = spec.metadata, ""
     largest = min(limits["le"], LARGEST.get(kind, math.inf))
     if kind is bool:
-        words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-        value = words.get(value.lower(), value) if isinstance(value, str) else value
+        switch = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+        value = switch.get(value.lower(), value) if isinstance(value, str) else value
         fault = "" if isinstance(value, bool) else "must be true or false"
     elif kind is str:
         value = str(value) if isinstance(value, str | Path) else value
@@ -318,6 +339,7 @@ def checked(spec: dataclasses.Field, value: Any) -> Any:
             number = math.nan
         if not math.isfinite(number) or (kind is int and number != int(number)):
             fault = "must be a whole number" if kind is int else "must be a number"
+            fault += "".join(f" or {word}" for word in words)
         elif number < limits["ge"]:
             fault = f"must be at least {limits['ge']}"
         elif number <= limits["gt"]:
@@ -341,11 +363,12 @@ def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe's yaml file, by which an editor completes and checks it."""
     properties = {}
     for name, spec in FIELDS.items():
-        kind, optional = value_type(spec)
+        kind, words, optional = value_type(spec)
         types_ = [JSON_TYPES[kind], *(["null"] if optional else [])]
-        schema = {"description": spec.metadata["help"], "default": spec.default, "type": types_}
         limits = {key: spec.metadata[limit] for limit, key in JSON_LIMITS.items()}
-        schema |= {key: limit for key, limit in limits.items() if math.isfinite(limit)}
+        value = {"type": types_} | {k: limit for k, limit in limits.items() if math.isfinite(limit)}
+        schema = {"description": spec.metadata["help"], "default": spec.default}
+        schema |= {"anyOf": [value, {"enum": list(words)}]} if words else value
         if choices := spec.metadata["choices"]:
             schema["enum"] = [*choices, *([None] if optional else [])]
         properties[name] = schema
@@ -425,7 +448,7 @@ def read_settings(
         if (
             isinstance(value, str)
             and value.lower() in ("none", "null", "")
-            and value_type(FIELDS[name])[1]
+            and value_type(FIELDS[name]).optional
         ):
             settings[name] = None
     return settings
@@ -474,8 +497,7 @@ def resumed_recipe(run: Recipe, given: Mapping[str, Any], source: str = "") -> R
     Raises:
         ValueError: another setting differs; names each.
     """
-    if given.get("precision") == "auto":  # what it means here was settled when the run began
-        given = {name: value for name, value in given.items() if name != "precision"}
+    given = {name: value for name, value in given.items() if value != SETTLED.get(name, ())}
     new = load_recipe(None, {**dataclasses.asdict(run), **given})
     differing = [
         f"{name} = {getattr(new, name)}, but the run has {getattr(run, name)}"

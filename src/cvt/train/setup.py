@@ -44,7 +44,7 @@ from cvt.train.models import (
     regularised,
     trainable,
 )
-from cvt.train.optim import Schedule, optimizer_for
+from cvt.train.optim import LearningRates, Schedule, optimizer_for
 from cvt.train.plan import Plan
 from cvt.train.progress import Progress
 from cvt.train.recipe import LENGTH, Recipe, load_recipe
@@ -94,7 +94,7 @@ class Setup:
     wrapped: Any
     forward: Any
     ema: ModelEmaV3 | None
-    schedule: Schedule
+    schedule: LearningRates
     optimizer: torch.optim.Optimizer
     scaler: Any
     mix: Callable

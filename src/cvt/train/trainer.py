@@ -35,7 +35,8 @@ from cvt.train.checkpointing import (
 )
 from cvt.train.corrupt import CorruptImages, report_oversized
 from cvt.train.evaluation import evaluate_held_out, evaluate_shared
-from cvt.train.models import frozen
+from cvt.train.lr_find import found_rate
+from cvt.train.models import set_training
 from cvt.train.progress import NullProgress, Progress, Row
 from cvt.train.recipe import METRICS, Recipe, load_recipe, read_settings, resumed_recipe
 from cvt.train.setup import Setup, set_up
@@ -147,6 +148,8 @@ def _run(
         if opening:
             shown.log(opening)
         stop_signal = StopSignal()
+        if recipe.lr == "find":
+            recipe = found_rate(recipe, output, accelerator, shown)
         setup = set_up(recipe, output, state, accelerator, shown, stop_signal.received)
         return Trainer(setup, state, shown, stop_signal).run()
 
@@ -272,9 +275,7 @@ class Trainer:
     def train_epoch(self) -> bool:
         """Take the steps up to the end of the epoch; False if the time is over before it."""
         plan, save_steps = self.plan, self.recipe.save_steps
-        self.setup.model.train()
-        for module in frozen(self.setup.model, self.recipe):
-            module.eval()
+        set_training(self.setup.model, self.recipe)
         epoch = self.step // plan.steps_per_epoch
         self.compute_features(epoch)
         begin = epoch * plan.steps_per_epoch
