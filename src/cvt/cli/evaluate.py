@@ -17,6 +17,7 @@ from cvt.cli.options import (
     max_pixels_option,
     no_verify_option,
     run_options,
+    tta_option,
     verbose_option,
 )
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 )
 @run_options(0)
 @max_pixels_option
+@tta_option
 @click.option(
     "--output",
     type=FILE,
@@ -62,6 +64,7 @@ def evaluate(
     device: str,
     threads: int | None,
     max_pixels: int | None,
+    tta: str | None,
     output: Path | None,
     report: Path | None,
     class_map: Path | None,
@@ -104,6 +107,7 @@ def evaluate(
                 subset=subset,
                 real_labels=real,
                 max_pixels=max_pixels,
+                tta=tta,
             )
         if folder:
             write_evaluation(result, folder)

@@ -53,6 +53,7 @@ def evaluate(
     exact: bool = True,
     max_pixels: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
+    tta: str | None = None,
 ) -> Evaluation:
     """Classify labelled images and compare; classes are matched by name.
 
@@ -76,6 +77,7 @@ def evaluate(
         exact: decode every image whole, see `cvt.inference.predict.classify`.
         max_pixels: the pixels that an image may have, likewise.
         interrupted: whether to give up while a worker is stuck, likewise.
+        tta: test-time augmentation, likewise.
 
     Returns:
         The evaluation; with `world` > 1 the share of this rank, for `Evaluation.joined`.
@@ -107,7 +109,7 @@ def evaluate(
     share, sent = tee(_share(images, indices, batch_size, rank, world))
     sources = (source for _, (source, _) in sent)
     results = classify(
-        runtime, processor, sources, batch_size, workers, exact, max_pixels, interrupted
+        runtime, processor, sources, batch_size, workers, exact, max_pixels, interrupted, tta
     )
     for result, (position, (source, label)) in zip(results, share, strict=True):
         if position is not None:
