@@ -38,9 +38,9 @@ TORCH = ("--runtime", "torch")  # starts at once
 # A change here is a change for everybody's scripts.
 SETTINGS = [
     "--val-data", "--classes", "--image-column", "--label-column", "--epoch-images",
-    "--max-corrupt", "--max-pixels", "--workers",
+    "--max-corrupt", "--max-pixels", "--cache", "--workers",
     "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only",
-    "--views", "--lora-r",
+    "--views", "--lora-r", "--teacher", "--teacher-weight", "--temperature",
     "--image-size", "--crop-pct", "--crop-scale", "--crop-ratio", "--interpolation", "--flip",
     "--vertical-flip", "--auto-augment", "--color-jitter", "--random-erase", "--repeats",
     "--mixup", "--cutmix", "--mixup-prob", "--mixup-switch", "--mixup-mode",
@@ -49,8 +49,8 @@ SETTINGS = [
     "--lr-base-size", "--weight-decay", "--momentum", "--layer-decay", "--clip-grad",
     "--warmup-epochs", "--warmup-lr", "--min-lr", "--cooldown-epochs", "--lr-updates",
     "--ema-decay",
-    "--precision", "--compile", "--recompute-activations", "--gradient-checkpointing", "--fsdp",
-    "--triton",
+    "--precision", "--compile", "--recompute-activations", "--gradient-checkpointing", "--device",
+    "--sync-batchnorm", "--fsdp", "--triton",
     "--seed", "--eval-every", "--metric", "--patience", "--max-hours", "--save-steps", "--keep",
 ]  # fmt: skip
 COMMANDS = {
@@ -60,7 +60,7 @@ COMMANDS = {
     ],
     "predict": [
         "model", "images", "--topk", "--batch-size", "--workers", "--runtime", "--precision",
-        "--device", "--threads", "--exact-decoding", "--max-pixels", "--output",
+        "--device", "--threads", "--exact-decoding", "--max-pixels", "--tta", "--output",
         "--json", "--resume", "--no-verify", "--verbose", "--force",
     ],
     "train": [
@@ -75,7 +75,7 @@ COMMANDS = {
     ],
     "evaluate": [
         "model", "data", "--batch-size", "--workers", "--runtime", "--precision", "--device",
-        "--threads", "--max-pixels", "--output", "--report", "--class-map",
+        "--threads", "--max-pixels", "--tta", "--output", "--report", "--class-map",
         "--subset", "--real-labels", "--classes", "--image-column", "--label-column",
         "--no-verify", "--verbose", "--force",
     ],

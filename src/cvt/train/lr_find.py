@@ -109,6 +109,7 @@ def found_rate(
     beside = output / f".{NAME}"  # a new run may begin in a folder of hidden files
     if accelerator.is_main_process:
         shutil.rmtree(beside, ignore_errors=True)
+    accelerator.wait_for_everyone()
     setup = set_up(ramped, beside, {}, accelerator, NullProgress(), lambda: False)
     setup.schedule = Ramp()
     if features := setup.features:
@@ -124,7 +125,7 @@ def found_rate(
         with staged(output / f"{NAME}.csv", overwrite=True) as path:
             _write(found, path)
         with staged(output / f"{NAME}.png", overwrite=True) as path:
-            plot_rates(found.rates, found.losses, found.smoothed, path, rate)
+            plot_rates(found.rates, found.losses, found.smoothed.tolist(), path, rate)
         if features:
             os.replace(beside / FOLDER, output / FOLDER)
         shutil.rmtree(beside, ignore_errors=True)
@@ -133,7 +134,7 @@ def found_rate(
         f"{len(found.rates)} steps from {FIRST:g} to {found.rates[-1]:.2g} (Smith 2017; "
         f"{output / NAME}.png)"
     )
-    return replace(recipe, lr=rate)
+    return replace(recipe, lr=rate, batch_size=setup.plan.batch_size)
 
 
 def _tested(setup: Setup, progress: Progress) -> RangeTest:

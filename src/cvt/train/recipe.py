@@ -85,6 +85,11 @@ class Recipe:
     max_pixels: int | None = setting(
         None, "Skip images with more pixels (default 178956970).", ge=1
     )
+    cache: str | None = setting(
+        None,
+        "Keep decoded images, reduced to what their crops need, for the next epochs.",
+        choices=("ram", "disk"),
+    )
     workers: int = setting(0, "Worker processes that decode and augment.", ge=0, le=MOST_AT_ONCE)
 
     model: str = setting(
@@ -106,6 +111,16 @@ class Recipe:
     )
     lora_r: int = setting(
         0, "Rank of low-rank adapters (LoRA); 0 trains without them.", ge=0, le=4096
+    )
+
+    teacher: str | None = setting(
+        None, "Distil from this MODEL: learn its scores for the same views, too."
+    )
+    teacher_weight: float = setting(
+        0.5, "Share of the teacher in the loss; the labels have the rest.", ge=0, le=1
+    )
+    temperature: float = setting(
+        2.0, "Temperature that softens the scores of teacher and model.", gt=0
     )
 
     image_size: int = setting(
@@ -158,7 +173,9 @@ class Recipe:
 
     epochs: int = setting(30, "Epochs to train.", group="Optimisation", ge=1)
     steps: int | None = setting(None, "Optimizer steps to train, instead of epochs.", ge=1)
-    batch_size: int = setting(64, "Images in a batch of each process.", ge=1, le=MOST_IMAGES)
+    batch_size: int | Literal["auto"] = setting(
+        64, "Images in a batch of each process; auto counts what fits.", ge=1, le=MOST_IMAGES
+    )
     accumulate: int = setting(1, "Batches of each process in a step.", ge=1, le=65536)
     optimizer: str = setting(
         "adamw", "Optimizer; PyTorch's adamw and sgd, timm's others.", choices=OPTIMIZERS
@@ -207,6 +224,10 @@ class Recipe:
     gradient_checkpointing: bool = setting(
         False, "Recompute whole blocks: less memory for about a third more time."
     )
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto is a GPU where there is one.")
+    sync_batchnorm: bool = setting(
+        False, "BatchNorm by the statistics of all processes, on GPUs; else by each one's own."
+    )
     fsdp: bool = setting(False, "Shard weights and optimizer over the processes (FSDP).")
     triton: bool = setting(
         False, "Triton's kernels for query, key and value on a GPU; not run on one yet."
@@ -237,7 +258,7 @@ class Recipe:
     def contradictions(self) -> list[str]:
         """A sentence for each pair of settings that exclude each other."""
         faults = []
-        if self.mixes and self.batch_size % 2:
+        if self.mixes and self.batch_size != "auto" and self.batch_size % 2:
             faults.append(f"batch_size = {self.batch_size}: mixup and cutmix need an even one")
         if self.fsdp and (self.ema_decay or self.lora_r):
             faults.append("fsdp: sharded weights can neither be averaged nor have adapters")
@@ -247,6 +268,10 @@ class Recipe:
             faults.append(f"views = {self.views}: needs frozen stages: head_only, freeze_stages")
         if self.views and self.mixes:
             faults.append(f"views = {self.views}: mixup and cutmix mix pixels; set both to 0")
+        if self.views and self.teacher:
+            faults.append(f"views = {self.views}: a teacher sees pixels; set views to 0")
+        if self.triton and self.sync_batchnorm:
+            faults.append("triton: its kernels have the statistics of one process alone")
         if self.class_weights and self.sampler:
             faults.append(
                 "class_weights: with sampler=balanced too, classes would be balanced twice"
@@ -272,12 +297,12 @@ class Recipe:
 # length, only where the steps done would have been the same.
 LENGTH = ("epochs", "steps", "cooldown_epochs")
 RESUME_OVERRIDES = (
-    "data", "val_data", "classes", "workers", "max_corrupt", "save_steps", "keep", *LENGTH,
-    "patience", "max_hours",
+    "data", "val_data", "classes", "teacher", "device", "workers", "max_corrupt", "save_steps",
+    "keep", *LENGTH, "patience", "max_hours",
 )  # fmt: skip
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
 # Words that the start of a run replaces by what they mean there: a resumed run may be given them.
-SETTLED = {"precision": "auto", "lr": "find"}
+SETTLED = {"precision": "auto", "batch_size": "auto", "lr": "find"}
 
 
 @cache

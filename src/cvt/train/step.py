@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cvt.train.balance import weighted_cross_entropy
+from cvt.train.balance import image_weights, weighted_cross_entropy
 from cvt.train.loader import Batch, seed_all
-from cvt.train.setup import DTYPES, Setup
+from cvt.train.models import DTYPES
+from cvt.train.setup import Setup
 
 
 class StepMetrics(NamedTuple):
@@ -110,6 +111,12 @@ class TrainingStep:
             else:
                 smoothing = recipe.label_smoothing if targets.ndim == 1 else 0.0
                 loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
+            if setup.teacher is not None:
+                of_images = None
+                if weights is not None:
+                    of_images = image_weights(targets, weights, recipe.label_smoothing)
+                soft = setup.teacher.loss(logits.float(), pixels, of_images)
+                loss = torch.lerp(loss, soft, recipe.teacher_weight)
             if is_blank:  # without weight in the step, but other processes wait for its gradient
                 loss = 0 * loss
             setup.scaler.scale(loss / setup.plan.accumulate).backward()

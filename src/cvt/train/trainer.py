@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, patch_environment
 
 from cvt.data import Images, LabelledImages, write_split
 from cvt.data.workers import Interrupted
 from cvt.files import check_path, locked
 from cvt.inference.metrics import Evaluation
+from cvt.runtime.factory import check_device
 from cvt.train import run_folder
 from cvt.train.balance import advice
 from cvt.train.best_epoch import best, early_end
@@ -142,8 +143,7 @@ def _run(
     progress: Progress | None,
     opening: str = "",
 ) -> Row:
-    with isolated():
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    with isolated(), accelerator_on(recipe.device) as accelerator:
         shown = progress if progress and accelerator.is_main_process else NullProgress()
         if opening:
             shown.log(opening)
@@ -152,6 +152,32 @@ def _run(
             recipe = found_rate(recipe, output, accelerator, shown)
         setup = set_up(recipe, output, state, accelerator, shown, stop_signal.received)
         return Trainer(setup, state, shown, stop_signal).run()
+
+
+@contextlib.contextmanager
+def accelerator_on(device: str) -> Iterator[Accelerator]:
+    """The processes and their device; several GPUs are dealt out to several processes.
+
+    Args:
+        device: a name of torch's; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device, or several processes are to share one GPU.
+    """
+    check_device(device)
+    is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+    is_shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    index = None if device == "auto" else torch.device(device).index
+    if is_shared and index is not None:
+        raise ValueError(f"device = {device}: each of several processes has one of its own")
+    is_named = device not in ("auto", "cpu") and not is_shared
+    named = (
+        patch_environment(accelerate_torch_device=device) if is_named else contextlib.nullcontext()
+    )
+    with torch.accelerator.device_index(index):  # whose generator is seeded
+        with named:
+            accelerator = Accelerator(cpu=is_cpu, mixed_precision="no")
+        yield accelerator
 
 
 @contextlib.contextmanager
