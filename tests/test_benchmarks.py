@@ -4,15 +4,18 @@ import csv
 import importlib
 import itertools
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import openvino
 import pytest
 import torch
@@ -195,6 +198,62 @@ def test_int8_is_compared_with_fp32_on_labelled_images(load, tmp_path, monkeypat
     assert as_computed["precision"] == "int8 as computed in 8 bits"
     assert (as_computed["top1"], as_computed["points_lost"]) == ("50.0", "50.0")
     assert (as_computed["agreement"], as_computed["images"]) == ("50.0", "6")
+
+
+def write_clipart(folder):
+    """Two classes of 14 pictures, and what a clean set does not have."""
+    draw = np.random.default_rng(0)
+    for label, level in (("dark", 60), ("light", 190)):
+        (folder / label).mkdir(parents=True)
+        for i in range(14):
+            pixels = draw.integers(level - 60, level + 60, (4, 4, 3), dtype=np.uint8)
+            picture = Image.fromarray(pixels).resize((90, 70), Image.Resampling.NEAREST)
+            picture.save(folder / label / f"{'abcdefghijklmn'[i]}_{i}.png")
+    shutil.copy(folder / "dark" / "a_0.png", folder / "dark" / "copy.png")  # one of the two stays
+    shutil.copy(folder / "dark" / "b_1.png", folder / "light" / "other label.png")  # neither does
+    (folder / "dark" / "link.png").symlink_to(folder / "dark" / "c_2.png")
+    Image.new("RGB", (90, 70), "white").save(folder / "dark" / "blank.png")
+    (folder / "light" / "broken.png").write_bytes(b"no picture")
+    (folder / "rare").mkdir()
+    Image.effect_noise((90, 70), 90).save(folder / "rare" / "alone.png")
+
+
+def test_clip_art_is_cleaned_and_divided(load, tmp_path, capsys):
+    clipart = load("clipart")
+    write_clipart(tmp_path / "pictures")
+    pictures = clipart.prepare(tmp_path / "pictures", 6)
+    assert np.bincount(pictures.classes).tolist() == [13, 14]
+    assert pictures.pixels.shape == (27, 80, 80, 3)
+    assert sorted(set(pictures.folds)) == list(range(6))
+    assert capsys.readouterr().out.startswith("27 of 34 pictures, 2 classes, 27 series; ")
+
+
+def test_the_models_for_clip_art_are_compared_with_cvt_on_the_same_folds(
+    load, tmp_path, monkeypatch, capsys
+):
+    clipart = load("clipart")
+    monkeypatch.setattr(clipart, "RATES", (1e-3, 2e-3))
+    threads = SimpleNamespace(Pool=ThreadPool)  # a process would take seconds to start
+    monkeypatch.setattr(clipart.multiprocessing, "get_context", lambda _: threads)
+    write_clipart(tmp_path / "pictures")
+    arguments = [str(tmp_path / "pictures"), "--quick", "--peers=cvt,resnet", "--processes=1"]
+    arguments += [f"--results={tmp_path / 'csv'}", f"--prepared={tmp_path / 'prepared'}"]
+    clipart.run(clipart.parse(arguments))
+    printed = capsys.readouterr().out
+    (path,) = (tmp_path / "csv").iterdir()
+    rows = clipart.rows_of(path)
+    assert [(row["peer"], row["fold"]) for row in rows] == [
+        *(("cvt", "0"), ("cvt", "0"), ("resnet", "0"), ("resnet", "0")),
+        *(("cvt", "1"), ("resnet", "1"), ("cvt", "2"), ("resnet", "2")),
+    ]
+    monkeypatch.setattr(clipart, "train", None)  # what the file has is not trained again
+    clipart.run(clipart.parse(arguments))
+    again = capsys.readouterr().out
+    assert again.splitlines()[-3:] == printed.splitlines()[-3:]
+    figures = {(row["peer"], row["fold"]): float(row["top1"]) for row in rows}
+    gaps = [figures["resnet", fold] - figures["cvt", fold] for fold in "12"]
+    mean, error = sum(gaps) / 2, abs(gaps[0] - gaps[1]) / 2
+    assert f"{mean:+.1f} ± {error:.1f}" in printed
 
 
 def test_a_peer_that_the_processor_cannot_run_has_a_row_with_the_reason(

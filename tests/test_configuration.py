@@ -245,6 +245,7 @@ def test_reading_leaves_the_given_dictionary_alone():
         ("cvt-13", 19_997_480),
         ("cvt-21", 31_622_696),
         ("cvt-w24", 277_196_392),
+        ("cvt-7", 2_473_672),
         ("cvt-digits", 1_152_552),
     ],
 )
@@ -256,8 +257,8 @@ def test_variants_have_their_size(name, parameters):
     assert sum(weight.numel() for weight in model.parameters()) == parameters
 
 
-def test_there_are_the_authors_variants_and_the_demos():
-    assert list(VARIANTS) == ["cvt-13", "cvt-21", "cvt-w24", "cvt-digits"]
+def test_there_are_the_authors_variants_and_two_small_ones():
+    assert list(VARIANTS) == ["cvt-13", "cvt-21", "cvt-w24", "cvt-7", "cvt-digits"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ MAX_KERNEL = 1000  # of kernels, strides and paddings, in pixels
 MAX_WIDTH = 1_000_000
 
 # What differs from the defaults of `CvtConfig`: table 1 of the paper and the authors' yaml files;
-# `cvt-digits` is ours, of 1.0 M parameters, for the 16 x 16 pixels of `cvt demo`.
+# `cvt-7` and `cvt-digits` are ours, of 2.3 M and 1.0 M parameters: for pictures of 64 x 64 pixels,
+# and for the 16 x 16 of `cvt demo`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "cvt-13": {"depth": (1, 2, 10)},
     "cvt-21": {"depth": (1, 4, 16)},
@@ -38,6 +39,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "embed_dim": (192, 768, 1024),
         "num_heads": (3, 12, 16),
         "drop_path_rate": (0.0, 0.0, 0.3),
+    },
+    "cvt-7": {
+        "depth": (1, 2, 4),
+        "embed_dim": (48, 96, 192),
+        "num_heads": (1, 2, 4),
     },
     "cvt-digits": {
         "depth": (1, 2, 4),

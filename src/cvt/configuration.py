@@ -94,7 +94,7 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_variant(cls, name: str, **overrides: Any) -> "CvtConfig":
-        """The authors' `cvt-13`, `cvt-21` or `cvt-w24`, or our small `cvt-digits`.
+        """The authors' `cvt-13`, `cvt-21` or `cvt-w24`, or our small `cvt-7` and `cvt-digits`.
 
         All have QuickGELU and 1000 classes.
 

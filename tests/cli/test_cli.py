@@ -118,7 +118,8 @@ def test_the_command_line_is_what_it_was():
 def test_the_help_of_a_command_names_every_parameter(cvt, command):
     code, out, _ = cvt(command, "--help")
     assert code == 0
-    rows = {row.strip("[].") for row in re.findall(r"^  (?:-v, )?(\S+)", out, re.MULTILINE)}
+    rows = re.findall(r"^  (?:-v, )?(\S+)", out.replace("[no-]", ""), re.MULTILINE)
+    rows = {row.strip("[].") for row in rows} | set(re.findall(r"--[a-z-]+(?=,|$)", out, re.M))
     shown = ["data" if name == "words" else name for name in COMMANDS[command]]
     assert {name if name.startswith("-") else name.upper() for name in shown} <= rows
 
@@ -128,6 +129,8 @@ def test_the_help_of_train_groups_the_settings(cvt):
     sections = re.findall(r"^(\w+):$", out, re.MULTILINE)
     groups = [spec.metadata["group"] for spec in FIELDS.values() if spec.metadata["group"]]
     assert sections == ["Arguments", "Options", *groups]
+    assert len(out.splitlines()) <= 120  # three screens of 40 lines
+    assert "\nAdvanced, described by cvt train --schema:\n  --epoch-images, " in out
     machine = out.partition("\nMachine:\n")[2].partition("\n\n")[0]
     assert re.findall(r"^  --([a-z-]+)", machine, re.MULTILINE)[0] == "precision"
 

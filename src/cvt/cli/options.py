@@ -1,5 +1,6 @@
 """What commands are built from: their class, their arguments, and the options that they share."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,11 +32,18 @@ class Argument(click.Argument):
 
 
 class Setting(click.Option):
-    """An option that the help shows in a group."""
+    """An option for a setting of a recipe: the help shows it in a group, or its name at the end."""
 
-    def __init__(self, *declarations: Any, group: str, **settings: Any) -> None:
+    def __init__(self, *declarations: Any, group: str, advanced: bool, **settings: Any) -> None:
         super().__init__(*declarations, **settings)
         self.group = group
+        self.advanced = advanced
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The row of the help; `--[no-]flag` in one word."""
+        if (row := super().get_help_record(ctx)) and self.secondary_opts:
+            return "--[no-]" + self.opts[0].removeprefix("--"), row[1]
+        return row
 
 
 class Command(click.Command):
@@ -47,11 +55,18 @@ class Command(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections."""
         sections: dict[str, list[tuple[str, str]]] = {}
+        advanced = []
         for parameter in self.get_params(ctx):
             is_argument = isinstance(parameter, click.Argument)
             section = "Arguments" if is_argument else getattr(parameter, "group", "Options")
-            if row := parameter.get_help_record(ctx):
+            if getattr(parameter, "advanced", False):
+                advanced.append(parameter.opts[0])
+            elif row := parameter.get_help_record(ctx):
                 sections.setdefault(section, []).append(row)
+        if advanced:
+            width = max(formatter.width - 2, 20)
+            names = textwrap.wrap(", ".join(advanced), width, break_on_hyphens=False)
+            sections["Advanced, described by cvt train --schema"] = [(line, "") for line in names]
         for section, rows in sections.items():
             with formatter.section(section):
                 formatter.write_dl(rows)
@@ -221,6 +236,7 @@ def with_settings(function: Function) -> Function:
             type=str if alternatives else kind,  # which the recipe checks
             default=None,
             help=spec.metadata["help"] + default,
+            advanced=spec.metadata["advanced"],
             metavar="|".join(spec.metadata["choices"] or shown) or None,
         )
         if name != "data":

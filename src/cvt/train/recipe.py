@@ -35,13 +35,16 @@ def setting(
     le: float = math.inf,
     choices: tuple[str, ...] = (),
     meaning: str = "",
+    advanced: bool = False,
 ) -> Any:
     """A field of `Recipe`; `group` opens a new group, to which the next fields belong too.
 
-    An error explains the value with `meaning`, if that is given.
+    An error explains the value with `meaning`, if that is given. Of an advanced setting, `-h` shows
+    the name alone.
     """
     limits = {"ge": ge, "gt": gt, "le": le, "choices": choices, "meaning": meaning}
-    return field(default=default, metadata={"help": help, "group": group, **limits})
+    shown = {"help": help, "group": group, "advanced": advanced}
+    return field(default=default, metadata={**shown, **limits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,7 @@ class Recipe:
     image_column: str | None = setting(None, "Image column of a table that has several.")
     label_column: str | None = setting(None, "Label column of a table that has several.")
     epoch_images: int | None = setting(
-        None, "Images per epoch of a stream of unknown length.", ge=1
+        None, "Images per epoch of a stream of unknown length.", ge=1, advanced=True
     )
     max_corrupt: float = setting(
         0.01,
@@ -81,9 +84,10 @@ class Recipe:
         ge=0,
         le=1,
         meaning="a share of the training images, as 0.01",
+        advanced=True,
     )
     max_pixels: int | None = setting(
-        None, "Skip images with more pixels (default 178956970).", ge=1
+        None, "Skip images with more pixels (default 178956970).", ge=1, advanced=True
     )
     cache: str | None = setting(
         None,
@@ -96,7 +100,9 @@ class Recipe:
         "cvt-13", "MODEL to start from, a variant, or a folder with a config.json.", group="Model"
     )
     from_scratch: bool = setting(False, "Start from random weights even if MODEL has trained ones.")
-    drop_rate: float | None = setting(None, "Dropout rate, if not the model's.", ge=0, le=0.99)
+    drop_rate: float | None = setting(
+        None, "Dropout rate, if not the model's.", ge=0, le=0.99, advanced=True
+    )
     drop_path: float | None = setting(
         None, "Stochastic depth rate of the last block, if not the model's.", ge=0, le=0.99
     )
@@ -117,10 +123,14 @@ class Recipe:
         None, "Distil from this MODEL: learn its scores for the same views, too."
     )
     teacher_weight: float = setting(
-        0.5, "Share of the teacher in the loss; the labels have the rest.", ge=0, le=1
+        0.5,
+        "Share of the teacher in the loss; the labels have the rest.",
+        ge=0,
+        le=1,
+        advanced=True,
     )
     temperature: float = setting(
-        2.0, "Temperature that softens the scores of teacher and model.", gt=0
+        2.0, "Temperature that softens the scores of teacher and model.", gt=0, advanced=True
     )
 
     image_size: int = setting(
@@ -135,14 +145,19 @@ class Recipe:
     crop_scale: float = setting(
         0.35, "Smallest area of a random crop, as a share of the image.", gt=0, le=1
     )
-    crop_ratio: float = setting(4 / 3, "Largest aspect ratio of a random crop.", ge=1)
+    crop_ratio: float = setting(
+        4 / 3, "Largest aspect ratio of a random crop.", ge=1, advanced=True
+    )
     interpolation: str | None = setting(
         None,
         "Interpolation of a random crop; default: the starting model's or bicubic.",
         choices=("bicubic", "bilinear", "random"),
+        advanced=True,
     )
     flip: float = setting(0.5, "Probability of a horizontal flip.", ge=0, le=1)
-    vertical_flip: float = setting(0.0, "Probability of a vertical flip.", ge=0, le=1)
+    vertical_flip: float = setting(
+        0.0, "Probability of a vertical flip.", ge=0, le=1, advanced=True
+    )
     auto_augment: str | None = setting(
         None, "timm's policy, such as rand-m9-mstd0.5-inc1; replaces colour jitter."
     )
@@ -150,18 +165,22 @@ class Recipe:
         0.0, "Strength of brightness, contrast and saturation jitter.", ge=0
     )
     random_erase: float = setting(0.0, "Probability of random erasing.", ge=0, le=1)
-    repeats: int = setting(1, "Repeated augmentation: views of an image in a step.", ge=1, le=1024)
+    repeats: int = setting(
+        1, "Repeated augmentation: views of an image in a step.", ge=1, le=1024, advanced=True
+    )
     mixup: float = setting(0.0, "Mixup's alpha; 0 switches it off.", ge=0)
     cutmix: float = setting(0.0, "CutMix's alpha; 0 switches it off.", ge=0)
-    mixup_prob: float = setting(1.0, "Probability that a batch is mixed.", ge=0, le=1)
+    mixup_prob: float = setting(
+        1.0, "Probability that a batch is mixed.", ge=0, le=1, advanced=True
+    )
     mixup_switch: float = setting(
-        0.5, "Probability of CutMix instead of mixup, if both are on.", ge=0, le=1
+        0.5, "Probability of CutMix instead of mixup, if both are on.", ge=0, le=1, advanced=True
     )
     mixup_mode: str = setting(
-        "batch", "Mix by batch, pair or element.", choices=("batch", "pair", "elem")
+        "batch", "Mix by batch, pair or element.", choices=("batch", "pair", "elem"), advanced=True
     )
     mixup_off_epoch: int = setting(
-        0, "Epoch from which nothing is mixed; 0 mixes to the end.", ge=0
+        0, "Epoch from which nothing is mixed; 0 mixes to the end.", ge=0, advanced=True
     )
     label_smoothing: float = setting(0.1, "Label smoothing.", ge=0, le=1)
     sampler: str | None = setting(
@@ -181,16 +200,21 @@ class Recipe:
         "adamw", "Optimizer; PyTorch's adamw and sgd, timm's others.", choices=OPTIMIZERS
     )
     lr: float | Literal["find"] | None = setting(
-        None, "Peak learning rate, in place of LR_BASE; find searches one first.", gt=0
+        None, "Peak learning rate (default LR_BASE, scaled by the images); find searches one.", gt=0
     )
     lr_base: float = setting(
-        2.5e-4, "Peak learning rate for LR_BASE_SIZE images in a step; scales linearly.", gt=0
+        2.5e-4,
+        "Peak learning rate for LR_BASE_SIZE images in a step; scales linearly.",
+        gt=0,
+        advanced=True,
     )
-    lr_base_size: int = setting(256, "Images in a step that LR_BASE is given for.", ge=1)
+    lr_base_size: int = setting(
+        256, "Images in a step that LR_BASE is given for.", ge=1, advanced=True
+    )
     weight_decay: float = setting(
         0.05, "Weight decay; none on norms, biases and class tokens.", ge=0
     )
-    momentum: float = setting(0.9, "Momentum of SGD.", ge=0, le=0.9999)
+    momentum: float = setting(0.9, "Momentum of SGD.", ge=0, le=0.9999, advanced=True)
     layer_decay: float = setting(
         1.0, "Factor of the learning rate from block to block, towards the input.", gt=0, le=1
     )
@@ -198,11 +222,18 @@ class Recipe:
     warmup_epochs: float | None = setting(
         None, "Epochs of linear warm-up (default 1, or 1/2 of the epochs).", ge=0
     )
-    warmup_lr: float = setting(1e-6, "Learning rate at the start of the warm-up.", ge=0)
-    min_lr: float = setting(0.0, "Learning rate at the end of the cosine schedule.", ge=0)
-    cooldown_epochs: int = setting(0, "Epochs at MIN_LR after the schedule.", ge=0)
+    warmup_lr: float = setting(
+        1e-6, "Learning rate at the start of the warm-up.", ge=0, advanced=True
+    )
+    min_lr: float = setting(
+        0.0, "Learning rate at the end of the cosine schedule.", ge=0, advanced=True
+    )
+    cooldown_epochs: int = setting(0, "Epochs at MIN_LR after the schedule.", ge=0, advanced=True)
     lr_updates: str = setting(
-        "step", "Update the learning rate every step or epoch.", choices=("step", "epoch")
+        "step",
+        "Update the learning rate every step or epoch.",
+        choices=("step", "epoch"),
+        advanced=True,
     )
     ema_decay: float = setting(
         0.0,
@@ -219,18 +250,22 @@ class Recipe:
     )
     compile: bool = setting(False, "Compile the model with torch.compile.")
     recompute_activations: bool = setting(
-        True, "Recompute the MLPs' activations in the backward pass: less memory."
+        True, "Recompute the MLPs' activations in the backward pass: less memory.", advanced=True
     )
     gradient_checkpointing: bool = setting(
-        False, "Recompute whole blocks: less memory for about a third more time."
+        False, "Recompute whole blocks: less memory for about a third more time.", advanced=True
     )
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto is a GPU where there is one.")
     sync_batchnorm: bool = setting(
-        False, "BatchNorm by the statistics of all processes, on GPUs; else by each one's own."
+        False,
+        "BatchNorm by the statistics of all processes, on GPUs; else by each one's own.",
+        advanced=True,
     )
     fsdp: bool = setting(False, "Shard weights and optimizer over the processes (FSDP).")
     triton: bool = setting(
-        False, "Triton's kernels for query, key and value on a GPU; not run on one yet."
+        False,
+        "Triton's kernels for query, key and value on a GPU; not run on one yet.",
+        advanced=True,
     )
 
     seed: int = setting(0, "Seed of weights, order, augmentation and split.", group="Run", ge=0)
@@ -242,8 +277,10 @@ class Recipe:
     max_hours: float | None = setting(
         None, "Stop after so many hours, those before a resume included.", gt=0
     )
-    save_steps: int | None = setting(None, "Steps between checkpoints within an epoch.", ge=1)
-    keep: int = setting(2, "Checkpoints to keep.", ge=1)
+    save_steps: int | None = setting(
+        None, "Steps between checkpoints within an epoch.", ge=1, advanced=True
+    )
+    keep: int = setting(2, "Checkpoints to keep.", ge=1, advanced=True)
 
     def __post_init__(self) -> None:
         faults = []

@@ -86,8 +86,8 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": commit.strip(), "changed": [line[3:] for line in status.splitlines()]}
 
 
-def write_results(output: Path, history: Sequence[Row], metric: str) -> None:
-    """Write the epochs so far as a table and as a picture."""
+def write_results(output: Path, history: Sequence[Row]) -> None:
+    """Write the epochs so far as a table."""
     with (
         staged(output / "results.csv", overwrite=True) as path,
         open(path, "w", encoding="utf-8", newline="") as file,
@@ -95,6 +95,10 @@ def write_results(output: Path, history: Sequence[Row], metric: str) -> None:
         writer = csv.DictWriter(file, list(history[-1]))
         writer.writeheader()
         writer.writerows(history)
+
+
+def write_curve(output: Path, history: Sequence[Row], metric: str) -> None:
+    """Draw the epochs so far."""
     with staged(output / "learning_curve.png", overwrite=True) as path:
         plot_curves(history, path, metric)
 

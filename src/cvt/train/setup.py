@@ -174,8 +174,11 @@ class Setup:
         if self.recipe.lora_r:
             adapted = self.averaged or self.model
             return merged(adapted), adapted
-        model = rebuilt(self.config.to_dict())
-        model.load_state_dict(state["ema"] or state["model"])
+        with torch.device("meta"):  # no time for random weights
+            model = rebuilt(self.config.to_dict())
+        weights = state["ema"] or state["model"]
+        contiguous = {name: weight.contiguous() for name, weight in weights.items()}
+        model.load_state_dict(contiguous, assign=True)
         return model, None
 
 

@@ -47,6 +47,7 @@ from cvt.train.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 MAX_WAITING_SHARE = 0.2  # of an epoch's time
+MIN_SECONDS_BETWEEN_CURVES = 10  # one takes as long as a short epoch
 # Steps that run before the metrics of one are read, by device: a GPU then never waits for Python.
 READ_BEHIND = {"cuda": 1}
 
@@ -228,6 +229,7 @@ class Trainer:
         self.corrupt = CorruptImages(
             state.get("corrupt", {}), setup.recipe, setup.plan.images, setup.output, progress
         )
+        self.curve_drawn = -math.inf  # when, by the clock
         self.has_advised = False  # about the time that was spent on waiting for images
         if self.step > self.plan.steps or (self.at_epoch_end and self.step and not self.losses):
             raise ValueError(
@@ -267,6 +269,7 @@ class Trainer:
             if self.step < self.plan.steps:
                 self.progress.log(f"ended after {self.step} of {self.plan.steps} steps: {reason}")
                 history = self.conclude()
+            self.draw_curve(history)
             found = best(history, self.recipe.metric)
             if sentence := advice(found, self.recipe, setup.splits.train):
                 self.progress.log(sentence)
@@ -467,7 +470,15 @@ class Trainer:
         if self.setup.is_main:
             if evaluation is not None:
                 self.write_models(state, history, evaluation)
-            run_folder.write_results(self.output, history, self.recipe.metric)
+            run_folder.write_results(self.output, history)
+            if time.monotonic() - self.curve_drawn > MIN_SECONDS_BETWEEN_CURVES:
+                self.draw_curve(history)
+
+    def draw_curve(self, history: list[Row]) -> None:
+        """Draw the learning curve."""
+        if self.setup.is_main and history:
+            run_folder.write_curve(self.output, history, self.recipe.metric)
+            self.curve_drawn = time.monotonic()
 
     def write_models(
         self, state: dict[str, Any], history: list[Row], evaluation: Evaluation
@@ -528,6 +539,7 @@ class Trainer:
     def stop(self, together: bool = False) -> NoReturn:
         """Save and leave, as a signal has asked for; all processes together if all stop here."""
         self.save()
+        self.draw_curve(self.history)
         if together:  # torchrun kills the one that saves as soon as another has left
             self.setup.accelerator.wait_for_everyone()
         self.progress.log(f"stopped and saved after {self.step} steps; --resume continues")
