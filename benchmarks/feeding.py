@@ -2,6 +2,7 @@
 
     python benchmarks/feeding.py                 # the step is measured on the spot
     python benchmarks/feeding.py --rate 4000     # images per second of the step
+    python benchmarks/feeding.py --large         # what `cache` gives, on photos of 12 megapixels
     python benchmarks/feeding.py --quick         # few pictures and a tiny model: does it run?
 
 Pictures of 500 x 375 pixels, as most of ImageNet's, but of some 70 kB where those have 110, go
@@ -13,6 +14,10 @@ through `cvt.train.loader` as in a run of the recipe cvt-13-224x224. One worker 
 The rate of the step is that of cvt-13 at 224 in bf16, compiled, with batches of 256 images that are
 there already. The workers are as many as then deliver no less than the step takes, if each has a
 core of its own.
+
+With --large, 60 pictures of 4000 x 3000 pixels go through two epochs of the recipe `photos` in this
+process, without a cache, with one in memory and with one on the disk: images per second of each
+epoch, without a step.
 
 Prints a table and writes it to `results/feeding-<device>-torch<version>-<date>.csv`.
 """
@@ -47,7 +52,8 @@ from cvt.data import LabelledImages
 from cvt.inference.benchmark import device_name, in_turns, middle, timed, versions
 from cvt.kernels import recompute_activations
 from cvt.train.augmentation import augmentation
-from cvt.train.loader import Batch, batches
+from cvt.train.cache import ImageCache
+from cvt.train.loader import Batch, batches, pixels_needed
 from cvt.train.plan import Plan
 from cvt.train.recipe import Recipe, load_recipe
 
@@ -112,16 +118,40 @@ def measure(paths: list[Path], options: argparse.Namespace) -> Iterator[Row]:
         yield dict(zip(COLUMNS, (way, *rates), strict=True))
 
 
+def measure_caches(paths: list[Path], options: argparse.Namespace) -> Iterator[Row]:
+    """A row for each kind of cache."""
+    images = LabelledImages(paths, ["picture"] * len(paths))
+    size = math.gcd(len(paths), 10)
+    plan = Plan(len(paths), size, accumulate=1, rank=0, world=1, epochs=2)
+    for kind in (None, "ram", "disk"):
+        recipe = load_recipe("photos", {"cache": kind, "batch_size": size})
+        processor = image_processor(shape(recipe.model), image_size=recipe.image_size)
+        least, folder = pixels_needed(recipe), paths[0].parent
+        cache = ImageCache(kind, folder, len(paths), least, 1) if kind else None
+        found = batches(images, augmentation(recipe, processor), recipe, plan, 0, cache=cache)
+        rates = []
+        for _ in range(2):
+            took = timed(lambda found=found: [next(found) for _ in range(plan.steps_per_epoch)])
+            rates.append(round(len(paths) / took, 1))
+        yield {
+            "cache": kind or "none",
+            "first_epoch_images_per_second": rates[0],
+            "second_epoch_images_per_second": rates[1],
+        }
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = command_line(__doc__, on_gpu=True)
     parser.add_argument("--rate", type=count, help="images per second of the step")
     parser.add_argument("--quick", action="store_true", help="few pictures and a tiny model")
-    parser.add_argument("--pictures", type=count, default=512)
+    parser.add_argument("--large", action="store_true", help="what a cache gives large photos")
+    parser.add_argument("--pictures", type=count, help="by default 512, or 60 large ones")
     parser.add_argument("--batch-size", type=count, default=64, help="of the worker")
     parser.add_argument("--seconds", type=duration, default=10.0, help="of each measurement")
     parser.add_argument("--turns", type=count, default=5, help="batches of each, at least")
     options = parser.parse_args(arguments)
+    options.pictures = options.pictures or (60 if options.large else 512)
     if options.quick:
         options.pictures, options.batch_size, options.seconds, options.turns = 8, 4, 0.0, 2
     return options
@@ -129,11 +159,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Measures, prints, writes."""
-    name = "feeding-quick" if options.quick else "feeding"
+    name = "feeding" + "-large" * options.large + "-quick" * options.quick
+    width, height = (4000, 3000) if options.large and not options.quick else (500, 375)
     path = result_file(options.results, name, options.device, options.overwrite)
     with tempfile.TemporaryDirectory() as work:
-        paths = write_pictures(Path(work, "pictures"), options.pictures, 500, 375, quality=96)
-        rows = list(measure(paths, options))
+        folder = Path(work, "pictures")
+        paths = write_pictures(folder, options.pictures, width, height, quality=96)
+        rows = list((measure_caches if options.large else measure)(paths, options))
     show(rows)
     about = {
         "batch_size": options.batch_size,

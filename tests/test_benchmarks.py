@@ -548,6 +548,13 @@ def test_the_step_is_measured(load, tmp_path, monkeypatch):
     assert all(float(row["step_images_per_second"]) > 0 for row in rows)
 
 
+def test_caches_are_compared_with_none(load, tmp_path):
+    rows = results(load("feeding"), tmp_path, "--device=cpu", "--large")
+    assert [row["cache"] for row in rows] == ["none", "ram", "disk"]
+    for row in rows:
+        assert float(row["second_epoch_images_per_second"]) > 0
+
+
 def test_the_benchmark_of_the_projections_tells_bandwidth_and_gain(load, tmp_path, monkeypatch):
     projections = load("projections")
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)

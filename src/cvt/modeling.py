@@ -17,6 +17,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -204,7 +205,7 @@ class Attention(nn.Module):
 @contextmanager
 def batch_statistics_kept(module: nn.Module) -> Iterator[None]:
     """BatchNorm updates copies of its running statistics, which are dropped afterwards."""
-    norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm2d)]
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
     kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers()]
     for norm, name, buffer in kept:
         setattr(norm, name, buffer.clone())

@@ -145,14 +145,34 @@ def training_peak(model: CvtForImageClassification, pixels: Tensor) -> int:
     """
     model.train()
     recompute_activations(model)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    with LiveMemory([*model.state_dict().values(), pixels]) as memory:
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+    return step_peak(model, torch.optim.AdamW(model.parameters(), fused=True), pixels)
+
+
+def step_peak(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pixels: Tensor,
+    dtype: torch.dtype = torch.float32,
+    others: Sequence[Tensor] = (),
+) -> int:
+    """Most bytes alive in a step of an optimizer on `pixels` (B, C, H, W), not the first.
+
+    Args:
+        model: a classifier as it is trained.
+        optimizer: of what is trained of it.
+        pixels: a batch.
+        dtype: of autocast.
+        others: tensors that are there all the time, too.
+    """
+    with LiveMemory([*model.state_dict().values(), pixels, *others]) as memory:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad()
-        logits = model(pixels, return_dict=True).logits
-        F.cross_entropy(logits, torch.zeros_like(logits)).backward()
+        with torch.autocast(pixels.device.type, dtype, dtype != torch.float32):
+            logits = model(pixels, return_dict=True).logits
+        F.cross_entropy(logits.float(), torch.zeros_like(logits)).backward()
         optimizer.step()
     return memory.peak
 

@@ -40,9 +40,9 @@ TORCH = ("--runtime", "torch")  # starts at once
 SETTINGS = [
     "--val-data", "--classes", "--image-column", "--label-column", "--label-separator",
     "--problem-type", "--group-column", "--folds", "--fold", "--epoch-images",
-    "--max-corrupt", "--max-pixels", "--workers",
+    "--max-corrupt", "--max-pixels", "--cache", "--workers",
     "--model", "--from-scratch", "--drop-rate", "--drop-path", "--freeze-stages", "--head-only",
-    "--views", "--lora-r",
+    "--views", "--lora-r", "--teacher", "--teacher-weight", "--temperature",
     "--image-size", "--crop-pct", "--crop-scale", "--crop-ratio", "--interpolation", "--flip",
     "--vertical-flip", "--auto-augment", "--color-jitter", "--random-erase", "--repeats",
     "--mixup", "--cutmix", "--mixup-prob", "--mixup-switch", "--mixup-mode",
@@ -51,8 +51,8 @@ SETTINGS = [
     "--lr-base-size", "--weight-decay", "--momentum", "--layer-decay", "--clip-grad",
     "--warmup-epochs", "--warmup-lr", "--min-lr", "--cooldown-epochs", "--lr-updates",
     "--ema-decay",
-    "--precision", "--compile", "--recompute-activations", "--gradient-checkpointing", "--fsdp",
-    "--triton",
+    "--precision", "--compile", "--recompute-activations", "--gradient-checkpointing", "--device",
+    "--sync-batchnorm", "--fsdp", "--triton",
     "--seed", "--eval-every", "--metric", "--patience", "--max-hours", "--save-steps", "--keep",
     "--track",
 ]  # fmt: skip
@@ -64,7 +64,7 @@ COMMANDS = {
     ],
     "predict": [
         "model", "images", "--topk", "--batch-size", "--workers", "--runtime", "--precision",
-        "--device", "--threads", "--exact-decoding", "--max-pixels", "--output",
+        "--device", "--threads", "--exact-decoding", "--max-pixels", "--tta", "--output",
         "--json", "--resume", "--no-verify", "--verbose", "--force",
     ],
     "train": [
@@ -82,7 +82,8 @@ COMMANDS = {
     ],
     "evaluate": [
         "model", "data", "--batch-size", "--workers", "--runtime", "--precision", "--device",
-        "--threads", "--max-pixels", "--output", "--report", "--label-errors", "--class-map",
+        "--threads", "--max-pixels", "--tta", "--output", "--report", "--label-errors",
+        "--class-map",
         "--subset", "--real-labels", "--classes", "--image-column", "--label-column",
         "--label-separator", "--problem-type", "--no-verify", "--verbose", "--force",
     ],

@@ -73,7 +73,7 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
         ("workers", 10**6), ("batch_size", 10**9), ("lora_r", 10**6), ("image_size", 10**9),
         ("accumulate", 10**9), ("repeats", 10**6), ("epochs", 10**30), ("model", ""),
         ("metric", "accuracy"), ("metric", None), ("patience", 0), ("max_hours", 0),
-        ("class_weights", "inverse"), ("sampler", "weighted"),
+        ("class_weights", "inverse"), ("sampler", "weighted"), ("lr", "search"), ("lr", "Find"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named(name, value):
@@ -146,7 +146,15 @@ def test_the_schema_accepts_the_packaged_recipes_and_refuses_what_a_recipe_refus
         validator.validate(yaml.safe_load(path.read_text()))
     assert schema["properties"].keys() == FIELDS.keys()
     validator.validate({name: spec.default for name, spec in FIELDS.items()})
-    for wrong in ({"epoch": 1}, {"epochs": 0}, {"lr": 0}, {"flip": 2}, {"optimizer": "adam"}):
+    validator.validate({"lr": "find"})
+    for wrong in (
+        {"epoch": 1},
+        {"epochs": 0},
+        {"lr": 0},
+        {"lr": "search"},
+        {"flip": 2},
+        {"optimizer": "adam"},
+    ):
         assert not validator.is_valid(wrong)
         with pytest.raises(ValueError, match=next(iter(wrong))):
             load_recipe(changes=wrong)

@@ -17,6 +17,7 @@ from cvt.cli.options import (
     max_pixels_option,
     no_verify_option,
     run_options,
+    tta_option,
     verbose_option,
 )
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 )
 @run_options(0)
 @max_pixels_option
+@tta_option
 @click.option(
     "--output",
     type=FILE,
@@ -70,6 +72,7 @@ def evaluate(
     device: str,
     threads: int | None,
     max_pixels: int | None,
+    tta: str | None,
     output: Path | None,
     report: Path | None,
     label_errors: Path | None,
@@ -133,6 +136,7 @@ def evaluate(
                 real_labels=real,
                 max_pixels=max_pixels,
                 keep_scores=label_errors is not None,
+                tta=tta,
             )
         if folder:
             write_evaluation(result, folder)

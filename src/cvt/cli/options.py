@@ -149,6 +149,11 @@ max_pixels_option = click.option(
     type=click.IntRange(min=1),
     help="Pixels that an image may have; larger ones are skipped (default 178956970).",
 )
+tta_option = click.option(
+    "--tta",
+    type=click.Choice(["flip", "five-crop"]),
+    help="Mean score of an image and its mirror image, or of its centre and corners.",
+)
 no_verify_option = click.option(
     "--no-verify",
     is_flag=True,
@@ -226,8 +231,9 @@ def with_settings(function: Function) -> Function:
     options, group = [], ""
     for name, spec in FIELDS.items():
         group = spec.metadata["group"] or group
-        kind, _ = value_type(spec)
-        choices = "|".join(spec.metadata["choices"])
+        kind, alternatives, _ = value_type(spec)
+        shown = (kind.__name__.upper(), *alternatives) if alternatives else ()
+        choices = "|".join(spec.metadata["choices"] or shown)
         flag = name.replace("_", "-")
         number = f"{spec.default:g}" if kind is float and spec.default else spec.default
         default = "" if spec.default in (None, False) or kind is bool else f" (default {number})"
@@ -236,7 +242,7 @@ def with_settings(function: Function) -> Function:
             name,
             cls=Setting,
             group=group,
-            type=kind,
+            type=str if alternatives else kind,  # which the recipe checks
             default=None,
             help=spec.metadata["help"] + default,
             advanced=spec.metadata["advanced"],

@@ -16,6 +16,7 @@ from cvt.cli.options import (
     max_pixels_option,
     no_verify_option,
     run_options,
+    tta_option,
     verbose_option,
 )
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @run_options(1)
 @click.option("--exact-decoding", is_flag=True, help="Decode large JPEGs whole, which is slower.")
 @max_pixels_option
+@tta_option
 @click.option(
     "--output", type=FILE, help="Write .csv (a row per class) or .jsonl (a line per image)."
 )
@@ -55,6 +57,7 @@ def predict(
     threads: int | None,
     exact_decoding: bool,
     max_pixels: int | None,
+    tta: str | None,
     output: Path | None,
     as_json: bool,
     resume: bool,
@@ -82,14 +85,14 @@ def predict(
         source, how = model_source(model), (runtime, precision, device, threads)
         classifier, processor = open_classifier(source, *how, len(first), not no_verify)
         topk = scores_per_image(topk, classifier.config)
-        decoding = {"exact_decoding": exact_decoding, "max_pixels": max_pixels}
+        decoding = {"exact_decoding": exact_decoding, "max_pixels": max_pixels, "tta": tta}
         if file:
             paths = file.missing(
                 paths, run_settings(str(source.path), classifier, topk, **decoding)
             )
             if file.count:
                 err.print(f"{file.count} images are classified already")
-        settings = (topk, batch_size, workers, exact_decoding, max_pixels)
+        settings = (topk, batch_size, workers, exact_decoding, max_pixels, tta)
         results = predict_files(classifier, processor, paths, *settings)
         try:
             skipped, classified = consume(results, file.write if file else printer(as_json))

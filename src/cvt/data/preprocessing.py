@@ -93,12 +93,15 @@ class Preprocessing:
         side = self.image_size
         if side >= SQUASHED:
             return image.resize((side, side), self.resample)
-        width, height = image.size
-        short, shorter = int(side / self.crop_pct), min(width, height)
-        size = short * width // shorter, short * height // shorter
-        left, top = ((each - side) // 2 for each in size)
-        resized = image.resize(size, self.resample)
+        resized = self._uncropped(image)
+        left, top = ((each - side) // 2 for each in resized.size)
         return resized.crop((left, top, left + side, top + side))
+
+    def _uncropped(self, image: Image.Image) -> Image.Image:
+        """Resized to be cropped, below `SQUASHED` pixels."""
+        width, height = image.size
+        short, shorter = int(self.image_size / self.crop_pct), min(width, height)
+        return image.resize((short * width // shorter, short * height // shorter), self.resample)
 
     @property
     def unresized(self) -> "Preprocessing":
@@ -135,6 +138,38 @@ class Preprocessing:
             return None
         side = self.image_size
         return ceil(REDUCED * (side if side >= SQUASHED else int(side / self.crop_pct)))
+
+
+class FiveCrops(Preprocessing):
+    """The same, but for the crops: the centre, as before, and the corners of the resized image."""
+
+    @classmethod
+    def of(cls, preprocessing: "AnyPreprocessing") -> "FiveCrops":
+        """The five crops of a preprocessing.
+
+        Raises:
+            ValueError: it crops nothing.
+        """
+        if not isinstance(preprocessing, Preprocessing) or not preprocessing.do_resize:
+            raise ValueError("five-crop: the model's image processor does not crop; take flip")
+        if preprocessing.image_size >= SQUASHED:
+            raise ValueError(
+                f"five-crop: from {SQUASHED} pixels on, images are resized and not cropped; take "
+                "flip"
+            )
+        return cls(**{each.name: getattr(preprocessing, each.name) for each in fields(cls)})
+
+    def resize(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """The crops of RGB images, (5·B, H, W, 3) of 0 to 255: all centres first."""
+        side = self.image_size
+        corners: list[list[np.ndarray]] = [[], [], [], []]
+        for image in images:
+            resized = self._uncropped(image)
+            right, bottom = (each - side for each in resized.size)
+            places = ((0, 0), (right, 0), (0, bottom), (right, bottom))
+            for crops, (left, top) in zip(corners, places, strict=True):
+                crops.append(np.asarray(resized.crop((left, top, left + side, top + side))))
+        return np.concatenate([super().resize(images), *corners])
 
 
 def _kind(name: str, value: Any) -> tuple[str, bool]:

@@ -15,7 +15,7 @@ from PIL import Image
 from cvt.checkpoints import ModelSource, load_preprocessing, model_source
 from cvt.data.decoding import ImageError, Source, StoredImage, decode, is_content
 from cvt.data.preprocessing import preprocessing_of
-from cvt.inference.predict import Prediction, Result, find_images, predict
+from cvt.inference.predict import Prediction, Result, find_images, predict, with_crops
 from cvt.libraries import require
 from cvt.limits import check_counts
 from cvt.runtime import is_classifier, open_runtime
@@ -77,6 +77,7 @@ class Classifier:
         processor: the image processor, if not the model's own; a loaded model needs one.
         exact: decode large JPEGs whole, see `cvt.inference.predict.classify`.
         max_pixels: the pixels that an image may have, see `cvt.data.decoding.decode`.
+        tta: test-time augmentation, "flip" or "five-crop", see `cvt.inference.predict.classify`.
         allow_urls: fetch images whose http or https URL is given, of up to 64 MiB and within 30
             seconds. Whoever chooses the URLs then reaches what this machine can reach.
         verify: see `cvt.runtime.open_runtime`.
@@ -116,6 +117,7 @@ class Classifier:
         processor: Callable | None = None,
         exact: bool = False,
         max_pixels: int | None = None,
+        tta: str | None = None,
         allow_urls: bool = False,
         verify: bool = True,
     ) -> None:
@@ -128,6 +130,7 @@ class Classifier:
             processor=processor,
             exact=exact,
             max_pixels=max_pixels,
+            tta=tta,
             allow_urls=allow_urls,
             verify=verify,
         )
@@ -139,8 +142,9 @@ class Classifier:
             if processor is None
             else preprocessing_of(processor)
         )
+        with_crops(self.processor, tta)  # raises
         self.batch_size, self.allow_urls = batch_size, allow_urls
-        self.exact, self.max_pixels = exact, max_pixels
+        self.exact, self.max_pixels, self.tta = exact, max_pixels, tta
 
     def __reduce__(self) -> tuple:
         return self._anew, ()  # a runtime does not travel; its arguments do
@@ -219,7 +223,7 @@ class Classifier:
     ) -> Iterator[Prediction | Result]:
         size = self.batch_size if batch_size is None else batch_size
         check_counts(top_k=top_k, batch_size=size, workers=workers)
-        settings = (top_k, size, workers, self.exact, self.max_pixels)
+        settings = (top_k, size, workers, self.exact, self.max_pixels, self.tta)
         return predict(self.runtime, self.processor, sources, *settings)
 
     def _source(self, image: Any) -> Source:

@@ -62,6 +62,7 @@ def evaluate(
     max_pixels: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     keep_scores: bool = False,
+    tta: str | None = None,
 ) -> AnyEvaluation:
     """Classify labelled images and compare; classes are matched by name.
 
@@ -86,6 +87,7 @@ def evaluate(
         max_pixels: the pixels that an image may have, likewise.
         interrupted: whether to give up while a worker is stuck, likewise.
         keep_scores: keep the scores of all classes, 4 bytes each, for every image.
+        tta: test-time augmentation, likewise.
 
     Returns:
         The evaluation; with `world` > 1 the share of this rank, for `Evaluation.joined`.
@@ -122,7 +124,7 @@ def evaluate(
     share, sent = tee(_share(images, indices, batch_size, rank, world))
     sources = (source for _, (source, _) in sent)
     results = classify(
-        runtime, processor, sources, batch_size, workers, exact, max_pixels, interrupted
+        runtime, processor, sources, batch_size, workers, exact, max_pixels, interrupted, tta
     )
     for result, (position, (source, label)) in zip(results, share, strict=True):
         if position is not None:

@@ -19,7 +19,7 @@ from cvt.architecture import Architecture
 from cvt.data import images_below
 from cvt.data.decoding import ImageError, Source, StoredImage, decode
 from cvt.data.folder import Skipped, unreadable
-from cvt.data.preprocessing import AnyPreprocessing, check_range, preprocessing_of
+from cvt.data.preprocessing import AnyPreprocessing, FiveCrops, check_range, preprocessing_of
 from cvt.data.workers import computed_ahead
 from cvt.files import check_path
 from cvt.problem_type import MULTI_LABEL, REGRESSION
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
 
 logger = logging.getLogger(__name__)
+TTA = ("flip", "five-crop")
 BLANK = Image.new("RGB", (32, 32), "grey")  # in the place of what cannot be decoded
 
 
@@ -137,6 +138,7 @@ def classify(
     exact: bool = False,
     max_pixels: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
+    tta: str | None = None,
 ) -> Iterator[Result]:
     """Classify images, batch by batch, in their order.
 
@@ -161,27 +163,62 @@ def classify(
         exact: decode every image whole, but for those above `cvt.data.decoding.LARGE_PIXELS`.
         max_pixels: the pixels that an image may have, see `cvt.data.decoding.decode`.
         interrupted: whether to give up while a worker is stuck.
+        tta: test-time augmentation. "flip": an image and its mirror image; "five-crop": the centre
+            and the four corners of the resized image. All views of a batch run at once, and the
+            scores of an image are the mean of those of its views.
 
     Raises:
-        ValueError: the processor is not for decoded images; names its setting.
+        ValueError: the processor is not for decoded images; names its setting. `tta` is none of
+            these, or the processor crops nothing.
         Interrupted: `interrupted` was true, and `POLL_SECONDS` passed without a batch.
     """
     runtime = runtime_of(model)
-    preprocessing = preprocessing_of(processor)
+    preprocessing = with_crops(preprocessing_of(processor), tta)
     read = reader(preprocessing, exact, max_pixels)
     batch_size = batch_size if preprocessing.do_resize else 1
     batches, sent = tee(_batches(sources, batch_size))
     prepared = _prepared(preprocessing, read, sent, workers, interrupted)
     for (images, errors), batch in zip(prepared, batches, strict=True):
+        pixels = preprocessing.normalise(images)
+        if tta == "flip":
+            pixels = np.concatenate([pixels, pixels[..., ::-1]])
         try:
-            batch_logits = runtime(preprocessing.normalise(images), preprocessed=True)
+            of_views = runtime(pixels, preprocessed=True)
         except PixelError as refusal:
             if preprocessing.do_resize:
                 raise
             yield Result(batch[0], error=errors[0] or f"{batch[0]}: {refusal}")
             continue
+        of_views = of_views.reshape(-1, len(batch), of_views.shape[1])  # (V, B, K)
+        batch_logits = mean_of_views(of_views, runtime.config) if tta else of_views[0]
         for source, error, logits in zip(batch, errors, batch_logits, strict=True):
             yield Result(source, error=error) if error else Result(source, logits)
+
+
+def with_crops(preprocessing: AnyPreprocessing, tta: str | None) -> AnyPreprocessing:
+    """The preprocessing, with the crops of a test-time augmentation.
+
+    Raises:
+        ValueError: `tta` is unknown, or nothing is cropped.
+    """
+    if tta not in (None, *TTA):
+        raise ValueError(f"tta = {tta}: must be one of {', '.join(TTA)}")
+    return FiveCrops.of(preprocessing) if tta == "five-crop" else preprocessing
+
+
+def mean_of_views(logits: np.ndarray, config: Architecture) -> np.ndarray:
+    """Logits, (B, K), whose `scores` are the mean of those of the logits of views, (V, B, K)."""
+    if config.problem_type == "regression":
+        return logits.mean(axis=0)
+
+    def log_mean(logs: np.ndarray) -> np.ndarray:
+        return np.logaddexp.reduce(logs, axis=0) - np.float32(np.log(len(logs)))
+
+    if has_independent_scores(config):
+        # The logit of p is log p - log(1 - p), and 1 - p is the sigmoid of the negative logit.
+        positive, negative = (log_mean(-np.logaddexp(0, -sign * logits)) for sign in (1, -1))
+        return positive - negative
+    return log_mean(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
 
 
 def runtime_of(model: "Runtime | nn.Module", config: Architecture | None = None) -> Runtime:
@@ -274,10 +311,15 @@ def scores(logits: np.ndarray, config: Architecture) -> np.ndarray:
     """
     if config.problem_type == REGRESSION:
         return logits
-    if config.problem_type == MULTI_LABEL or config.num_labels == 1:
+    if has_independent_scores(config):
         return 1 / (1 + np.exp(-logits))
     powers = np.exp(logits - logits.max())
     return powers / powers.sum()
+
+
+def has_independent_scores(config: Architecture) -> bool:
+    """Whether the score of a class is a sigmoid, whatever those of the others are."""
+    return config.problem_type == MULTI_LABEL or config.num_labels == 1
 
 
 def scores_per_image(topk: int, config: Architecture) -> int:
@@ -295,6 +337,7 @@ def predict(
     workers: int = 0,
     exact: bool = False,
     max_pixels: int | None = None,
+    tta: str | None = None,
 ) -> Iterator[Prediction | Result]:
     """The best classes of images; one without finite scores gives a `Result` with the error.
 
@@ -307,9 +350,10 @@ def predict(
         workers: as in `classify`.
         exact: as in `classify`.
         max_pixels: as in `classify`.
+        tta: as in `classify`.
 
     Raises:
-        ValueError: the model has no classes.
+        ValueError: the model has no classes, or as `classify`.
     """
     config: Any = model.config
     names = config.class_names
@@ -317,7 +361,8 @@ def predict(
         raise ValueError("num_labels = 0: the model has no classes to name")
     count = scores_per_image(topk, config)
     are_values = config.problem_type == REGRESSION
-    for result in classify(model, processor, sources, batch_size, workers, exact, max_pixels):
+    settings = (batch_size, workers, exact, max_pixels)
+    for result in classify(model, processor, sources, *settings, tta=tta):
         if result.logits is None:
             yield result
             continue

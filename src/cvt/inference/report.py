@@ -171,6 +171,36 @@ def _draw(
     return points
 
 
+@matplotlib.rc_context(STYLE)
+def plot_rates(
+    rates: Sequence[float],
+    losses: Sequence[float],
+    smoothed: Sequence[float],
+    path: Path,
+    chosen: float,
+) -> None:
+    """The loss over the learning rates of a range test, as a PNG.
+
+    Args:
+        rates: of the steps.
+        losses: of the steps.
+        smoothed: the moving average of the losses.
+        path: the picture.
+        chosen: the learning rate to mark.
+    """
+    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rates, losses, ".", color=GREY, markersize=3, label="steps")
+    axes.plot(rates, smoothed, color=INK, label="smoothed")
+    axes.axvline(chosen, color=RIGHT, linestyle="--", label=f"steepest descent, {chosen:g}")
+    low, high = min(smoothed), max(smoothed[0], 1.5 * min(smoothed))  # not all of its explosion
+    axes.set_ylim(low - 0.3 * (high - low), high + 0.5 * (high - low))
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss", title="Range test")
+    axes.xaxis.set_major_formatter(lambda rate, _: f"{rate:g}")
+    axes.legend(frameon=False, loc="lower left")
+    figure.savefig(path, format="png")
+
+
 @_styled(lambda evaluation: evaluation.labels)
 def plot_confusion(evaluation: Evaluation, path: Path, most: int = 40) -> None:
     """The confusion matrix as a PNG; of more than `most` classes, those most often confused."""

@@ -44,12 +44,16 @@ def weighted_cross_entropy(
         weights: of the classes, (classes,).
         smoothing: the label smoothing; of mixed targets, that which they have. Below 1.
     """
+    smoothed = smoothing if targets.ndim == 1 else 0.0  # mixed targets are smoothed already
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothed)
+    return (image_weights(targets, weights, smoothing) * losses).mean()
+
+
+def image_weights(targets: Tensor, weights: Tensor, smoothing: float) -> Tensor:
+    """The weight of every image in `weighted_cross_entropy`, whose arguments these are, (B,)."""
     if targets.ndim == 1:
-        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-        return (weights[targets] * losses).mean()
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    of_images = (targets @ weights - smoothing * weights.mean()) / (1 - smoothing)
-    return (of_images * losses).mean()
+        return weights[targets]
+    return (targets @ weights - smoothing * weights.mean()) / (1 - smoothing)
 
 
 def balanced_order(classes: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -188,11 +188,12 @@ def _validation(folder: Path) -> LabelledImages:
 def _evaluation(folder: Path, images: LabelledImages, progress: Progress) -> AnyEvaluation:
     """The evaluation of a run's best model; positions are those in all images of the data."""
     recipe = load_recipe(folder / "args.yaml")
+    assert recipe.batch_size != "auto"  # the run has settled it
     model: Any = load_classifier(folder / "best")
     processor = load_processor(folder / "best", model.config)
-    device = torch.accelerator.current_accelerator(check_available=True)
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     found = evaluate(
-        model.to(device or "cpu"),
+        model.to(best if recipe.device == "auto" else recipe.device),
         processor,
         images,
         recipe.batch_size,

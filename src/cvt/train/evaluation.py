@@ -45,7 +45,7 @@ def evaluate_shared(
         model,
         setup.processor,
         images,
-        setup.recipe.batch_size,
+        setup.plan.batch_size,
         setup.recipe.workers,
         after_image,
         rank=setup.plan.rank,

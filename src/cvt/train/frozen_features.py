@@ -29,7 +29,9 @@ from cvt.files import staged
 from cvt.inference.evaluate import AnyEvaluation, evaluation_of
 from cvt.inference.predict import Result, reader
 from cvt.runtime.fused import FusedCvt
+from cvt.train.cache import ImageCache
 from cvt.train.loader import Batch, Draw, Views, loaded, slots_of, training_views
+from cvt.train.memory import free_disk
 from cvt.train.models import frozen_stages
 from cvt.train.plan import Plan
 from cvt.train.recipe import Recipe
@@ -53,7 +55,8 @@ def chosen_views(recipe: Recipe, images: Images, world: int) -> int:
     elif world > 1:
         fault = f"features are kept by a run of one process, not of {world}"
     if recipe.views is None:
-        return 0 if fault or recipe.mixes or not recipe.head_only else DEFAULT_VIEWS
+        sees_pixels = recipe.mixes or recipe.teacher
+        return 0 if fault or sees_pixels or not recipe.head_only else DEFAULT_VIEWS
     if recipe.views and fault:
         raise ValueError(f"views = {recipe.views}: {fault}; views=0 keeps none")
     return recipe.views
@@ -88,6 +91,7 @@ class FrozenFeatures:
         augment: random changes of a training image.
         processor: the image processor of validation.
         interrupted: whether to give up while a worker is stuck.
+        cache: of the training images, if the recipe has one.
 
     Attributes:
         frozen: how many stages are frozen.
@@ -107,6 +111,7 @@ class FrozenFeatures:
         augment: Callable[[Any], Tensor],
         processor: Any,
         interrupted: Callable[[], bool],
+        cache: ImageCache | None = None,
     ) -> None:
         self.folder, self.recipe, self.plan = output / FOLDER, recipe, plan
         self.training, self.interrupted = training, interrupted
@@ -115,7 +120,7 @@ class FrozenFeatures:
         size = recipe.image_size
         zeros = torch.zeros(1, model.config.num_channels, size, size, device=self.device)
         self.shape = tuple(self.stages.features(zeros, self.frozen).shape[1:])
-        self.training_views = training_views(augment, recipe)
+        self.training_views = training_views(augment, recipe, cache)
         self.validation_views = Views(
             partial(preprocessed, preprocessing_of(processor)),
             reader(processor, exact=True, max_pixels=recipe.max_pixels),
@@ -126,8 +131,7 @@ class FrozenFeatures:
     def _check_space(self) -> None:
         images, views = len(self.training), self.recipe.views or 0
         size = 4 * views * images * int(np.prod(self.shape))
-        existing = next(folder for folder in self.folder.parents if folder.exists())
-        allowed = min(LARGEST, shutil.disk_usage(existing).free // 2)
+        allowed = min(LARGEST, free_disk(self.folder) // 2)
         if size > allowed and not self.folder.exists():
             raise ValueError(
                 f"views = {views}: the features of {images:,} images take {size / 2**30:.1f} GiB, "
@@ -152,7 +156,7 @@ class FrozenFeatures:
             Interrupted: the run is to stop; nothing is kept of the view.
         """
         seed = self.recipe.seed
-        draws = [Draw(image, i, (seed, view, i)) for i, (image, _) in enumerate(self.training)]
+        draws = [Draw(image, i, (seed, view, i), i) for i, (image, _) in enumerate(self.training)]
         self._compute(f"view-{view}", draws, self.training_views, progress)
 
     def _compute(
@@ -166,7 +170,7 @@ class FrozenFeatures:
             shape = (len(draws), *self.shape)
             array = np.lib.format.open_memmap(beside / "features.npy", "w+", np.float32, shape)
             failures: dict[int, str] = {}
-            size = self.recipe.batch_size
+            size = self.plan.batch_size
             in_batches = [draws[i : i + size] for i in range(0, len(draws), size)]
             found = loaded(in_batches, views, self.recipe, self.interrupted)
             for batch, drawn in zip(found, in_batches, strict=True):
@@ -237,7 +241,7 @@ class FrozenFeatures:
     def _results(self, model: Any, images: LabelledImages) -> Iterator[Result]:
         trained = TrainedStages(model, self.frozen).eval()
         features, failures = self._opened(VALIDATION)
-        size = self.recipe.batch_size
+        size = self.plan.batch_size
         for start in range(0, len(images), size):
             tensor = torch.tensor(features[start : start + size], device=self.device)
             rows = trained(tensor).logits.float().cpu().numpy()

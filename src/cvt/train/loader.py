@@ -23,6 +23,7 @@ from cvt.data.decoding import ImageError, Source, decode
 from cvt.data.preprocessing import REDUCED
 from cvt.data.workers import POLL_SECONDS, answer_nothing
 from cvt.train.balance import balanced_order
+from cvt.train.cache import ImageCache
 from cvt.train.plan import Plan
 from cvt.train.recipe import Recipe
 from cvt.train.workers import fetch_batches, received, shared
@@ -45,6 +46,7 @@ class Draw(NamedTuple):
     image: Source
     target: Any
     seed: tuple[int, ...]
+    number: int | None = None  # of the image; none in a stream
 
 
 class Batch(NamedTuple):
@@ -74,8 +76,9 @@ def draws(
         return
     for epoch, slots, indices in slots_of(images, recipe, plan, start):
         yield [
-            Draw(image, images.target(label), (recipe.seed, epoch, slot))
-            for slot, (image, label) in zip(slots, map(images.__getitem__, indices), strict=True)
+            Draw(image, images.target(label), (recipe.seed, epoch, slot), index)
+            for slot, index in zip(slots, indices, strict=True)
+            for image, label in [images[index]]
         ]
 
 
@@ -104,13 +107,20 @@ def slots_of(
 class Views(Dataset):
     """Reads and augments; what cannot be read is given back as its error."""
 
-    def __init__(self, augment: Callable[[Any], Tensor], read: Callable = decode) -> None:
-        self.augment, self.read = augment, read
+    def __init__(
+        self,
+        augment: Callable[[Any], Tensor],
+        read: Callable = decode,
+        cache: ImageCache | None = None,
+    ) -> None:
+        self.augment, self.read, self.cache = augment, read, cache
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor | ImageError, Draw]:
         seed_all(*draw.seed)
         try:
-            return self.augment(self.read(draw.image)), draw
+            if self.cache is None or draw.number is None:
+                return self.augment(self.read(draw.image)), draw
+            return self.augment(self.cache.get(draw.number, partial(self.read, draw.image))), draw
         except ImageError as error:
             return error, draw
 
@@ -136,17 +146,26 @@ def batches(
     plan: Plan,
     start: int,
     interrupted: Callable[[], bool] = lambda: False,
+    cache: ImageCache | None = None,
 ) -> Iterator[Batch]:
     """This process's batches from step `start` to the end of the run; raises as `loaded`."""
     batched = draws(images, recipe, plan, start)
-    return loaded(batched, training_views(augment, recipe), recipe, interrupted)
+    return loaded(batched, training_views(augment, recipe, cache), recipe, interrupted)
 
 
-def training_views(augment: Callable[[Any], Tensor], recipe: Recipe) -> Views:
-    """Random views of images; of large ones no more is decoded than their smallest crop keeps."""
+def pixels_needed(recipe: Recipe) -> int:
+    """What the short side of an image must keep for its smallest crop to be that of the image."""
     crop = recipe.image_size * math.sqrt(recipe.crop_ratio / recipe.crop_scale)
-    least = math.ceil(REDUCED * crop)
-    return Views(augment, partial(decode, max_pixels=recipe.max_pixels, least_of_large=least))
+    return math.ceil(REDUCED * crop)
+
+
+def training_views(
+    augment: Callable[[Any], Tensor], recipe: Recipe, cache: ImageCache | None = None
+) -> Views:
+    """Random views of images; of large ones no more is decoded than their smallest crop keeps."""
+    least = pixels_needed(recipe)
+    read = partial(decode, max_pixels=recipe.max_pixels, least_of_large=least)
+    return Views(augment, read if cache is None else partial(read, least=least), cache)
 
 
 def loaded(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cvt import hub
 from cvt.checkpoints import (
@@ -18,10 +19,12 @@ from cvt.checkpoints import (
 from cvt.configuration import CvtConfig
 from cvt.data.image_processor import image_processor
 from cvt.inference.class_matching import class_rows
+from cvt.kernels import apply_cpu_bf16, apply_triton, recompute_activations
 from cvt.modeling import CvtForImageClassification
 from cvt.problem_type import REGRESSION, SINGLE_LABEL
 from cvt.train.recipe import Recipe
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KEPT_VALUES = "the values are those of the starting model, and so is its last layer"
 
 
@@ -136,6 +139,19 @@ def regularised(model: CvtForImageClassification, recipe: Recipe) -> CvtForImage
     return changed
 
 
+def as_trained(model: CvtForImageClassification, recipe: Recipe, device: torch.device) -> Any:
+    """The model with the cheaper steps of the recipe on a device, and with what it trains."""
+    if recipe.recompute_activations:
+        recompute_activations(model)
+    if recipe.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    if recipe.triton:
+        apply_triton(model)
+    if device.type == "cpu" and recipe.precision == "bf16":
+        apply_cpu_bf16(model)
+    return trainable(model, recipe)
+
+
 def trainable(model: CvtForImageClassification, recipe: Recipe) -> Any:
     """The model with only those weights left to train that the recipe wants.
 
@@ -185,8 +201,15 @@ def frozen(model: Any, recipe: Recipe) -> list[nn.Module]:
     """What is to stay as it is, also in its BatchNorm statistics and without dropout."""
     body = (model.get_base_model() if recipe.lora_r else model).cvt
     if recipe.lora_r:
-        return [module for module in body.modules() if isinstance(module, nn.BatchNorm2d)]
+        return [module for module in body.modules() if isinstance(module, _BatchNorm)]
     return [body] if recipe.head_only else list(body.encoder.stages[: recipe.freeze_stages])
+
+
+def set_training(model: Any, recipe: Recipe) -> None:
+    """Put a model into training mode, but for what stays as it is."""
+    model.train()
+    for module in frozen(model, recipe):
+        module.eval()
 
 
 def frozen_stages(model: Any, recipe: Recipe) -> int:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -52,7 +53,20 @@ def optimizer_for(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Op
     return create_optimizer_v2(groups, recipe.optimizer, lr, recipe.weight_decay)
 
 
-class Schedule:
+class LearningRates(ABC):
+    """The learning rate of every step."""
+
+    @abstractmethod
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0, where layer decay leaves it whole."""
+
+    def set(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Give the optimizer the learning rates of a step, counted from 0."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate(step) * group["lr_scale"]
+
+
+class Schedule(LearningRates):
     """The learning rate: a linear warm-up, a cosine, a cool-down; timm's formulas.
 
     Raises:
@@ -77,7 +91,7 @@ class Schedule:
         self.cosine_length = max(1, round(length) - self.cosine_start)
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0, where layer decay leaves it whole."""
+        """See `LearningRates`."""
         update = step // self.unit
         if update < self.warmup:
             return self.start + update * ((self.peak - self.start) / self.warmup)
@@ -86,8 +100,3 @@ class Schedule:
             return self.end
         share = 1 + math.cos(math.pi * update / self.cosine_length)
         return self.end + 0.5 * (self.peak - self.end) * share
-
-    def set(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Give the optimizer the learning rates of a step, counted from 0."""
-        for group in optimizer.param_groups:
-            group["lr"] = self.rate(step) * group["lr_scale"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from cvt.limits import MOST_AT_ONCE, MOST_IMAGES
 from cvt.problem_type import MULTI_LABEL, PROBLEMS, REGRESSION, SINGLE_LABEL
@@ -115,6 +115,11 @@ class Recipe:
     max_pixels: int | None = setting(
         None, "Skip images with more pixels (default 178956970).", ge=1, advanced=True
     )
+    cache: str | None = setting(
+        None,
+        "Keep decoded images, reduced to what their crops need, for the next epochs.",
+        choices=("ram", "disk"),
+    )
     workers: int = setting(0, "Worker processes that decode and augment.", ge=0, le=MOST_AT_ONCE)
 
     model: str = setting(
@@ -138,6 +143,20 @@ class Recipe:
     )
     lora_r: int = setting(
         0, "Rank of low-rank adapters (LoRA); 0 trains without them.", ge=0, le=4096
+    )
+
+    teacher: str | None = setting(
+        None, "Distil from this MODEL: learn its scores for the same views, too."
+    )
+    teacher_weight: float = setting(
+        0.5,
+        "Share of the teacher in the loss; the labels have the rest.",
+        ge=0,
+        le=1,
+        advanced=True,
+    )
+    temperature: float = setting(
+        2.0, "Temperature that softens the scores of teacher and model.", gt=0, advanced=True
     )
 
     image_size: int = setting(
@@ -199,13 +218,15 @@ class Recipe:
 
     epochs: int = setting(30, "Epochs to train.", group="Optimisation", ge=1)
     steps: int | None = setting(None, "Optimizer steps to train, instead of epochs.", ge=1)
-    batch_size: int = setting(64, "Images in a batch of each process.", ge=1, le=MOST_IMAGES)
+    batch_size: int | Literal["auto"] = setting(
+        64, "Images in a batch of each process; auto counts what fits.", ge=1, le=MOST_IMAGES
+    )
     accumulate: int = setting(1, "Batches of each process in a step.", ge=1, le=65536)
     optimizer: str = setting(
         "adamw", "Optimizer; PyTorch's adamw and sgd, timm's others.", choices=OPTIMIZERS
     )
-    lr: float | None = setting(
-        None, "Peak learning rate (default LR_BASE, scaled by the images in a step).", gt=0
+    lr: float | Literal["find"] | None = setting(
+        None, "Peak learning rate (default LR_BASE, scaled by the images); find searches one.", gt=0
     )
     lr_base: float = setting(
         2.5e-4,
@@ -260,6 +281,12 @@ class Recipe:
     gradient_checkpointing: bool = setting(
         False, "Recompute whole blocks: less memory for about a third more time.", advanced=True
     )
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto is a GPU where there is one.")
+    sync_batchnorm: bool = setting(
+        False,
+        "BatchNorm by the statistics of all processes, on GPUs; else by each one's own.",
+        advanced=True,
+    )
     fsdp: bool = setting(False, "Shard weights and optimizer over the processes (FSDP).")
     triton: bool = setting(
         False,
@@ -307,7 +334,7 @@ class Recipe:
             faults.append(f"fold = {self.fold}: must be at most folds, which is {self.folds}")
         if self.folds and self.val_data:
             faults.append(f"folds = {self.folds}: each validates the others; drop val_data")
-        if self.mixes and self.batch_size % 2:
+        if self.mixes and self.batch_size != "auto" and self.batch_size % 2:
             faults.append(f"batch_size = {self.batch_size}: mixup and cutmix need an even one")
         if self.fsdp and (self.ema_decay or self.lora_r):
             faults.append("fsdp: sharded weights can neither be averaged nor have adapters")
@@ -317,6 +344,10 @@ class Recipe:
             faults.append(f"views = {self.views}: needs frozen stages: head_only, freeze_stages")
         if self.views and self.mixes:
             faults.append(f"views = {self.views}: mixup and cutmix mix pixels; set both to 0")
+        if self.views and self.teacher:
+            faults.append(f"views = {self.views}: a teacher sees pixels; set views to 0")
+        if self.triton and self.sync_batchnorm:
+            faults.append("triton: its kernels have the statistics of one process alone")
         if self.class_weights and self.sampler:
             faults.append(
                 "class_weights: with sampler=balanced too, classes would be balanced twice"
@@ -338,6 +369,7 @@ class Recipe:
                 "mixup and cutmix": self.mixes,
                 "sampler": self.sampler,
                 "class_weights": self.class_weights,
+                "teacher": self.teacher,
                 "label_smoothing": self.label_smoothing not in (0, SMOOTHING),
             }
             faults += [
@@ -369,6 +401,7 @@ class Recipe:
 
     def peak_lr(self, images: int) -> float:
         """The learning rate after the warm-up, for so many images a step."""
+        assert self.lr != "find"
         return self.lr_base * images / self.lr_base_size if self.lr is None else self.lr
 
 
@@ -376,10 +409,12 @@ class Recipe:
 # length, only where the steps done would have been the same.
 LENGTH = ("epochs", "steps", "cooldown_epochs")
 RESUME_OVERRIDES = (
-    "data", "val_data", "classes", "workers", "max_corrupt", "save_steps", "keep", *LENGTH,
-    "patience", "max_hours", "track",
+    "data", "val_data", "classes", "teacher", "device", "workers", "max_corrupt", "save_steps",
+    "keep", *LENGTH, "patience", "max_hours", "track",
 )  # fmt: skip
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
+# Words that the start of a run replaces by what they mean there: a resumed run may be given them.
+SETTLED = {"precision": "auto", "batch_size": "auto", "lr": "find"}
 
 
 @cache
@@ -388,12 +423,28 @@ def type_hints() -> dict[str, Any]:
     return typing.get_type_hints(Recipe)
 
 
-def value_type(spec: dataclasses.Field) -> tuple[type, bool]:
-    """A setting's type, and whether it may be None."""
+class Kind(NamedTuple):
+    """The type of a setting.
+
+    Attributes:
+        type: of its values.
+        words: that may stand in the place of a value.
+        optional: whether it may be None.
+    """
+
+    type: type
+    words: tuple[str, ...]
+    optional: bool
+
+
+def value_type(spec: dataclasses.Field) -> Kind:
+    """The type of a setting."""
     hint = type_hints()[spec.name]
-    if isinstance(hint, types.UnionType):
-        return next(t for t in typing.get_args(hint) if t is not type(None)), True
-    return hint, False
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    parts = typing.get_args(hint) if is_union else (hint,)
+    words = [word for part in parts for word in typing.get_args(part)]  # of a Literal
+    kind = next(part for part in parts if not typing.get_args(part) and part is not type(None))
+    return Kind(kind, tuple(words), type(None) in parts)
 
 
 def checked(spec: dataclasses.Field, value: Any) -> Any:
@@ -402,14 +453,14 @@ def checked(spec: dataclasses.Field, value: Any) -> Any:
     Raises:
         ValueError: it is of another type or out of its limits.
     """
-    kind, optional = value_type(spec)
-    if value is None and optional:
-        return None
+    kind, words, optional = value_type(spec)
+    if (value is None and optional) or (isinstance(value, str) and value in words):
+        return value
     limits, fault = spec.metadata, ""
     largest = min(limits["le"], LARGEST.get(kind, math.inf))
     if kind is bool:
-        words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-        value = words.get(value.lower(), value) if isinstance(value, str) else value
+        switch = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+        value = switch.get(value.lower(), value) if isinstance(value, str) else value
         fault = "" if isinstance(value, bool) else "must be true or false"
     elif kind is str:
         value = str(value) if isinstance(value, str | Path) else value
@@ -425,6 +476,7 @@ def checked(spec: dataclasses.Field, value: Any) -> Any:
             number = math.nan
         if not math.isfinite(number) or (kind is int and number != int(number)):
             fault = "must be a whole number" if kind is int else "must be a number"
+            fault += "".join(f" or {word}" for word in words)
         elif number < limits["ge"]:
             fault = f"must be at least {limits['ge']}"
         elif number <= limits["gt"]:
@@ -448,11 +500,12 @@ def json_schema() -> dict[str, Any]:
     """The JSON schema of a recipe's yaml file, by which an editor completes and checks it."""
     properties = {}
     for name, spec in FIELDS.items():
-        kind, optional = value_type(spec)
+        kind, words, optional = value_type(spec)
         types_ = [JSON_TYPES[kind], *(["null"] if optional else [])]
-        schema = {"description": spec.metadata["help"], "default": spec.default, "type": types_}
         limits = {key: spec.metadata[limit] for limit, key in JSON_LIMITS.items()}
-        schema |= {key: limit for key, limit in limits.items() if math.isfinite(limit)}
+        value = {"type": types_} | {k: limit for k, limit in limits.items() if math.isfinite(limit)}
+        schema = {"description": spec.metadata["help"], "default": spec.default}
+        schema |= {"anyOf": [value, {"enum": list(words)}]} if words else value
         if choices := spec.metadata["choices"]:
             schema["enum"] = [*choices, *([None] if optional else [])]
         properties[name] = schema
@@ -532,7 +585,7 @@ def read_settings(
         if (
             isinstance(value, str)
             and value.lower() in ("none", "null", "")
-            and value_type(FIELDS[name])[1]
+            and value_type(FIELDS[name]).optional
         ):
             settings[name] = None
     return settings
@@ -581,8 +634,7 @@ def resumed_recipe(run: Recipe, given: Mapping[str, Any], source: str = "") -> R
     Raises:
         ValueError: another setting differs; names each.
     """
-    if given.get("precision") == "auto":  # what it means here was settled when the run began
-        given = {name: value for name, value in given.items() if name != "precision"}
+    given = {name: value for name, value in given.items() if value != SETTLED.get(name, ())}
     new = load_recipe(None, {**dataclasses.asdict(run), **given})
     differing = [
         f"{name} = {getattr(new, name)}, but the run has {getattr(run, name)}"

@@ -7,6 +7,7 @@
 | `results.csv` | a row for each epoch |
 | `learning_curve.png` | the same as a picture |
 | `speed.csv` | images per second, and the share of the time that was spent waiting for them |
+| `lr_find.csv`, `lr_find.png` | the range test, of a run with `lr: find` |
 | `split.csv` | which images were trained on, where the run drew the validation images itself |
 | `test/` | the best model's evaluation on the images that were held out, where there are any |
 | `confusion_matrix.png`, `mistakes.png` | of the best epoch; of several classes or values \

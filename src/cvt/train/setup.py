@@ -25,11 +25,12 @@ from cvt.checkpoints import model_source
 from cvt.data import Images, LabelledImages, Splits, StreamedImages, open_training
 from cvt.data.image_processor import build_processor
 from cvt.data.processor_settings import ProcessorSettings
-from cvt.kernels import apply_cpu_bf16, apply_triton, recompute_activations
 from cvt.modeling import Block
 from cvt.problem_type import SINGLE_LABEL
 from cvt.train.augmentation import augmentation, mixing
 from cvt.train.balance import class_weights
+from cvt.train.batch_size import chosen_batch_size
+from cvt.train.cache import ImageCache
 from cvt.train.checkpointing import check_weights
 from cvt.train.frozen_features import (
     DEFAULT_VIEWS,
@@ -37,23 +38,24 @@ from cvt.train.frozen_features import (
     TrainedStages,
     chosen_views,
 )
-from cvt.train.loader import Batch, batches, seed_all
+from cvt.train.loader import Batch, batches, pixels_needed, seed_all
 from cvt.train.models import (
+    DTYPES,
     KEPT_VALUES,
+    as_trained,
     classifier_for,
     merged,
     processor_for,
     rebuilt,
     regularised,
-    trainable,
 )
-from cvt.train.optim import Schedule, optimizer_for
+from cvt.train.optim import LearningRates, Schedule, optimizer_for
 from cvt.train.plan import Plan
 from cvt.train.progress import Progress
 from cvt.train.recipe import LENGTH, Recipe, load_recipe
 from cvt.train.target_scale import TargetScale, in_units
+from cvt.train.teacher import Teacher
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole, under sharding too
 
 
@@ -80,6 +82,7 @@ class Setup:
         optimizer: of the trainable parameters.
         scaler: of the loss, in fp16.
         mix: mixup and cutmix of a batch.
+        teacher: whose scores the model learns too, if the recipe has one.
         features: of the frozen stages, if the recipe keeps any; then batches are of features.
         class_weights: of the loss, (classes,), if the recipe asks for them.
         scale: of the values that a regression learns; None of classes.
@@ -99,10 +102,11 @@ class Setup:
     wrapped: Any
     forward: Any
     ema: ModelEmaV3 | None
-    schedule: Schedule
+    schedule: LearningRates
     optimizer: torch.optim.Optimizer
     scaler: Any
     mix: Callable
+    teacher: Teacher | None
     features: FrozenFeatures | None
     class_weights: Tensor | None
     scale: TargetScale | None
@@ -155,14 +159,17 @@ class Setup:
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "ema": self.averaged.state_dict() if self.ema else None,
+            "teacher": self.teacher and self.teacher.digest,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Load weights, moments, average and scale of a checkpoint.
 
         Raises:
-            ValueError: the weights are not those of the model.
+            ValueError: the weights are not those of the model, or the teacher is another.
         """
+        if self.teacher and state.get("teacher") != self.teacher.digest:
+            raise ValueError(f"teacher = {self.recipe.teacher}: is not the one of the run")
         check_weights(state["model"], self.model.state_dict(), "model")
         if self.ema:
             check_weights(state["ema"] or {}, self.averaged.state_dict(), "ema")
@@ -221,6 +228,11 @@ def set_up(
         precision=chosen_precision(recipe.precision, accelerator.device),
         views=chosen_views(recipe, splits.train, accelerator.num_processes),
     )
+    if recipe.batch_size == "auto":
+        images = images_per_epoch(recipe, splits.train)
+        size, sentence = chosen_batch_size(recipe, splits.train.classes, images, accelerator)
+        progress.log(sentence)
+        recipe = replace(recipe, batch_size=size)
     first_recipe, step = recipe, state.get("step", 0)
     if state:
         recipe = redistributed(recipe, state["batches_per_step"], accelerator.num_processes)
@@ -239,11 +251,16 @@ def set_up(
     is_sharded = recipe.fsdp and plan.world > 1
     wrapped = model if is_sharded else accelerator.prepare_model(model)
     fp16 = recipe.precision == "fp16"
+    cache = _cache(recipe, splits.train, output, plan.world)
+    teacher = None
+    if recipe.teacher:
+        dtype = DTYPES[recipe.precision]
+        teacher = Teacher(recipe, splits.train.classes, processor, accelerator.device, dtype)
     features, forward = None, wrapped
     if recipe.views:
         assert isinstance(splits.train, LabelledImages)
         features = FrozenFeatures(
-            *(output, recipe, plan, splits.train, model, augment, processor, interrupted)
+            *(output, recipe, plan, splits.train, model, augment, processor, interrupted, cache)
         )
         forward = TrainedStages(model, features.frozen)
     setup = Setup(
@@ -256,13 +273,14 @@ def set_up(
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=fp16),
         mix=mix,
+        teacher=teacher,
         class_weights=weights,
         scale=scale,
         features=features,
         batches=(
             features.batches(step)
             if features
-            else batches(splits.train, augment, recipe, plan, step, interrupted)
+            else batches(splits.train, augment, recipe, plan, step, interrupted, cache)
         ),
     )
     if state:
@@ -310,6 +328,7 @@ def _open_images(recipe: Recipe, state: dict[str, Any], output: Path) -> tuple[S
 
 
 def _plan(recipe: Recipe, splits: Splits, accelerator: Accelerator) -> Plan:
+    assert recipe.batch_size != "auto"
     plan = Plan(
         images=images_per_epoch(recipe, splits.train),
         batch_size=recipe.batch_size,
@@ -337,6 +356,14 @@ def _class_weights(recipe: Recipe, images: Images, device: torch.device) -> Tens
             "take a folder or a table"
         )
     return class_weights(images).to(device) if recipe.class_weights else None
+
+
+def _cache(recipe: Recipe, images: Images, output: Path, world: int) -> ImageCache | None:
+    if recipe.cache is None:
+        return None
+    if isinstance(images, StreamedImages):
+        raise ValueError(f"cache = {recipe.cache}: the images of a stream cannot be looked up")
+    return ImageCache(recipe.cache, output, len(images), pixels_needed(recipe), world)
 
 
 def images_per_epoch(recipe: Recipe, images: Images) -> int:
@@ -382,16 +409,15 @@ def _model(
 def _prepared(
     model: Any, recipe: Recipe, device: torch.device, world: int
 ) -> tuple[Any, ModelEmaV3 | None]:
-    """The model on its device, with the cheaper steps of the recipe, and its average."""
-    if recipe.recompute_activations:
-        recompute_activations(model)
-    if recipe.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    if recipe.triton:
-        apply_triton(model)
-    if device.type == "cpu" and recipe.precision == "bf16":
-        apply_cpu_bf16(model)
-    model = trainable(model, recipe).to(device)
+    """The model on its device, as it is trained, and its average."""
+    model = as_trained(model, recipe, device).to(device)
+    if recipe.sync_batchnorm and world > 1:
+        if device.type == "cpu":
+            raise ValueError(
+                "sync_batchnorm: PyTorch has it on GPUs only; on a CPU, one process with a larger "
+                "batch_size has the same statistics"
+            )
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if not recipe.fsdp:  # it shards contiguous weights only
         model.to(memory_format=torch.channels_last)
     ema = None

@@ -77,9 +77,10 @@ def _training_cells(
     recipe: Recipe, images: Images, processor: Any, count: int
 ) -> tuple[list[Cell], int]:
     """The views of the first batches, and how many images of these could not be read."""
+    size = recipe.batch_size if recipe.batch_size != "auto" else count  # counted by a run
     plan = Plan(
         images=images_per_epoch(recipe, images),
-        batch_size=recipe.batch_size,
+        batch_size=size,
         accumulate=1,
         rank=0,
         world=1,
@@ -89,7 +90,7 @@ def _training_cells(
     cells: list[Cell] = []
     failures = 0
     found = batches(images, augmentation(recipe, processor), recipe, plan, 0)
-    for step, batch in enumerate(islice(found, -(-count // recipe.batch_size))):
+    for step, batch in enumerate(islice(found, -(-count // size))):
         seed_all(recipe.seed, step)
         failures += len(batch.failures)
         pixels, targets = batch.pixels, batch.targets

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cvt.train.balance import image_weights
 from cvt.train.loader import Batch, seed_all
 from cvt.train.loss import batch_loss
-from cvt.train.setup import DTYPES, Setup
+from cvt.train.models import DTYPES
+from cvt.train.setup import Setup
 
 
 class StepMetrics(NamedTuple):
@@ -104,10 +106,17 @@ class TrainingStep:
         with kept:
             with torch.autocast(setup.device.type, self.dtype, self.dtype != torch.float32):
                 logits = setup.forward(pixels, return_dict=True).logits
+            weights = setup.class_weights
             loss = batch_loss(
                 *(logits.float(), targets, recipe.problem, recipe.label_smoothing),
-                *(setup.class_weights, setup.scale),
+                *(weights, setup.scale),
             )
+            if setup.teacher is not None:
+                of_images = None
+                if weights is not None:
+                    of_images = image_weights(targets, weights, recipe.label_smoothing)
+                soft = setup.teacher.loss(logits.float(), pixels, of_images)
+                loss = torch.lerp(loss, soft, recipe.teacher_weight)
             if is_blank:  # without weight in the step, but other processes wait for its gradient
                 loss = 0 * loss
             setup.scaler.scale(loss / setup.plan.accumulate).backward()

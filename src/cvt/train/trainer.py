@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, patch_environment
 
 from cvt.data import Images, LabelledImages, write_split
 from cvt.data.workers import Interrupted
 from cvt.files import check_path, locked
 from cvt.inference.evaluate import AnyEvaluation
 from cvt.inference.output_metrics import MultiLabelEvaluation
+from cvt.runtime.factory import check_device
 from cvt.train import run_folder
 from cvt.train.balance import advice
 from cvt.train.best_epoch import best, early_end
@@ -38,7 +39,8 @@ from cvt.train.checkpointing import (
 )
 from cvt.train.corrupt import CorruptImages, report_oversized
 from cvt.train.evaluation import evaluate_held_out, evaluate_shared
-from cvt.train.models import frozen
+from cvt.train.lr_find import found_rate
+from cvt.train.models import set_training
 from cvt.train.progress import NullProgress, Progress, Row
 from cvt.train.recipe import METRICS_OF, Recipe, load_recipe, read_settings, resumed_recipe
 from cvt.train.setup import Setup, set_up
@@ -161,15 +163,42 @@ def _run(
     opening: str = "",
 ) -> Row:
     require_trackers(recipe)
-    with isolated():
-        accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="no")
+    with isolated(), accelerator_on(recipe.device) as accelerator:
         shown = progress if progress and accelerator.is_main_process else NullProgress()
         if opening:
             shown.log(opening)
         stop_signal = StopSignal()
+        if recipe.lr == "find":
+            recipe = found_rate(recipe, output, accelerator, shown)
         setup = set_up(recipe, output, state, accelerator, shown, stop_signal.received)
         events = Events([*map(Tracker, recipe.trackers), *callbacks] if setup.is_main else [])
         return Trainer(setup, state, shown, stop_signal, events).run()
+
+
+@contextlib.contextmanager
+def accelerator_on(device: str) -> Iterator[Accelerator]:
+    """The processes and their device; several GPUs are dealt out to several processes.
+
+    Args:
+        device: a name of torch's; "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device, or several processes are to share one GPU.
+    """
+    check_device(device)
+    is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+    is_shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    index = None if device == "auto" else torch.device(device).index
+    if is_shared and index is not None:
+        raise ValueError(f"device = {device}: each of several processes has one of its own")
+    is_named = device not in ("auto", "cpu") and not is_shared
+    named = (
+        patch_environment(accelerate_torch_device=device) if is_named else contextlib.nullcontext()
+    )
+    with torch.accelerator.device_index(index):  # whose generator is seeded
+        with named:
+            accelerator = Accelerator(cpu=is_cpu, mixed_precision="no")
+        yield accelerator
 
 
 @contextlib.contextmanager
@@ -337,9 +366,7 @@ class Trainer:
     def train_epoch(self) -> bool:
         """Take the steps up to the end of the epoch; False if the time is over before it."""
         plan, save_steps = self.plan, self.recipe.save_steps
-        self.setup.model.train()
-        for module in frozen(self.setup.model, self.recipe):
-            module.eval()
+        set_training(self.setup.model, self.recipe)
         epoch = self.step // plan.steps_per_epoch
         self.compute_features(epoch)
         begin = epoch * plan.steps_per_epoch

@@ -191,7 +191,7 @@ def search_space(search: Mapping[str, str]) -> Space:
 def _distribution(spec: Field, text: str) -> "BaseDistribution":
     from optuna import distributions
 
-    name, (kind, _) = spec.name, value_type(spec)
+    name, kind = spec.name, value_type(spec).type
     if ".." not in text or kind not in (int, float):
         words = [word.strip() for word in text.split(",")]
         values = [checked(spec, read_settings(None, {name: word})[name]) for word in words]
@@ -203,7 +203,7 @@ def _distribution(spec: Field, text: str) -> "BaseDistribution":
     if colon and scale != "log":
         raise ValueError(f"{name} = {text}: after the colon, there is only log")
     low, high = checked(spec, start), checked(spec, end)
-    if low >= high or (colon and low <= 0):
+    if isinstance(low, str) or isinstance(high, str) or low >= high or (colon and low <= 0):
         raise ValueError(
             f"{name} = {text}: must be LOW..HIGH, HIGH above LOW, and with :log both above 0"
         )

@@ -1,0 +1,99 @@
+import os
+from functools import partial
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+import torch
+from helpers.training_runs import equal
+from helpers.watcher import Watcher, final_state
+from PIL import Image
+
+from cvt.data.decoding import decode
+from cvt.train import cache as cache_module
+from cvt.train import loader, resume, train
+from cvt.train.cache import ImageCache
+from cvt.train.trainer import Stopped
+
+
+@pytest.fixture
+def large_photos(tmp_path):
+    """Photos of 400 x 300 pixels, in three classes."""
+    generator = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        (tmp_path / "large" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = generator.integers(0, 256, (30, 40, 3), "uint8")
+            image = Image.fromarray(pixels).resize((400, 300))
+            image.save(tmp_path / "large" / name / f"{name}{i}.jpg", quality=95)
+    return tmp_path / "large"
+
+
+def refuse():
+    raise AssertionError("it was decoded again")
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_an_image_is_decoded_once_by_all_processes(kind, large_photos, tmp_path):
+    cache = ImageCache(kind, tmp_path, 3, 60, 1)
+    path = large_photos / "a/a0.jpg"
+    first = cache.get(1, partial(decode, path))
+    assert first.size == (80, 60)
+    expected = decode(path).resize((80, 60), Image.Resampling.BICUBIC)
+    assert first.tobytes() == expected.tobytes() == cache.get(1, refuse).tobytes()
+    with get_context("spawn").Pool(1) as pool:  # which gets a pickle, and no open file
+        assert pool.apply(_pixels, (cache, 1)) == first.tobytes()
+    small, long = Image.new("RGB", (30, 40), "red"), Image.new("RGB", (400, 100), "blue")
+    for _ in range(2):
+        assert cache.get(0, lambda: small).tobytes() == small.tobytes()
+        assert cache.get(2, lambda: long).size == (240, 60)
+    assert cache.get(0, refuse).size == (30, 40)
+    with pytest.raises(AssertionError):  # too long to be kept
+        cache.get(2, refuse)
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]  # it has no name
+
+
+def _pixels(cache, index):
+    return cache.get(index, refuse).tobytes()
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_only": True, "views": 2}], ids=["whole", "head"])
+def test_runs_with_a_cache_are_equal_however_they_are_interrupted(
+    recipe, large_photos, tmp_path, changes, monkeypatch
+):
+    counts = []
+    monkeypatch.setattr(loader, "decode", lambda *a, **o: counts.append(1) or decode(*a, **o))
+    settings = {"data": str(large_photos), "image_size": 16, "flip": 0.5, **changes}
+    train(recipe(cache="ram", **settings), tmp_path / "ram")
+    assert len(counts) == 18  # six of the 24 validate
+    train(recipe(cache="disk", workers=2, **settings), tmp_path / "disk")
+    run = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        train(recipe(cache="ram", **settings), run, Watcher(stop_after=3))
+    resume(run, {"workers": 2})
+    states = [final_state(tmp_path / name) | {"recipe": {}} for name in ("ram", "disk", "stopped")]
+    equal(states[0], states[1])
+    equal(states[0], states[2])
+    train(recipe(**settings), tmp_path / "without")  # whose crops are of whole images
+    found, other = states[0]["model"], final_state(tmp_path / "without")["model"]
+    assert not torch.equal(found["classifier.weight"], other["classifier.weight"])
+
+
+def test_the_smallest_crop_is_not_enlarged_beyond_that_of_the_image(recipe):
+    for scale, ratio in ((0.35, 4 / 3), (0.08, 4 / 3), (1.0, 1.0)):
+        settings = recipe(image_size=48, crop_scale=scale, crop_ratio=ratio)
+        least = loader.pixels_needed(settings)
+        # The smallest crop of a square has an area of `scale`, and is `ratio` times as long.
+        assert least * np.sqrt(scale / ratio) >= 1.5 * 48
+
+
+def test_memory_that_is_not_free_is_not_taken(recipe, tmp_path, monkeypatch):
+    for kind, name in (("ram", "free_memory"), ("disk", "free_disk")):
+        monkeypatch.setattr(cache_module, name, lambda *_: 2**20)
+        with pytest.raises(ValueError, match=f"cache = {kind}: 30 images of 94 x 167 pixels take"):
+            train(recipe(cache=kind), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    with pytest.raises(ValueError, match="there are no files in memory here; try cache=disk"):
+        train(recipe(cache="ram"), tmp_path / "run")
