@@ -413,7 +413,7 @@ def test_folds_print_a_table_and_what_to_do_next(cvt, photos, model_folder, tmp_
         top1 = [float(row["top1"]) for row in csv.DictReader(file)]
     mean, deviation = 50 * sum(top1), 100 * abs(top1[0] - top1[1]) / 2**0.5
     for name, value in (("1", 100 * top1[0]), ("mean", mean), ("deviation", deviation)):
-        assert re.search(rf"^│ {name} .*│ +{value:.2f} │", out, re.MULTILINE), out
+        assert re.search(rf"^│ {name} .*│ +{value:.2f} % │", out, re.MULTILINE), out
     assert "36 images; all of it in" in out
     assert re.search(r"\d+ of 36 labels are probably wrong: .*label_errors.html", out)
     best = re.search(r"best model by top1 is (\S+)", out)[1]

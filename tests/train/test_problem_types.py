@@ -271,11 +271,12 @@ def test_a_model_is_evaluated_on_labels_of_its_own_problem(make, table, tmp_path
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_folds_predict_several_classes_and_values_of_every_image(make, tmp_path, problem):
     settings = make(**PROBLEMS[problem], folds=2, epochs=1, seed=3)
-    found = cross_validate(settings, tmp_path)
+    output = tmp_path / "folds"
+    found = cross_validate(settings, output)
     assert found.evaluation.images == 60
     assert sum(row["images"] for row in found.folds) == 60
     assert found.mean("loss") == np.mean([row["loss"] for row in found.folds])
-    with open(tmp_path / "out_of_fold/predictions.csv", newline="") as file:
+    with open(output / "out_of_fold/predictions.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len({row["name"] for row in rows}) == 60
     if problem == "values":
@@ -286,7 +287,7 @@ def test_folds_predict_several_classes_and_values_of_every_image(make, tmp_path,
         ]  # fmt: skip
         assert found.evaluation.mae == pytest.approx(np.mean(errors))
     else:
-        models = [load_classifier(tmp_path / f"fold-{number}/best") for number in (1, 2)]
+        models = [load_classifier(output / f"fold-{number}/best") for number in (1, 2)]
         both = [model.config.thresholds for model in models]
         assert found.evaluation.thresholds == pytest.approx(np.mean(both, axis=0))
-    assert not (tmp_path / "out_of_fold/label_errors.csv").exists()
+    assert not (output / "out_of_fold/label_errors.csv").exists()

@@ -15,7 +15,7 @@ Decorator = Callable[[Function], Function]
 
 FILE = click.Path(path_type=Path)  # or a folder; whether it is there, the command checks
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
-LONGEST_CHOICES = 60  # characters; of a setting with more, an error lists them
+LONGEST_CHOICES = 28  # characters; of a setting with more, an error lists them
 RUNTIMES = (
     *("auto", "torch", "fused", "compiled", "onnxruntime", "openvino", "tensorflow", "litert"),
 )

@@ -140,6 +140,7 @@ class Recipe:
         "0: a new view in every epoch (default 3 with head_only and without mixing, else 0).",
         ge=0,
         le=1024,
+        advanced=True,
     )
     lora_r: int = setting(
         0, "Rank of low-rank adapters (LoRA); 0 trains without them.", ge=0, le=4096
@@ -167,6 +168,7 @@ class Recipe:
         "Centre crop of validation; default: the starting model's or 0.875; none from 384 up.",
         gt=0,
         le=1,
+        advanced=True,
     )
     crop_scale: float = setting(
         0.35, "Smallest area of a random crop, as a share of the image.", gt=0, le=1
@@ -188,7 +190,7 @@ class Recipe:
         None, "timm's policy, such as rand-m9-mstd0.5-inc1; replaces colour jitter."
     )
     color_jitter: float = setting(
-        0.0, "Strength of brightness, contrast and saturation jitter.", ge=0
+        0.0, "Strength of brightness, contrast and saturation jitter.", ge=0, advanced=True
     )
     random_erase: float = setting(0.0, "Probability of random erasing.", ge=0, le=1)
     repeats: int = setting(
@@ -223,7 +225,9 @@ class Recipe:
     )
     accumulate: int = setting(1, "Batches of each process in a step.", ge=1, le=65536)
     optimizer: str = setting(
-        "adamw", "Optimizer; PyTorch's adamw and sgd, timm's others.", choices=OPTIMIZERS
+        "adamw",
+        "Optimizer: adamw, sgd, adan, adopt, lamb, lion, mars, muon, nadamw.",
+        choices=OPTIMIZERS,
     )
     lr: float | Literal["find"] | None = setting(
         None, "Peak learning rate (default LR_BASE, scaled by the images); find searches one.", gt=0
@@ -287,7 +291,9 @@ class Recipe:
         "BatchNorm by the statistics of all processes, on GPUs; else by each one's own.",
         advanced=True,
     )
-    fsdp: bool = setting(False, "Shard weights and optimizer over the processes (FSDP).")
+    fsdp: bool = setting(
+        False, "Shard weights and optimizer over the processes (FSDP).", advanced=True
+    )
     triton: bool = setting(
         False,
         "Triton's kernels for query, key and value on a GPU; not run on one yet.",
@@ -295,7 +301,7 @@ class Recipe:
     )
 
     seed: int = setting(0, "Seed of weights, order, augmentation and split.", group="Run", ge=0)
-    eval_every: int = setting(1, "Epochs between validations.", ge=1)
+    eval_every: int = setting(1, "Epochs between validations.", ge=1, advanced=True)
     metric: str = setting(
         "auto",
         "Metric of the best epoch, as f1_macro.",
