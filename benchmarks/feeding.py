@@ -52,7 +52,7 @@ from cvt.data import LabelledImages
 from cvt.inference.benchmark import device_name, in_turns, middle, timed, versions
 from cvt.kernels import recompute_activations
 from cvt.train.augmentation import augmentation
-from cvt.train.cache import ImageCache
+from cvt.train.image_cache import ImageCache
 from cvt.train.loader import Batch, batches, pixels_needed
 from cvt.train.plan import Plan
 from cvt.train.recipe import Recipe, load_recipe

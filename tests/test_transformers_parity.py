@@ -14,7 +14,7 @@ from cvt import CvtConfig, CvtForImageClassification, CvtModel
 from cvt.architecture import VARIANTS
 
 SEEDS = range(100)
-OWN_FIELDS = {"hidden_act", "init", "out_features", "out_indices"}
+OWN_FIELDS = {"hidden_act", "init", "out_features", "out_indices", "thresholds"}
 
 
 # ------------------------------------------------------------------------------ random models

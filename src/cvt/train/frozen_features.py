@@ -29,7 +29,7 @@ from cvt.files import staged
 from cvt.inference.evaluate import AnyEvaluation, evaluation_of
 from cvt.inference.predict import Result, reader
 from cvt.runtime.fused import FusedCvt
-from cvt.train.cache import ImageCache
+from cvt.train.image_cache import ImageCache
 from cvt.train.loader import Batch, Draw, Views, loaded, slots_of, training_views
 from cvt.train.memory import free_disk
 from cvt.train.models import frozen_stages

@@ -23,7 +23,7 @@ from cvt.data.decoding import ImageError, Source, decode
 from cvt.data.preprocessing import REDUCED
 from cvt.data.workers import POLL_SECONDS, answer_nothing
 from cvt.train.balance import balanced_order
-from cvt.train.cache import ImageCache
+from cvt.train.image_cache import ImageCache
 from cvt.train.plan import Plan
 from cvt.train.recipe import Recipe
 from cvt.train.workers import fetch_batches, received, shared

@@ -30,7 +30,6 @@ from cvt.problem_type import SINGLE_LABEL
 from cvt.train.augmentation import augmentation, mixing
 from cvt.train.balance import class_weights
 from cvt.train.batch_size import chosen_batch_size
-from cvt.train.cache import ImageCache
 from cvt.train.checkpointing import check_weights
 from cvt.train.frozen_features import (
     DEFAULT_VIEWS,
@@ -38,6 +37,7 @@ from cvt.train.frozen_features import (
     TrainedStages,
     chosen_views,
 )
+from cvt.train.image_cache import ImageCache
 from cvt.train.loader import Batch, batches, pixels_needed, seed_all
 from cvt.train.models import (
     DTYPES,

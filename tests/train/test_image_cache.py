@@ -10,9 +10,9 @@ from helpers.watcher import Watcher, final_state
 from PIL import Image
 
 from cvt.data.decoding import decode
-from cvt.train import cache as cache_module
+from cvt.train import image_cache as cache_module
 from cvt.train import loader, resume, train
-from cvt.train.cache import ImageCache
+from cvt.train.image_cache import ImageCache
 from cvt.train.trainer import Stopped
 
 
