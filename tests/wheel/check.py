@@ -37,7 +37,7 @@ SHORTER = {
     "cvt demo": "cvt demo --epochs 2",
     "cvt check flowers/": "cvt check flowers/ --min-images 5",
     "--epochs 20": "--epochs 1",
-    "--folds 5": "--folds 2 --epochs 1",
+    "--folds 5": "--folds 2 --epochs 1 --image-size 64",
     "--batch-sizes 1,32": "--batch-sizes 1,2 --seconds 0",
     "PHOTOS": "photos",
     "--config photos": "--config photos epochs=1 warmup_epochs=0",
