@@ -10,7 +10,6 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cvt-tests-")  # not the 
 os.environ["TRACKIO_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "trackio")
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["WANDB_ERROR_REPORTING"] = "false"
-os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
 import numpy as np

@@ -1,8 +1,12 @@
+import os
+
 import pytest
 from helpers.training_runs import without_pictures
 
 from cvt import CvtConfig
 from cvt.train import Recipe
+
+os.environ["WANDB_MODE"] = "offline"  # not for notebooks, in which it prints a line
 
 
 @pytest.fixture(autouse=True)
