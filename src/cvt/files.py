@@ -31,6 +31,11 @@ def check_path(path: str | os.PathLike, name: str) -> None:
         raise ValueError(f"{name} = '': an empty path names nothing; the working folder is '.'")
 
 
+def is_occupied(output: Path) -> bool:
+    """Whether no new folder can be here: a file is, or a folder with files that are not hidden."""
+    return output.is_file() or any(path.name[0] != "." for path in output.glob("*"))
+
+
 @contextmanager
 def staged(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A path beside `target` to write a file or folder to; it becomes `target` when all went well.

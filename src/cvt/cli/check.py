@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -54,12 +54,8 @@ def check(
     min_images: int,
     max_pixels: int | None,
     workers: int,
-    classes: Path | None,
-    image_column: str | None,
-    label_column: str | None,
-    label_separator: str | None,
-    problem_type: str | None,
     force: bool,
+    **how_labelled: Any,
 ) -> None:
     """Find what is wrong with images before training on them (exit code 3 if anything is)."""
     from cvt.cli.console import out, quiet_libraries
@@ -72,13 +68,7 @@ def check(
     from cvt.inference.check_report import write_check
 
     quiet_libraries()
-    columns = {
-        "image_column": image_column,
-        "label_column": label_column,
-        "label_separator": label_separator,
-        "problem_type": problem_type,
-    }
-    splits = open_splits(data, classes=classes, **columns)
+    splits = open_splits(data, **how_labelled)
     # What may not be written is refused before the work begins.
     with (
         staged(output, force) if output else nullcontext() as folder,

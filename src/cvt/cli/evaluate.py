@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -79,14 +79,10 @@ def evaluate(
     class_map: Path | None,
     subset: bool,
     real_labels: Path | None,
-    classes: Path | None,
-    image_column: str | None,
-    label_column: str | None,
-    label_separator: str | None,
-    problem_type: str | None,
     no_verify: bool,
     verbose: bool,
     force: bool,
+    **how_labelled: Any,
 ) -> None:
     """Measure accuracy, per class too, and calibration; classes are matched by name."""
     from cvt.cli.console import open_classifier, out, quiet_libraries
@@ -101,13 +97,7 @@ def evaluate(
     from cvt.inference.metrics import Evaluation
 
     quiet_libraries(verbose)
-    columns = {
-        "image_column": image_column,
-        "label_column": label_column,
-        "label_separator": label_separator,
-        "problem_type": problem_type,
-    }
-    images = not_trained_on(open_labelled(data, classes=classes, **columns), model)
+    images = not_trained_on(open_labelled(data, **how_labelled), model)
     total = images.length
 
     def picture(position: int) -> "Source | None":

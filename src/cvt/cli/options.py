@@ -172,7 +172,7 @@ def with_options(options: Sequence[Decorator]) -> Decorator:
     return decorate
 
 
-# How labelled data is read, in every command that opens some without a recipe.
+# How labelled data is read, in every command that opens some without a recipe; it hands them on.
 data_options = with_options(
     [
         click.option(
@@ -186,6 +186,20 @@ data_options = with_options(
             type=click.Choice(PROBLEMS),
             help="What the labels are: one class, several, or values.",
         ),
+    ]
+)
+
+
+# The recipe of a command that takes one as `cvt train` does.
+recipe_options = with_options(
+    [
+        argument(
+            "words",
+            nargs=-1,
+            metavar="[DATA] [KEY=VALUE]...",
+            help="Training data and settings, as `cvt train` takes them.",
+        ),
+        click.option("--config", type=FILE, help="Recipe, as `cvt train` takes it."),
     ]
 )
 

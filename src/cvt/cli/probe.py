@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -57,11 +57,6 @@ def probe(
     model: str,
     data: str,
     val_data: str | None,
-    classes: Path | None,
-    image_column: str | None,
-    label_column: str | None,
-    label_separator: str | None,
-    problem_type: str | None,
     group_column: str | None,
     seed: int,
     batch_size: int,
@@ -72,6 +67,7 @@ def probe(
     output: Path | None,
     no_verify: bool,
     force: bool,
+    **how_labelled: Any,
 ) -> None:
     """Evaluate a model's features on your classes, without training: linear probe and neighbours.
 
@@ -96,12 +92,8 @@ def probe(
         splits = open_training(
             *(data, val_data),
             seed=seed,
-            classes=classes,
-            image_column=image_column,
-            label_column=label_column,
-            label_separator=label_separator,
-            problem_type=problem_type,
             group_column=group_column,
+            **how_labelled,
         )
         with bar("features", total_length((splits.train, splits.validation))) as step:
             result = probe_features(

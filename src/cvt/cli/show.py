@@ -5,18 +5,12 @@ from typing import Any
 
 import click
 
-from cvt.cli.options import FILE, argument, command, force_option, with_settings
+from cvt.cli.options import FILE, command, force_option, recipe_options, with_settings
 from cvt.cli.train import read_recipe
 
 
 @command
-@argument(
-    "words",
-    nargs=-1,
-    metavar="[DATA] [KEY=VALUE]...",
-    help="Training data and settings, as `cvt train` takes them.",
-)
-@click.option("--config", type=FILE, help="Recipe, as `cvt train` takes it.")
+@recipe_options
 @click.option(
     "--output",
     type=FILE,

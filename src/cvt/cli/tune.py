@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cvt.cli.options import FILE, argument, command, with_settings
+from cvt.cli.options import FILE, command, recipe_options, with_settings
 from cvt.cli.train import default_output, read_recipe
 
 if TYPE_CHECKING:
@@ -13,13 +13,7 @@ if TYPE_CHECKING:
 
 
 @command
-@argument(
-    "words",
-    nargs=-1,
-    metavar="[DATA] [KEY=VALUE]...",
-    help="Training data and settings, as `cvt train` takes them.",
-)
-@click.option("--config", type=FILE, help="Recipe, as `cvt train` takes it.")
+@recipe_options
 @click.option(
     "--search",
     "searches",

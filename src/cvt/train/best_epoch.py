@@ -15,16 +15,21 @@ def result(row: Mapping[str, float | None], metric: str) -> float | None:
     return row.get(f"ema_{metric}", row.get(f"val_{metric}"))
 
 
+def quality(metric: str, value: float) -> float:
+    """The value of a metric, negated where a lower one is better: so the best is the highest."""
+    return -value if metric in LOWER_IS_BETTER else value
+
+
 def best(history: Sequence[Row], metric: str = "top1") -> Row:
     """The row with the best `metric`, among equals that of the lowest loss, then the first."""
 
-    def quality(row: Row) -> tuple[float, float]:
+    def of_row(row: Row) -> tuple[float, float]:
         value, loss = result(row, metric), result(row, "loss")
         if value is None or loss is None:
             return -inf, -inf
-        return (-value if metric in LOWER_IS_BETTER else value), -loss
+        return quality(metric, value), -loss
 
-    return max(history, key=quality)
+    return max(history, key=of_row)
 
 
 def early_end(history: Sequence[Row], recipe: Recipe, is_late: bool) -> str:

@@ -7,7 +7,6 @@
 | `out_of_fold/` | the same of all images together, each predicted by the model that did not see it: what `cvt evaluate` writes, with the scores of all classes, a report, and the labels that are probably wrong |
 """  # noqa: E501
 
-import csv
 import dataclasses
 import os
 from collections.abc import Mapping
@@ -20,15 +19,17 @@ import torch
 
 from cvt.checkpoints import load_classifier, load_processor
 from cvt.data import LabelledImages
-from cvt.files import check_path, staged
+from cvt.files import check_path, is_occupied
 from cvt.inference.evaluate import AnyEvaluation, evaluate, joined, write_evaluation
 from cvt.inference.label_errors import LabelError, label_errors, write_label_errors
 from cvt.inference.metrics import Evaluation
 from cvt.inference.report import write_report
 from cvt.train import trainer
+from cvt.train.best_epoch import quality
 from cvt.train.checkpointing import checkpoints
 from cvt.train.progress import NullProgress, Progress
-from cvt.train.recipe import LOWER_IS_BETTER, METRICS_OF, Recipe, load_recipe, resumed_recipe
+from cvt.train.recipe import METRICS_OF, Recipe, load_recipe, resumed_recipe
+from cvt.train.run_folder import write_rows
 from cvt.train.setup import splits_for
 
 TABLE, OUT_OF_FOLD = "folds.csv", "out_of_fold"
@@ -63,8 +64,8 @@ class CrossValidation:
     @property
     def best(self) -> int:
         """The fold with the best metric of the recipe."""
-        sign = -1 if self.recipe.metric in LOWER_IS_BETTER else 1
-        return int(max(self.folds, key=lambda row: sign * row[self.recipe.metric])["fold"])
+        metric = self.recipe.metric
+        return int(max(self.folds, key=lambda row: quality(metric, row[metric]))["fold"])
 
 
 def cross_validate(
@@ -91,7 +92,7 @@ def cross_validate(
     """
     check_path(output, "output")
     output = Path(output)
-    if output.is_file() or any(path.name[0] != "." for path in output.glob("*")):
+    if is_occupied(output):
         raise FileExistsError(f"{output} exists already; --resume resumes the folds in it, if any")
     return _run(recipe, output, progress)
 
@@ -207,13 +208,7 @@ def _evaluation(folder: Path, images: LabelledImages, progress: Progress) -> Any
 
 def _write(found: CrossValidation, output: Path, images: list[LabelledImages]) -> None:
     """Write `folds.csv` and `out_of_fold/`."""
-    with (
-        staged(output / TABLE, overwrite=True) as path,
-        open(path, "w", encoding="utf-8", newline="") as file,
-    ):
-        writer = csv.DictWriter(file, list(found.folds[0]))
-        writer.writeheader()
-        writer.writerows(found.folds)
+    write_rows(output / TABLE, found.folds)
     folder, places = output / OUT_OF_FOLD, {}
     for of_fold in images:
         places.update({place: (of_fold, i) for i, place in enumerate(of_fold.positions)})

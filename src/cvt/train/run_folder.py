@@ -28,7 +28,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -94,15 +94,15 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": commit.strip(), "changed": [line[3:] for line in status.splitlines()]}
 
 
-def write_results(output: Path, history: Sequence[Row]) -> None:
-    """Write the epochs so far as a table."""
+def write_rows(table: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a csv file with the columns of the last row."""
     with (
-        staged(output / "results.csv", overwrite=True) as path,
+        staged(table, overwrite=True) as path,
         open(path, "w", encoding="utf-8", newline="") as file,
     ):
-        writer = csv.DictWriter(file, list(history[-1]))
+        writer = csv.DictWriter(file, list(rows[-1]))
         writer.writeheader()
-        writer.writerows(history)
+        writer.writerows(rows)
 
 
 def write_curve(output: Path, history: Sequence[Row], metric: str) -> None:

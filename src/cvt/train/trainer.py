@@ -22,7 +22,7 @@ from accelerate.utils import broadcast_object_list, patch_environment
 
 from cvt.data import Images, LabelledImages, write_split
 from cvt.data.workers import Interrupted
-from cvt.files import check_path, locked
+from cvt.files import check_path, is_occupied, locked
 from cvt.inference.evaluate import AnyEvaluation
 from cvt.inference.output_metrics import MultiLabelEvaluation
 from cvt.runtime.factory import check_device
@@ -103,7 +103,7 @@ def train(
         )
     if checkpoints(output / "checkpoints"):
         raise FileExistsError(f"{output} exists already; --resume resumes the run in it")
-    if output.is_file() or any(path.name[0] != "." for path in output.glob("*")):
+    if is_occupied(output):
         raise FileExistsError(f"{output} exists already, with no run to resume; take another")
     return _run(recipe, output, {}, progress, callbacks)
 
@@ -539,7 +539,7 @@ class Trainer:
         if self.setup.is_main:
             if evaluation is not None:
                 self.write_models(state, history, evaluation)
-            run_folder.write_results(self.output, history)
+            run_folder.write_rows(self.output / "results.csv", history)
             if time.monotonic() - self.curve_drawn > MIN_SECONDS_BETWEEN_CURVES:
                 self.draw_curve(history)
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cvt.files import check_path, locked, staged
+from cvt.files import check_path, is_occupied, locked, staged
 from cvt.inference.metrics import metric_text
 from cvt.libraries import quiet, require
-from cvt.train.best_epoch import result
+from cvt.train.best_epoch import quality, result
 from cvt.train.callbacks import Callback, RunState
 from cvt.train.checkpointing import checkpoints
 from cvt.train.progress import NullProgress, Progress
@@ -129,7 +129,7 @@ def tune(
     has_study = (output / STUDY).exists()
     if has_study and not resume:
         raise FileExistsError(f"{output} exists already; --resume resumes the search in it")
-    if not has_study and (output.is_file() or any(p.name[0] != "." for p in output.glob("*"))):
+    if not has_study and is_occupied(output):
         raise FileExistsError(f"{output} exists already, with no search to resume; take another")
     splits_for(recipe)  # what is wrong with the data is raised before anything is written
     output.mkdir(parents=True, exist_ok=True)
@@ -368,9 +368,12 @@ def _trials(study: "optuna.Study", output: Path) -> list[Trial]:
 
 def _ranked(trials: Sequence[Trial], metric: str) -> list[Trial]:
     """The best first, then pruned ones, then failed ones."""
-    sign = 1 if metric in LOWER_IS_BETTER else -1
     states = ("complete", "pruned", "failed")
-    return sorted(trials, key=lambda trial: (states.index(trial.state), sign * (trial.value or 0)))
+
+    def order(trial: Trial) -> tuple[int, float]:
+        return states.index(trial.state), -quality(metric, trial.value or 0)
+
+    return sorted(trials, key=order)
 
 
 def _write(trials: Sequence[Trial], recipe: Recipe, output: Path) -> None:
