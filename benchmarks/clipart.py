@@ -271,7 +271,8 @@ def trained(jobs: list[Job], work: Path, recipe: Recipe, path: Path, processes: 
             row = call.get() | about
             add_row(path, row)
             print(
-                *(row[name] for name in ("peer", "fold", "recipe", "top1", "core_seconds")), flush=True
+                *(row[name] for name in ("peer", "fold", "recipe", "top1", "core_seconds")),
+                flush=True,
             )
     wanted = {(job.peer, str(job.fold), job.name) for job in jobs}
     return [r for r in rows_of(path) if (r["peer"], r["fold"], r["recipe"]) in wanted]
