@@ -93,7 +93,7 @@ COMMANDS = {
     "serve": [
         "models", "--host", "--port", "--runtime", "--precision", "--device", "--threads",
         "--max-batch", "--batch-wait-ms", "--max-queue", "--max-mib", "--max-pixels", "--timeout",
-        "--api-key-file", "--no-verify", "--verbose",
+        "--api-key-file", "--write-config", "--no-verify", "--verbose", "--force",
     ],
     "explain": [
         "model", "images", "--class", "--method", "--stage", "--output", "--device", "--threads",

@@ -1,5 +1,6 @@
 """`cvt serve`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ from cvt.cli.options import (
     command,
     count_option,
     device_option,
+    force_option,
     no_verify_option,
     precision_option,
     runtime_option,
@@ -57,8 +59,14 @@ from cvt.cli.options import (
     help="Seconds of a request; beyond: 504.",
 )
 @click.option("--api-key-file", type=FILE, help="File with the key that requests must have.")
+@click.option(
+    "--write-config",
+    type=FILE,
+    help="Do not serve: write the files for a cluster with Ray Serve or KubeRay here.",
+)
 @no_verify_option
 @verbose_option
+@force_option("Overwrite the files of --write-config.")
 def serve(
     models: tuple[str, ...],
     host: str,
@@ -74,8 +82,10 @@ def serve(
     max_pixels: int,
     timeout: float,
     api_key_file: Path | None,
+    write_config: Path | None,
     no_verify: bool,
     verbose: bool,
+    force: bool,
 ) -> None:
     """Serve models over HTTP: POST images, get their classes; batched as they come."""
     from cvt.cli.console import err, out, quiet_libraries
@@ -95,6 +105,18 @@ def serve(
     settings = Settings(
         max_batch, batch_wait_ms, max_queue, max_mib * MIB, max_pixels, timeout, key
     )
+    if write_config:
+        from cvt.serving.ray_config import write_config as write
+
+        how = {"runtime": runtime, "precision": precision, "device": device, "threads": threads}
+        how |= {
+            "verify": not no_verify,
+            "api_key_file": api_key_file and str(api_key_file.resolve()),
+        }
+        settings = replace(settings, api_key=None, loopback=is_loopback(host))
+        write(write_config, models, settings, (host, port), how, force)
+        out.print(f"{write_config}: serve.yaml for Ray Serve, rayservice.yaml for KubeRay")
+        return
     opened = open_models(models, runtime, precision, device, threads, verify=not no_verify)
     for name, (classifier, _) in opened.items():
         err.print(f"{name}: {classifier.runtime.describe}")

@@ -42,6 +42,21 @@ def open_models(
     require(
         "cvt serve", "fastapi", "uvicorn", "python_multipart", "prometheus_client", extra="serve"
     )
+    return {
+        name: (Classifier(model, runtime, precision, device, threads, verify=verify), None)
+        for name, model in named_models(words).items()
+    }
+
+
+def named_models(words: Sequence[str]) -> dict[str, str]:
+    """Models by the names that requests give.
+
+    Args:
+        words: as in `open_models`.
+
+    Raises:
+        ValueError: a name is none, or of two models.
+    """
     named: dict[str, str] = {}
     for word in words:
         name, found, model = word.partition("=")
@@ -52,10 +67,7 @@ def open_models(
         if name in named:
             raise ValueError(f"{named[name]} and {model} are both named {name}; NAME=MODEL tells")
         named[name] = model
-    return {
-        name: (Classifier(model, runtime, precision, device, threads, verify=verify), None)
-        for name, model in named.items()
-    }
+    return named
 
 
 def serve(
