@@ -118,7 +118,7 @@ class Image:
         """With /proc, /dev and the folders of this machine that pip needs."""
         targets = []
         try:
-            for source in ("/proc", "/dev", *self.bind):
+            for source in ("/proc", "/sys", "/dev", *self.bind):
                 target = self.root / source.lstrip("/")
                 target.mkdir(parents=True, exist_ok=True)
                 subprocess.run(["mount", "--bind", source, target], check=True)
