@@ -2,8 +2,7 @@
 
 Debian comes from debootstrap; `RUN` lines run in a chroot, as the user they would have. Then the
 entry point serves a tiny model, answers one picture, and ends by SIGTERM. FOLDER is the root file
-system, which stays. Settings of pip and of proxies in the environment are passed on; --bind mounts
-folders of this machine that they name.
+system, which stays. Settings of pip and of proxies in the environment are passed on.
 """
 
 import argparse
@@ -39,8 +38,8 @@ def instructions(text: str) -> Iterator[tuple[str, str]]:
 class Image:
     """The file system of an image, and the state that its instructions set."""
 
-    def __init__(self, root: Path, arguments: dict[str, str], bind: list[str]) -> None:
-        self.root, self.arguments, self.bind = root, arguments, bind
+    def __init__(self, root: Path, arguments: dict[str, str]) -> None:
+        self.root, self.arguments = root, arguments
         self.environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
         self.environment |= {k: v for k, v in os.environ.items() if PASSED.fullmatch(k)}
         self.folder, self.user = "/", "root"
@@ -115,10 +114,10 @@ class Image:
 
     @contextmanager
     def mounted(self) -> Iterator[None]:
-        """With /proc, /dev and the folders of this machine that pip needs."""
+        """With what the kernel shows as files."""
         targets = []
         try:
-            for source in ("/proc", "/sys", "/dev", *self.bind):
+            for source in ("/proc", "/sys", "/dev"):
                 target = self.root / source.lstrip("/")
                 target.mkdir(parents=True, exist_ok=True)
                 subprocess.run(["mount", "--bind", source, target], check=True)
@@ -166,12 +165,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arg", action="append", default=[], help="NAME=VALUE, as docker's")
-    parser.add_argument("--bind", action="append", default=[], help="a folder of this machine")
     options = parser.parse_args()
     if os.geteuid():
         sys.exit("debootstrap, chroot and mount need root")
     arguments = dict(pair.split("=", 1) for pair in options.arg)
-    image = Image(options.folder.resolve(), arguments, options.bind)
+    image = Image(options.folder.resolve(), arguments)
     image.build((CHECKOUT / "Dockerfile").read_text())
     serve(image)
 
