@@ -96,6 +96,6 @@ def serve(
         max_batch, batch_wait_ms, max_queue, max_mib * MIB, max_pixels, timeout, key
     )
     opened = open_models(models, runtime, precision, device, threads, verify=not no_verify)
-    for name, (classifier, _) in opened.items():
-        err.print(f"{name}: {classifier.runtime.describe}")
+    for name, model in opened.items():
+        err.print(f"{name}: {model.runtime.describe}")
     serve(opened, settings, host, port, ready)
