@@ -1,7 +1,5 @@
 """What the name of a model means, above all a name on the hub: a server on this machine."""
 
-import hashlib
-import json
 import shutil
 
 import pytest
@@ -13,7 +11,6 @@ from PIL import Image
 import cvt
 from cvt import CvtForImageClassification, hub, profile
 from cvt.checkpoints import CheckpointError, ModelSource, model_source
-from cvt.checkpoints.digest import model_digest
 from cvt.checkpoints.loading import load_classifier
 from cvt.files import write_checksums
 
@@ -251,24 +248,3 @@ def test_published_checkpoints_keep_what_is_known_of_them_at_a_revision():
     assert (source.kind, source.hub_id, source.revision, source.variant, source.image_size) == (
         *("published", "microsoft/cvt-21-384", "main", "cvt-21", 384),
     )
-
-
-def test_the_digest_identifies_a_model_wherever_it_lies(model_folder, tmp_path):
-    copy = shutil.copytree(model_folder, tmp_path / "copy")
-    write_checksums(copy)
-    (copy / "README.md").write_text("about it")
-    (copy / "optimizer.pt").write_text("of training")
-    digest = model_digest(copy)
-    assert digest == model_digest(model_folder)
-    weights = copy / "model.safetensors"
-    assert model_digest(weights) == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert model_digest("cvt-digits") is None  # a variant has no files
-
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(copy)}))
-    adapted = model_digest(adapter)
-    settings = copy / "preprocessor_config.json"
-    settings.write_text(settings.read_text().replace("0.875", "0.9"))
-    assert model_digest(copy) != digest
-    assert model_digest(adapter) != adapted

@@ -20,8 +20,7 @@ from helpers.server import Server
 from PIL import Image
 
 from cvt import image_processor
-from cvt.checkpoints import load_classifier
-from cvt.checkpoints.digest import model_digest
+from cvt.checkpoints import load_classifier, model_source
 
 KEY = "0123456789abcdef-key"
 BEARER = {"Authorization": f"Bearer {KEY}"}
@@ -199,7 +198,7 @@ def test_a_request_names_its_model_and_values_are_not_scores(web, models):
     assert [model["name"] for model in listed] == ["colours", "values"]
     assert listed[0]["labels"] == ["blue", "green", "red"]
     assert listed[0]["preprocessing"]["image_size"] == 32
-    assert listed[0]["sha256"] == model_digest(models[0])
+    assert listed[0]["sha256"] == model_source(models[0]).sha256
     assert listed[1]["problem_type"] == "regression"
     assert listed[1]["runtime"]["name"] == "fused"
 

@@ -116,7 +116,11 @@ class Runtime(ABC):
         """
         for name in needed:
             if name not in self.outputs:
-                raise ValueError(f"{self.name} was opened for {self.outputs[0]}, not for {name}")
+                raise ValueError(
+                    "the runtime computes no features: it was opened without `features`"
+                    if name == FEATURES
+                    else "the runtime computes the features of an earlier stage alone, no logits"
+                )
         array = self.checked(pixels, preprocessed)
         images = 1 if self.single else self.images_at_once(array)
         whole = len(array) // images * images

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware import Middleware
@@ -18,6 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from cvt import __version__
 from cvt.data.decoding import StoredImage
+from cvt.inference.embed import finite_features
 from cvt.inference.predict import Result, namer
 from cvt.runtime.features import FEATURES, LOGITS
 from cvt.serving.answers import Embeddings, Models, Predictions, Problem, State
@@ -166,11 +166,11 @@ def create_app(
             raise HTTPException(422, f"{model.name} is an export without features")
 
         async def of_image(source: StoredImage) -> Fields:
-            values = (await service.outputs(model, source))[FEATURES]
-            if not np.isfinite(values).all():
-                raise FaultyImageError(500, f"{source}: its features are not finite")
-            length = np.linalg.norm(values) if query.normalize else 1
-            return {"embedding": (values / (length or 1)).tolist()}
+            features = (await service.outputs(model, source))[FEATURES]
+            result = finite_features(Result(source, features=features), query.normalize)
+            if result.features is None:
+                raise FaultyImageError(500, str(result.error))
+            return {"embedding": result.features.tolist()}
 
         return Json(await service.answer(request, model, of_image))
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from cvt.checkpoints import load_preprocessing, model_source
-from cvt.checkpoints.digest import model_digest
 from cvt.http_server import is_loopback, listening, uvicorn_server
 from cvt.runtime import FeatureSettings, open_runtime
 from cvt.serving.served_model import OpenedModel
@@ -60,7 +59,7 @@ def open_models(
         how = (runtime, precision, device, threads)
         running = open_runtime(source, *how, verify=verify, features=features)
         opened[name] = OpenedModel(
-            running, load_preprocessing(source, running.config), model_digest(source)
+            running, load_preprocessing(source, running.config), source.sha256
         )
     return opened
 
