@@ -228,7 +228,7 @@ def declared(*statuses: int, settings: Settings, key: bool = True) -> dict[int |
     return {status: {"model": Problem, "description": STATUSES[status]} for status in sorted(all_)}
 
 
-def key_check(key: str) -> Callable[..., None]:
+def key_check(key: str) -> Callable[..., Any]:
     """The dependency of a route that asks for a key."""
     bearer = HTTPBearer(auto_error=False, description="The key of --api-key-file.")
 
