@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from helpers.pictures import encoded, photo
 
 import cvt
-from cvt.serving.application import create_app
+from cvt.serving.application import OpenedModel, create_app
 from cvt.serving.server import open_models
 from cvt.serving.settings import Settings, read_key
 
@@ -25,7 +25,8 @@ def colours(model_folder):
 
 
 def client(classifier, raises=False, **settings):
-    app = create_app({"colours": (classifier, "0" * 64)}, Settings(**settings))
+    opened = OpenedModel(classifier.runtime, classifier.processor, "0" * 64)
+    app = create_app({"colours": opened}, Settings(**settings))
     return TestClient(app, base_url=HOST, raise_server_exceptions=raises)
 
 
@@ -40,7 +41,7 @@ def failing(classifier, error):
     def then(pixels):
         if isinstance(error, Exception):
             raise error
-        return error(run(pixels))
+        return tuple(map(error, run(pixels)))
 
     classifier.runtime._run = once
     return classifier
@@ -74,7 +75,7 @@ def test_a_failure_leaves_no_trace_and_the_next_request_is_answered(colours, cap
     with web:
         answer = web.post("/v1/predict", content=RED)
         assert answer.status_code == 500
-        assert answer.json() == {"detail": "the service failed; its log says why"}
+        assert answer.json() == {"detail": "the service failed; see its log"}
         del colours.runtime._run
         assert web.post("/v1/predict", content=RED).status_code == 200
         assert 'cvt_requests_total{path="/v1/predict",status="500"} 1.0' in web.get("/metrics").text

@@ -1,6 +1,7 @@
 """The service as a process, driven over HTTP."""
 
 import contextlib
+import io
 import itertools
 import json
 import re
@@ -18,6 +19,9 @@ from helpers.pictures import encoded, photo
 from helpers.server import Server
 from PIL import Image
 
+from cvt import image_processor
+from cvt.checkpoints import load_classifier, model_source
+
 KEY = "0123456789abcdef-key"
 BEARER = {"Authorization": f"Bearer {KEY}"}
 QUEUE = 40
@@ -33,7 +37,7 @@ def models(model_folder, tmp_path_factory):
     """Two models: that of the colours, and one of values."""
     import torch
 
-    from cvt import CvtConfig, CvtForImageClassification, image_processor
+    from cvt import CvtConfig, CvtForImageClassification
 
     torch.manual_seed(1)
     config = CvtConfig(embed_dim=[8, 16, 32], num_heads=[1, 2, 4], depth=[1, 1, 2])
@@ -194,8 +198,28 @@ def test_a_request_names_its_model_and_values_are_not_scores(web, models):
     assert [model["name"] for model in listed] == ["colours", "values"]
     assert listed[0]["labels"] == ["blue", "green", "red"]
     assert listed[0]["preprocessing"]["image_size"] == 32
+    assert listed[0]["sha256"] == model_source(models[0]).sha256
     assert listed[1]["problem_type"] == "regression"
     assert listed[1]["runtime"]["name"] == "fused"
+
+
+def test_embeddings_are_what_the_classifier_receives(web, models):
+    model = load_classifier(models[0]).eval()
+    received = []
+    model.classifier.register_forward_pre_hook(lambda module, given: received.append(given[0]))
+    processor = image_processor(models[0])
+    model(**processor(Image.open(io.BytesIO(RED)), return_tensors="pt"))
+    expected = received[0][0].detach().numpy()
+
+    form = [("images", ("a.png", content)) for content in (RED, b"text")]
+    answer = web.post("/v1/embed", files=form).json()
+    assert answer["model"] == "colours"
+    found, failed = answer["results"]
+    assert np.allclose(found["embedding"], expected, atol=1e-5)
+    assert failed["status"] == 415
+    assert web.get("/v1/models").json()["models"][0]["embedding"] == len(expected)
+    normed = web.post("/v1/embed", params={"normalize": "true"}, content=RED).json()["results"][0]
+    assert np.allclose(normed["embedding"], expected / np.linalg.norm(expected), atol=1e-5)
 
 
 def test_a_huge_body_is_refused_by_its_header(service):
@@ -203,6 +227,15 @@ def test_a_huge_body_is_refused_by_its_header(service):
         begin = time.monotonic()
         assert answer_of(connection) == (413, {"detail": "a request may have 1 MiB"})
         assert time.monotonic() - begin < 30  # nothing was sent
+
+
+def test_who_goes_away_while_sending_leaves_room_and_no_trace(web, service):
+    with begun(service, RED, 99):
+        while "cvt_queued_images 1.0" not in web.get("/metrics").text:
+            time.sleep(0.01)
+    while "cvt_queued_images 0.0" not in web.get("/metrics").text:
+        time.sleep(0.01)
+    assert "Traceback" not in service.printed
 
 
 def test_a_body_without_a_length_is_refused_at_the_limit(web):
@@ -220,7 +253,7 @@ def test_only_who_has_the_key_is_answered(web, service):
         assert httpx.get(service.address + path).status_code == 200
 
 
-def test_a_full_queue_tells_when_to_come_back(web, service):
+def test_a_full_queue_is_503_with_the_seconds_to_wait(web, service):
     with contextlib.ExitStack() as stack:
         waiting = [stack.enter_context(begun(service, RED, 99)) for _ in range(QUEUE)]
         while web.get("/readyz").status_code == 200:

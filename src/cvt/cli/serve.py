@@ -118,6 +118,6 @@ def serve(
         out.print(f"{write_config}: serve.yaml for Ray Serve, rayservice.yaml for KubeRay")
         return
     opened = open_models(models, runtime, precision, device, threads, verify=not no_verify)
-    for name, (classifier, _) in opened.items():
-        err.print(f"{name}: {classifier.runtime.describe}")
+    for name, model in opened.items():
+        err.print(f"{name}: {model.runtime.describe}")
     serve(opened, settings, host, port, ready)

@@ -43,6 +43,20 @@ class Predictions(BaseModel):
     results: list[Predicted | Failed] = Field(description="One for each image, in their order.")
 
 
+class Embedded(BaseModel):
+    """What the classifier receives of an image."""
+
+    image: int = Field(description="Its place among the images of the request, from 0.")
+    embedding: list[float]
+
+
+class Embeddings(BaseModel):
+    """The embeddings of images."""
+
+    model: str = Field(description="Name of the model.")
+    results: list[Embedded | Failed] = Field(description="One for each image, in their order.")
+
+
 class RuntimeOf(BaseModel):
     """What runs a model."""
 
@@ -60,6 +74,9 @@ class Model(BaseModel):
     labels: list[str] = Field(description="Names of the classes, in the order of the logits.")
     problem_type: str | None = Field(description="What the labels mean; null is one class.")
     thresholds: list[float] | None = Field(description="Scores from which an image has a class.")
+    embedding: int | None = Field(
+        description="How many numbers an embedding has; null for an export without features."
+    )
     preprocessing: dict[str, Any] | None = Field(
         description="Settings of the preprocessing; null for an image processor other than CvT's."
     )

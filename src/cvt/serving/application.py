@@ -1,12 +1,9 @@
 """The application: routes, statuses, and the way of an image through it."""
 
-import asyncio
-import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
@@ -16,22 +13,22 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.requests import ClientDisconnect
 
 from cvt import __version__
-from cvt.data.decoding import ElongatedError, ImageError, OversizedError, StoredImage
-from cvt.inference.classifier import Classifier
-from cvt.inference.predict import Result
-from cvt.runtime.base import PixelError
-from cvt.serving.answers import Models, Predictions, Problem, State
-from cvt.serving.batching import Batcher
+from cvt.data.decoding import StoredImage
+from cvt.inference.embed import finite_features
+from cvt.inference.predict import Result, namer
+from cvt.runtime.features import FEATURES, LOGITS
+from cvt.serving.answers import Embeddings, Models, Predictions, Problem, State
 from cvt.serving.boundary import Boundary, Json, problem
 from cvt.serving.docs_page import POLICY, docs_page
-from cvt.serving.metrics import Metrics
-from cvt.serving.room import FullError, Room
-from cvt.serving.served_model import Batched, ServedModel
+from cvt.serving.room import FullError
+from cvt.serving.served_model import Batched, OpenedModel
+from cvt.serving.service import FaultyImageError, Fields, Service
 from cvt.serving.settings import Settings
-from cvt.text import printable
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 STATUSES = {
     400: "the form cannot be read",
     401: "the key is missing or wrong",
@@ -40,7 +37,7 @@ STATUSES = {
     413: "the request is too large",
     415: "it is not an image of a known format, or it is damaged",
     422: "a parameter is wrong, or the image has a size that is not taken",
-    500: "the service failed; its log says why",
+    500: "the service failed; see its log",
     503: "there is no room for the request: try again after the seconds of Retry-After",
     504: "the request took too long",
 }
@@ -75,24 +72,22 @@ class PredictQuery(ModelQuery):
     top_k: int = Field(5, ge=1, description="Classes to name; a regression names all.")
 
 
-class FaultyImageError(Exception):
-    """An image has no answer: the status of a request with it alone, and a sentence."""
+class EmbedQuery(ModelQuery):
+    """The parameters of an embedding."""
 
-    def __init__(self, status: int, sentence: str) -> None:
-        super().__init__(printable(sentence))
-        self.status = status
+    normalize: bool = Field(False, description="Whether the embeddings have length 1.")
 
 
 def create_app(
-    classifiers: Mapping[str, tuple[Classifier, str | None]],
+    opened: Mapping[str, OpenedModel],
     settings: Settings | None = None,
     batched: Batched | None = None,
 ) -> FastAPI:
     """The service.
 
     Args:
-        classifiers: by the names that requests give, each with the SHA-256 of its files; the first
-            answers requests that name none.
+        opened: the models, by the names that requests give; the first answers requests that name
+            none.
         settings: limits and batches.
         batched: how images come together; by default a `Batcher` for each model, which take turns.
 
@@ -101,34 +96,24 @@ def create_app(
 
     Example:
         >>> import cvt
-        >>> from cvt.serving.application import create_app
+        >>> from cvt.data.preprocessing import preprocessing_of
+        >>> from cvt.runtime import FeatureSettings, open_runtime
+        >>> from cvt.serving.application import OpenedModel, create_app
         >>> config = cvt.CvtConfig.from_variant("cvt-digits", num_labels=10)
         >>> model = cvt.CvtForImageClassification(config)
-        >>> classifier = cvt.Classifier(model, processor=cvt.image_processor(config, 32))
-        >>> app = create_app({"digits": (classifier, None)})
+        >>> runtime = open_runtime(model, "fused", features=FeatureSettings())
+        >>> processor = preprocessing_of(cvt.image_processor(config, 32))
+        >>> app = create_app({"digits": OpenedModel(runtime, processor)})
         >>> sorted(app.openapi()["paths"])
-        ['/healthz', '/metrics', '/readyz', '/v1/models', '/v1/predict']
+        ['/healthz', '/metrics', '/readyz', '/v1/embed', '/v1/models', '/v1/predict']
     """
     settings = settings or Settings()
-    computing = ThreadPoolExecutor(1, "compute")
-    decoding = ThreadPoolExecutor(os.cpu_count(), "decode")
-    turn = asyncio.Lock()
-
-    def local(compute: Callable, max_batch: int) -> Batcher:
-        return Batcher(compute, max_batch, settings.batch_wait_ms / 1000, computing, turn)
-
-    metrics, room = Metrics(), Room(settings)
-    metrics.queued.set_function(lambda: room.images)
-    models = {
-        name: ServedModel(name, classifier, sha256, settings, batched or local, metrics)
-        for name, (classifier, sha256) in classifiers.items()
-    }
+    service = Service(opened, settings, batched)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        for pool in (computing, decoding):
-            pool.shutdown(wait=False, cancel_futures=True)
+        service.close()
 
     app = FastAPI(
         title="cvt",
@@ -137,85 +122,57 @@ def create_app(
         docs_url=None,  # FastAPI's page loads scripts from another host
         redoc_url=None,
         lifespan=lifespan,
-        middleware=[Middleware(Boundary, settings=settings, metrics=metrics)],
+        middleware=[Middleware(Boundary, settings=settings, metrics=service.metrics)],
         exception_handlers={
             AnyHTTPException: of_http_error,
             RequestValidationError: of_parameters,
             FullError: of_full_queue,
             TimeoutError: of_timeout,
+            ClientDisconnect: of_disconnect,
             Exception: of_failure,
         },
     )
     protected = [Depends(key_check(settings.api_key))] if settings.api_key else []
 
-    def found(name: str | None) -> ServedModel:
-        try:
-            return models[next(iter(models)) if name is None else name]
-        except KeyError:
-            raise HTTPException(404, f"no such model; there are: {', '.join(models)}") from None
+    def images_route(path: str, model: type[BaseModel]) -> Callable[[Function], Function]:
+        return app.post(
+            path,
+            response_model=model,
+            responses=declared(400, 404, 413, 415, 422, 503, 504, settings=settings),
+            openapi_extra={"requestBody": BODY},
+            dependencies=protected,
+            max_body_size=settings.max_bytes,
+        )
 
-    async def answered(
-        request: Request,
-        model: ServedModel,
-        answer: Callable[[StoredImage], Coroutine[Any, Any, dict[str, Any]]],
-    ) -> Response:
-        """What `answer` gives for each image of a request, or what is wrong with it.
-
-        Raises:
-            HTTPException: it has one image, and something is wrong with that.
-        """
-        length = request.headers.get("content-length", "")
-        size = int(length) if length.isdecimal() else settings.max_bytes
-        async with asyncio.timeout(settings.timeout):
-            with room.taken(1, size):
-                contents = await images_of(request, settings.max_queue)
-                with room.taken(len(contents) - 1):
-                    sources = [StoredImage(f"image {i}", each) for i, each in enumerate(contents)]
-                    answers = await asyncio.gather(*map(answer, sources), return_exceptions=True)
-        results = []
-        for i, each in enumerate(answers):
-            if isinstance(each, BaseException) and not isinstance(each, FaultyImageError):
-                raise each
-            status = each.status if isinstance(each, FaultyImageError) else 200
-            metrics.images.labels(model.name, status).inc()
-            if isinstance(each, FaultyImageError):
-                if len(answers) == 1:
-                    raise HTTPException(status, str(each))
-                each = {"status": status, "error": str(each)}
-            results.append({"image": i, **each})
-        return Json({"model": model.name, "results": results})
-
-    async def decoded(model: ServedModel, source: StoredImage) -> Any:
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(decoding, model.pixels, source)
-        except (OversizedError, ElongatedError, PixelError) as error:
-            sentence = str(error) if isinstance(error, ImageError) else f"{source}: {error}"
-            raise FaultyImageError(422, sentence) from None
-        except ImageError as error:
-            raise FaultyImageError(415, str(error)) from None
-
-    @app.post(
-        "/v1/predict",
-        response_model=Predictions,
-        response_model_exclude_unset=True,
-        responses=declared(400, 404, 413, 415, 422, 503, 504, settings=settings),
-        openapi_extra={"requestBody": BODY},
-        dependencies=protected,
-        max_body_size=settings.max_bytes,
-    )
+    @images_route("/v1/predict", Predictions)
     async def predict(request: Request, query: Annotated[PredictQuery, Query()]) -> Response:
         """Classify images: files of a form, or one file as the body, of any content type."""
-        model = found(query.model)
+        model = service.model(query.model)
+        named = namer(model.runtime.config, query.top_k)
 
-        async def answer(source: StoredImage) -> dict[str, Any]:
-            pixels = await decoded(model, source)
-            result = await model.prediction(source, pixels, query.top_k)
+        async def of_image(source: StoredImage) -> Fields:
+            result = named(Result(source, (await service.outputs(model, source))[LOGITS]))
             if isinstance(result, Result):
                 raise FaultyImageError(500, str(result.error))
             return {"predictions": result.records}
 
-        return await answered(request, model, answer)
+        return Json(await service.answer(request, model, of_image))
+
+    @images_route("/v1/embed", Embeddings)
+    async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Response:
+        """Give what the classifier receives of images; they are sent as for `/v1/predict`."""
+        model = service.model(query.model)
+        if FEATURES not in model.runtime.outputs:
+            raise HTTPException(422, f"{model.name} is an export without features")
+
+        async def of_image(source: StoredImage) -> Fields:
+            features = (await service.outputs(model, source))[FEATURES]
+            result = finite_features(Result(source, features=features), query.normalize)
+            if result.features is None:
+                raise FaultyImageError(500, str(result.error))
+            return {"embedding": result.features.tolist()}
+
+        return Json(await service.answer(request, model, of_image))
 
     @app.get(
         "/v1/models",
@@ -225,7 +182,7 @@ def create_app(
     )
     async def list_models() -> Response:
         """List the models: labels, preprocessing, what runs them, and their hash."""
-        return Json({"models": [model.about for model in models.values()]})
+        return Json({"models": [model.about for model in service.models.values()]})
 
     @app.get("/healthz", response_model=State, responses=declared(settings=settings, key=False))
     async def health() -> Response:
@@ -235,7 +192,7 @@ def create_app(
     @app.get("/readyz", response_model=State, responses=declared(503, settings=settings, key=False))
     async def readiness() -> Response:
         """Report whether there is room for a request now."""
-        if room.is_full:
+        if service.room.is_full:
             raise FullError
         return Json({"status": "ok"})
 
@@ -248,7 +205,7 @@ def create_app(
     )
     async def measurements() -> Response:
         """Requests, images, batches and seconds, for Prometheus."""
-        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
@@ -271,34 +228,17 @@ def declared(*statuses: int, settings: Settings, key: bool = True) -> dict[int |
     return {status: {"model": Problem, "description": STATUSES[status]} for status in sorted(all_)}
 
 
-def key_check(key: str) -> Callable[..., None]:
+def key_check(key: str) -> Callable[..., Any]:
     """The dependency of a route that asks for a key."""
     bearer = HTTPBearer(auto_error=False, description="The key of --api-key-file.")
 
-    def check(
+    async def check(
         given: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
     ) -> None:
         if given is None or not secrets.compare_digest(given.credentials.encode(), key.encode()):
             raise HTTPException(401, STATUSES[401], {"WWW-Authenticate": "Bearer"})
 
     return check
-
-
-async def images_of(request: Request, most: int) -> list[bytes]:
-    """The files of a request.
-
-    Raises:
-        HTTPException: it has none, or other parts than files named `images`.
-    """
-    content_type = request.headers.get("content-type", "")
-    if not content_type.lower().startswith("multipart/form-data"):
-        return [await request.body()]
-    async with request.form(max_files=most, max_fields=most) as form:
-        parts = form.multi_items()
-        files = [part for name, part in parts if name == "images" and not isinstance(part, str)]
-        if not files or len(files) < len(parts):
-            raise HTTPException(422, "a form must have files, each named images, and nothing else")
-        return [await file.read() for file in files]
 
 
 async def of_http_error(request: Request, error: Exception) -> Response:
@@ -329,6 +269,11 @@ async def of_full_queue(request: Request, error: Exception) -> Response:
 async def of_timeout(request: Request, error: Exception) -> Response:
     """The time of a request is over."""
     return problem(504, STATUSES[504])
+
+
+async def of_disconnect(request: Request, error: Exception) -> Response:
+    """The client has closed the connection; nobody receives this answer."""
+    return problem(400, "the request ended before its body")
 
 
 async def of_failure(request: Request, error: Exception) -> Response:

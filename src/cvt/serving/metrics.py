@@ -33,7 +33,6 @@ class Metrics:
             "path",
             buckets=SECONDS,
         )
-        self.images = create(Counter, "images", "Images answered.", "model", "status")
         self.batch_images = create(
             Histogram, "batch_images", "Images of a batch.", "model", buckets=IMAGES
         )

@@ -12,7 +12,7 @@ from ray import serve
 
 from cvt.serving.application import create_app
 from cvt.serving.ray_config import DEPLOYMENT
-from cvt.serving.served_model import Compute
+from cvt.serving.served_model import Compute, Outputs
 from cvt.serving.server import open_models
 from cvt.serving.settings import Settings, read_key
 
@@ -45,11 +45,11 @@ def replica(args: Mapping[str, Any]) -> FastAPI:
     settings = Settings(**args.get("settings", {}), api_key=key)
     computing = ThreadPoolExecutor(1, "compute")
 
-    def batched(compute: Compute, max_batch: int) -> Callable[[np.ndarray], Awaitable[np.ndarray]]:
+    def batched(compute: Compute, max_batch: int) -> Callable[[np.ndarray], Awaitable[Outputs]]:
         wait = settings.batch_wait_ms / 1000
 
         @serve.batch(max_batch_size=max_batch, batch_wait_timeout_s=wait)
-        async def in_thread(images: list[np.ndarray]) -> list[np.ndarray]:
+        async def in_thread(images: list[np.ndarray]) -> list[Outputs]:
             return await asyncio.get_running_loop().run_in_executor(computing, compute, images)
 
         return in_thread

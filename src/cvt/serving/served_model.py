@@ -3,31 +3,45 @@
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from cvt.data.decoding import Source
-from cvt.data.preprocessing import Preprocessing
-from cvt.inference.classifier import Classifier
-from cvt.inference.predict import Prediction, Result, namer, reader
+from cvt.data.preprocessing import AnyPreprocessing, Preprocessing
+from cvt.inference.predict import namer, reader
+from cvt.runtime.base import Runtime
 from cvt.serving.metrics import Metrics
 from cvt.serving.settings import Settings
 
-Compute = Callable[[list[np.ndarray]], list[np.ndarray]]
+Outputs = dict[str, np.ndarray]  # of an image: its logits (K,), its features (C,)
 # From a function of several images to one of a single image, which is called in batches of at most
 # so many; `Batcher` is one, `ray.serve.batch` another.
-Batched = Callable[[Compute, int], Callable[[np.ndarray], Awaitable[np.ndarray]]]
+Compute = Callable[[list[np.ndarray]], list[Outputs]]
+Batched = Callable[[Compute, int], Callable[[np.ndarray], Awaitable[Outputs]]]
+
+
+class OpenedModel(NamedTuple):
+    """What a service is given of a model.
+
+    Attributes:
+        runtime: what runs it; with features it answers embeddings, too.
+        processor: its preprocessing.
+        sha256: of its files.
+    """
+
+    runtime: Runtime
+    processor: AnyPreprocessing
+    sha256: str | None = None
 
 
 class ServedModel:
-    """A classifier in a service.
+    """A model in a service.
 
     Args:
         name: how requests call it.
-        classifier: the classifier.
-        sha256: of its files.
+        opened: the model.
         settings: of the service.
         batched: how images come together.
         metrics: of the service.
@@ -39,19 +53,18 @@ class ServedModel:
     def __init__(
         self,
         name: str,
-        classifier: Classifier,
-        sha256: str | None,
+        opened: OpenedModel,
         settings: Settings,
         batched: Batched,
         metrics: Metrics,
     ) -> None:
-        self.name, self.runtime, self.sha256 = name, classifier.runtime, sha256
-        self.processor, self.metrics = classifier.processor, metrics
-        self.read = reader(self.processor, classifier.exact, settings.max_pixels)
+        self.name, self.metrics = name, metrics
+        self.runtime, self.processor, self.sha256 = opened
+        self.read = reader(self.processor, exact=False, max_pixels=settings.max_pixels)
         namer(self.runtime.config, 1)  # raises
         # Without resizing, images are of different sizes.
         max_batch = settings.max_batch if self.processor.do_resize else 1
-        self.logits = batched(self._logits, max_batch)
+        self.outputs = batched(self._outputs, max_batch)
         # What a runtime does once, the first request need not wait for.
         height, width = self.runtime.image_size or [self.runtime.minimum_image_size] * 2
         self.runtime(self.processor([Image.new("RGB", (width, height))]), preprocessed=True)
@@ -65,32 +78,26 @@ class ServedModel:
         """
         return self.runtime.checked(self.processor([self.read(source)]), preprocessed=True)
 
-    async def prediction(
-        self, source: Source, pixels: np.ndarray, top_k: int
-    ) -> Prediction | Result:
-        """The best classes of an image as `cvt predict` gives them; an error if not finite."""
-        result = Result(source, await self.logits(pixels))
-        return namer(self.runtime.config, top_k)(result)
-
-    def _logits(self, images: list[np.ndarray]) -> list[np.ndarray]:
-        """The logits of preprocessed images, (1, C, H, W) each; called in the computing thread."""
+    def _outputs(self, images: list[np.ndarray]) -> list[Outputs]:
+        """Logits and features of preprocessed images, (1, C, H, W) each."""
         begin = time.perf_counter()
-        logits = self.runtime(np.concatenate(images), preprocessed=True)
+        found = self.runtime.run(np.concatenate(images), preprocessed=True)
         self.metrics.batch_seconds.labels(self.name).observe(time.perf_counter() - begin)
         self.metrics.batch_images.labels(self.name).observe(len(images))
-        return list(logits)
+        return [dict(zip(found, rows, strict=True)) for rows in zip(*found.values(), strict=True)]
 
     @property
     def about(self) -> dict[str, Any]:
         """What clients may want to know of it."""
         config: Any = self.runtime.config
-        processor = self.processor
+        processor, features = self.processor, self.runtime.feature_settings
         return {
             "name": self.name,
             "sha256": self.sha256,
             "labels": list(config.class_names),
             "problem_type": config.problem_type,
             "thresholds": config.thresholds,
+            "embedding": features and features.width(config),
             "preprocessing": asdict(processor) if isinstance(processor, Preprocessing) else None,
             "runtime": {
                 "name": self.runtime.name,
