@@ -108,8 +108,11 @@ def serve(
     if write_config:
         from cvt.serving.ray_config import write_config as write
 
-        how = {"runtime": runtime, "precision": precision, "device": device, "threads": threads}
-        how |= {
+        how = {
+            "runtime": runtime,
+            "precision": precision,
+            "device": device,
+            "threads": threads,
             "verify": not no_verify,
             "api_key_file": api_key_file and str(api_key_file.resolve()),
         }
