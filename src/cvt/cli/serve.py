@@ -120,6 +120,7 @@ def serve(
         write(write_config, models, settings, (host, port), how, force)
         out.print(f"{write_config}: serve.yaml for Ray Serve, rayservice.yaml for KubeRay")
         return
+    err.print("opening the models; one that is new to this machine is converted first")
     opened = open_models(models, runtime, precision, device, threads, verify=not no_verify)
     for name, model in opened.items():
         err.print(f"{name}: {model.runtime.describe}")
