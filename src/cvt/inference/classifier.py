@@ -153,8 +153,9 @@ class Classifier:
         source = given if is_classifier(given) else model_source(given)
         how = (source, runtime, precision, device, threads)
         self._open: Callable[..., Runtime] = partial(open_runtime, *how, verify=verify)
-        settings = FeatureSettings() if features is True else features or None
-        self.runtime = self._open(features=settings)
+        self.with_features = bool(features)
+        wanted = FeatureSettings() if features is True else features or None
+        self.runtime = self._open(features=wanted)
         self.processor = (
             load_preprocessing(source, self.runtime.config)
             if processor is None
@@ -313,7 +314,7 @@ class Classifier:
     ) -> Iterator[Result]:
         size = self.batch_size if batch_size is None else batch_size
         check_counts(batch_size=size, workers=workers)
-        settings = (size, workers, self.exact, self.max_pixels, normalize)
+        settings = (size, workers, self.exact, self.max_pixels, self.tta, normalize)
         return embed(self._embedder, self.processor, sources, *settings)
 
     def _predict(
@@ -340,10 +341,10 @@ class Classifier:
         require("a batch of Ray Data", "pyarrow", extra="ray")
         import pyarrow
 
-        outputs = self.runtime.outputs
-        own = {LOGITS: ("label", "score"), FEATURES: (FEATURES,)}
-        names = [name for output in outputs for name in own[output]]
-        if taken := [name for name in (*names, "error") if name in batch]:
+        has_labels = LOGITS in self.runtime.outputs
+        names = [*(("label", "score") if has_labels else ()), "error"]
+        names += [FEATURES] if self.with_features else []
+        if taken := [name for name in names if name in batch]:
             raise ValueError(
                 f"the batch has a column {', '.join(taken)} already: rename or drop it before"
             )
@@ -354,14 +355,13 @@ class Classifier:
                 "of bytes and path) or bytes"
             )
         cells = map(self._cell, batch[name])
-        of_cells = self._predict(cells, 1) if LOGITS in outputs else self._embed(cells)
-        results: list[Any] = list(of_cells)
+        results: list[Any] = [*(self._predict(cells, 1) if has_labels else self._embed(cells))]
         columns: dict[str, Any] = {}
-        if LOGITS in outputs:
+        if has_labels:
             best = [result if isinstance(result, Prediction) else None for result in results]
             columns["label"] = pyarrow.array([b and b.labels[0] for b in best], pyarrow.string())
             columns["score"] = np.array([b.scores[0] if b else np.nan for b in best])
-        if FEATURES in outputs:
+        if self.with_features:
             row = pyarrow.list_(pyarrow.float32(), self._width)
             columns[FEATURES] = pyarrow.array([result.features for result in results], row)
         errors = [getattr(result, "error", None) for result in results]

@@ -61,6 +61,7 @@ def embed(
     workers: int = 0,
     exact: bool = False,
     max_pixels: int | None = None,
+    tta: str | None = None,
     normalize: bool = False,
 ) -> Iterator[Result]:
     """The features of images, in their order; one without finite features gives the error.
@@ -73,6 +74,7 @@ def embed(
         workers: likewise.
         exact: likewise.
         max_pixels: likewise.
+        tta: likewise; the features of an image are the mean of those of its views.
         normalize: scale the features of an image to length 1, so that the product of those of two
             images is their cosine.
 
@@ -90,11 +92,11 @@ def embed(
         >>> runtime = open_runtime(model, "fused", features=FeatureSettings(stage=2))
         >>> images = [StoredImage("grey", Image.new("L", (32, 32))), StoredImage("bytes", b"?")]
         >>> results = [*embed(runtime, cvt.image_processor(config, image_size=32), images)]
-        >>> results[0].features.shape, results[1].error
-        ((64,), 'bytes: is not an image')
+        >>> results[0].features.shape, results[1].features  # and results[1].error says why
+        ((64,), None)
     """
     settings = (batch_size, workers, exact, max_pixels)
-    for result in classify(runtime, processor, sources, *settings, needed=FEATURES):
+    for result in classify(runtime, processor, sources, *settings, tta=tta, needed=FEATURES):
         yield finite_features(result, normalize)
 
 

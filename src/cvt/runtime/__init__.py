@@ -104,6 +104,8 @@ def open_runtime(
             )
     if threads is not None:
         check_counts(threads=threads)
+    if features is not None and not isinstance(features, FeatureSettings):
+        raise TypeError(f"features is of type {type(features).__name__}: must be FeatureSettings")
     given: Any = source
     opened = given if is_classifier(given) else model_source(given)
     if isinstance(opened, ModelSource) and opened.is_export:
