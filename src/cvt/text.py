@@ -28,6 +28,11 @@ def printable(text: str, keep: str = "") -> str:
     return text
 
 
+def utf8(text: str) -> str:
+    r"""The text with escapes, as `\udcff`, in the place of what UTF-8 cannot encode."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def csv_cell(text: str) -> str:
     """The text for a cell of a csv file: a spreadsheet runs nothing of it as a formula.
 

@@ -65,7 +65,13 @@ COMMANDS = {
     "predict": [
         "model", "images", "--topk", "--batch-size", "--workers", "--runtime", "--precision",
         "--device", "--threads", "--exact-decoding", "--max-pixels", "--tta", "--output",
-        "--json", "--resume", "--no-verify", "--verbose", "--force",
+        "--logits", "--json", "--resume", "--no-verify", "--verbose", "--force",
+    ],
+    "embed": [
+        "model", "data", "--output", "--stage", "--pool", "--normalize", "--batch-size",
+        "--workers", "--runtime", "--precision", "--device", "--threads", "--exact-decoding",
+        "--max-pixels", "--classes", "--image-column", "--label-column", "--label-separator",
+        "--problem-type", "--resume", "--no-verify", "--verbose", "--force",
     ],
     "train": [
         "words", "--config", "--output", "--resume", "--schema",
@@ -99,8 +105,8 @@ COMMANDS = {
         "--hidden-act", "--allow-nonfinite", "--no-verify", "--force",
     ],
     "export": [
-        "model", "output", "--to", "--precision", "--dynamic", "--image-size", "--calibration",
-        "--min-agreement", "--no-verify", "--force",
+        "model", "output", "--to", "--precision", "--dynamic", "--image-size", "--features",
+        "--calibration", "--min-agreement", "--no-verify", "--force",
     ],
     "benchmark": [
         "model", "--runtimes", "--precisions", "--batch-sizes", "--image-sizes", "--threads",

@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from cvt.cli import verbs
 from cvt.inference.predict import Prediction
-from cvt.inference.prediction_file import PredictionFile, run_settings
+from cvt.inference.prediction_file import PredictionFile
+from cvt.inference.result_file import run_settings
 from cvt.runtime import open_runtime
 
 CVT = Path(sys.executable).with_name("cvt")
@@ -65,7 +66,7 @@ def test_malicious_names_are_written_safely_and_read_back(suffix, tmp_path):
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_file_cut_at_any_byte_is_completed_to_the_same_bytes(suffix, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "cvt.inference.prediction_file.sync", lambda path: None
+        "cvt.inference.result_file.sync", lambda path: None
     )  # it takes most of the time
     whole, target = tmp_path / f"whole.{suffix}", tmp_path / f"cut.{suffix}"
     assert write(whole, PATHS) == PATHS
@@ -192,12 +193,12 @@ def cvt(model_folder):
 def test_an_interrupted_run_that_writes_into_the_models_folder_goes_on(model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     runtime = open_runtime(folder, "torch")
-    before = run_settings(str(folder), runtime, 1)
+    before = run_settings(str(folder), runtime, topk=1)
     (folder / "out.csv.part").mkdir()
     os.utime(folder / "out.csv.part", (2**32, 2**32))
-    assert run_settings(str(folder), runtime, 1) == before
+    assert run_settings(str(folder), runtime, topk=1) == before
     os.utime(folder / "config.json", (2**32, 2**32))
-    assert run_settings(str(folder), runtime, 1) != before
+    assert run_settings(str(folder), runtime, topk=1) != before
 
 
 def test_a_failure_before_the_first_result_leaves_nothing(cvt, photos, tmp_path, monkeypatch):

@@ -30,12 +30,12 @@ def local_ray():
     ray.shutdown()
 
 
-def classified(rows, model_folder):
+def classified(rows, model_folder, options={"threads": 1}):  # noqa: B006
     """The rows with the answers of one worker, as a data set of Ray."""
     return rows.map_batches(
         cvt.Classifier,
         fn_constructor_args=(model_folder, "torch"),
-        fn_constructor_kwargs={"threads": 1},
+        fn_constructor_kwargs=options,
         compute=ray.data.ActorPoolStrategy(size=1),
         batch_size=5,
     )
@@ -90,3 +90,18 @@ def test_files_of_good_and_of_bad_images_are_one_table(model_folder, expected, t
     table = dataset.dataset(tmp_path / "labels").to_table()
     assert table["label"].null_count == 2
     assert table["error"].null_count == 1
+
+
+def test_features_are_a_column_beside_the_labels(model_folder, expected, tmp_path):
+    structs = [{"bytes": Path(path).read_bytes(), "path": path} for path in [*expected][:3]]
+    structs.insert(1, {"bytes": b"no", "path": "broken.png"})
+    rows = ray.data.from_arrow(pyarrow.table({"image": structs}))
+    options = {"threads": 1, "features": True}
+    classified(rows, model_folder, options).write_parquet(str(tmp_path / "features"))
+    table = dataset.dataset(tmp_path / "features").to_table()
+    assert table["features"].type == pyarrow.list_(pyarrow.float32(), 32)
+    values = table["features"].to_pylist()
+    assert values.pop(1) is None
+    wanted = cvt.Classifier(model_folder, "torch").embed([*expected][:3])
+    np.testing.assert_allclose(values, wanted, rtol=0, atol=1e-6)
+    assert table["label"].to_pylist()[0] == next(iter(expected.values())).labels[0]

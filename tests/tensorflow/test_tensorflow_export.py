@@ -127,8 +127,11 @@ def test_an_export_of_any_size_gives_the_logits_of_the_model(exported, opened, m
 @pytest.mark.parametrize(
     ("to", "precision", "tolerance"), [("saved-model", "fp32", 1e-5), ("litert", "fp16", 1e-2)]
 )
-def test_an_export_for_single_images_of_one_size(quick, tmp_path, to, precision, tolerance):
-    manifest = export(quick, tmp_path / "out", to, precision=precision, dynamic=(), image_size=24)
+def test_an_export_for_single_images_of_one_size_with_features(
+    quick, tmp_path, to, precision, tolerance
+):
+    how = {"precision": precision, "dynamic": (), "image_size": 24, "features": True}
+    manifest = export(quick, tmp_path / "out", to, **how)
     assert (manifest.image_size, manifest.dynamic) == ((24, 24), ())
     differences = [check["difference"] for check in manifest.parity["checks"]]
     assert all(difference > 1e-5 for difference in differences) == (precision == "fp16")
@@ -136,6 +139,10 @@ def test_an_export_for_single_images_of_one_size(quick, tmp_path, to, precision,
     runtime = open_runtime(tmp_path / "out")
     model = CvtForImageClassification.from_pretrained(quick).eval()
     same_logits(runtime, model, pixels_of(3, 24, 24), tolerance)
+    with torch.no_grad():
+        features = model.layernorm(model.cvt(pixels_of(3, 24, 24)).cls_token_value)[:, 0]
+    found = runtime.features(pixels_of(3, 24, 24))
+    torch.testing.assert_close(found, features, atol=tolerance, rtol=tolerance)
     with pytest.raises(PixelError, match="32 x 24 pixels: this export takes 24 x 24 only"):
         runtime(pixels_of(1, 32, 24))
 

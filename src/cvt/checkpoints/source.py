@@ -1,5 +1,7 @@
 """What the name of a model means, resolved once."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,7 +9,7 @@ from typing import Literal
 from cvt import hub
 from cvt.architecture import VARIANTS
 from cvt.checkpoints.errors import CheckpointError
-from cvt.files import ADAPTER, check_path, weight_files
+from cvt.files import ADAPTER, check_path, sha256, weight_files
 from cvt.hub import PUBLISHED
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", ADAPTER)
@@ -20,6 +22,8 @@ MODEL_FILES = (
     "model.bin", "model.pt2", "model.tflite",
 )  # fmt: skip
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+# What says nothing of how a model computes, or is written anew with each export.
+DESCRIBING = ("README.md", "checksums.json", "export.json", "labels.txt")
 BY_FILE = {checkpoint.authors_file: checkpoint for checkpoint in PUBLISHED.values()}
 
 
@@ -65,6 +69,25 @@ class ModelSource:
         if self.kind == "folder":
             return any(file for pattern in WEIGHT_FILES for file in self.path.glob(pattern))
         return self.kind != "variant"
+
+    @property
+    def sha256(self) -> str:
+        """Of the files of the model by which it computes, in hexadecimal digits.
+
+        Of a published checkpoint, whose files are not here yet, that of its name and revision.
+        """
+        files = [self.path] if self.kind == "file" else []
+        if self.path.is_dir():
+            patterns = (*MODEL_FILES, *PICKLED)
+            files = [file for pattern in patterns for file in self.path.glob(pattern)]
+            files += self.path.glob("model/variables/*")
+        sums = sorted(
+            (file.name, sha256(file))
+            for file in files
+            if file.is_file() and file.name not in DESCRIBING
+        )
+        identity = json.dumps(sums or [self.hub_id, self.revision, self.variant])
+        return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def model_source(name: str | Path | ModelSource) -> ModelSource:

@@ -24,6 +24,8 @@ VERBS = {
     "OUTPUT/best.",
     "tune": "Search for the best settings of a recipe, by Optuna; each trial is a run folder.",
     "evaluate": "Measure accuracy, per class too, and calibration; classes are matched by name.",
+    "embed": "Write the features of images; those that cannot be decoded are skipped (exit code "
+    "3).",
     "explain": "Draw where a model looks; images that cannot be decoded are skipped (exit code 3).",
     "app": "Serve a page for the browser: drop a picture, see its classes and their heat maps.",
     "export": "Export a classifier to other software, and check the result against the torch "

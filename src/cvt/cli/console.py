@@ -12,6 +12,7 @@ from cvt.text import printable
 
 if TYPE_CHECKING:
     from cvt.checkpoints import ModelSource
+    from cvt.runtime import FeatureSettings
     from cvt.runtime.base import Runtime
 
 
@@ -75,6 +76,7 @@ def open_classifier(
     threads: int | None,
     images: int | None,
     verify: bool,
+    features: "FeatureSettings | None" = None,
 ) -> "tuple[Runtime, Any]":
     """Open a model by the options of a command, and print what runs it.
 
@@ -86,6 +88,7 @@ def open_classifier(
         threads: likewise.
         images: likewise.
         verify: likewise.
+        features: likewise.
 
     Returns:
         The runtime and the image processor.
@@ -94,6 +97,6 @@ def open_classifier(
     from cvt.runtime import open_runtime
 
     source, how = model_source(model), (runtime, precision, device, threads)
-    classifier = open_runtime(source, *how, images=images, verify=verify)
+    classifier = open_runtime(source, *how, images=images, verify=verify, features=features)
     err.print(f"runtime: {classifier.describe}")
     return classifier, load_preprocessing(source, classifier.config)

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     help="Height and width of its images, if not the model's.",
 )
 @click.option(
+    "--features", is_flag=True, help="Give features too, as a second output beside the logits."
+)
+@click.option(
     "--calibration",
     type=FILE,
     help="For int8: a folder of images, such as it will be used on.",
@@ -54,6 +57,7 @@ def export(
     precision: Literal["fp32", "bf16", "fp16", "int8"],
     dynamic: str,
     image_size: int | None,
+    features: bool,
     calibration: Path | None,
     min_agreement: float,
     no_verify: bool,
@@ -71,6 +75,7 @@ def export(
         precision=precision,
         dynamic=() if dynamic == "none" else dynamic.split(","),
         image_size=image_size,
+        features=features,
         calibration=calibration,
         min_agreement=min_agreement,
         verify=not no_verify,

@@ -149,6 +149,9 @@ max_pixels_option = click.option(
     type=click.IntRange(min=1),
     help="Pixels that an image may have; larger ones are skipped (default 178956970).",
 )
+exact_decoding_option = click.option(
+    "--exact-decoding", is_flag=True, help="Decode large JPEGs whole, which is slower."
+)
 tta_option = click.option(
     "--tta",
     type=click.Choice(["flip", "five-crop"]),

@@ -1,6 +1,6 @@
 """`cvt predict`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from cvt.cli.options import (
     FILE,
     argument,
     command,
+    exact_decoding_option,
     force_option,
     max_pixels_option,
     no_verify_option,
@@ -21,7 +22,7 @@ from cvt.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from cvt.inference.predict import Prediction, Result
+    from cvt.inference.predict import Prediction
 
 
 @command
@@ -34,11 +35,16 @@ if TYPE_CHECKING:
     help="Classes to name for each image; a regression names all.",
 )
 @run_options(1)
-@click.option("--exact-decoding", is_flag=True, help="Decode large JPEGs whole, which is slower.")
+@exact_decoding_option
 @max_pixels_option
 @tta_option
 @click.option(
-    "--output", type=FILE, help="Write .csv (a row per class) or .jsonl (a line per image)."
+    "--output",
+    type=FILE,
+    help="Write .csv (a row per class), .jsonl (a line per image) or .parquet (a row per image).",
+)
+@click.option(
+    "--logits", is_flag=True, help="Write logits and probabilities of all classes, into a .parquet."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON line per image.")
 @click.option("--resume", is_flag=True, help="Resume an interrupted run and its output.")
@@ -59,6 +65,7 @@ def predict(
     max_pixels: int | None,
     tta: str | None,
     output: Path | None,
+    logits: bool,
     as_json: bool,
     resume: bool,
     no_verify: bool,
@@ -66,20 +73,26 @@ def predict(
     force: bool,
 ) -> None:
     """Classify images; those that cannot be decoded are reported and skipped (exit code 3)."""
-    if output is not None and output.suffix not in (".csv", ".jsonl"):
-        raise click.BadParameter(f"{output} must end in .csv or .jsonl", param_hint="--output")
+    if output is not None and output.suffix not in (".csv", ".jsonl", ".parquet"):
+        message = f"{output} must end in .csv, .jsonl or .parquet"
+        raise click.BadParameter(message, param_hint="--output")
+    if logits and (output is None or output.suffix != ".parquet"):
+        raise click.BadParameter("needs an --output that ends in .parquet", param_hint="--logits")
     if resume and output is None:
         raise click.BadParameter("needs an --output", param_hint="--resume")
     from cvt.checkpoints import model_source
     from cvt.cli.console import err, open_classifier, quiet_libraries
+    from cvt.cli.progress import consume, exit_if_skipped
     from cvt.inference.predict import find_images, scores_per_image
     from cvt.inference.predict import predict as predict_files
-    from cvt.inference.prediction_file import PredictionFile, run_settings
+    from cvt.inference.prediction_file import open_predictions
+    from cvt.inference.result_file import run_settings
     from cvt.runtime.factory import MANY
 
     quiet_libraries(verbose)
     paths = find_images(list(images))
-    with PredictionFile(output, resume, force) if output else nullcontext() as file:
+    opened = open_predictions(output, resume, force, logits) if output else nullcontext()
+    with opened as file:
         first = list(islice(paths, MANY))  # to count them; the rest is read later
         paths = chain(first, paths)
         source, how = model_source(model), (runtime, precision, device, threads)
@@ -87,46 +100,17 @@ def predict(
         topk = scores_per_image(topk, classifier.config)
         decoding = {"exact_decoding": exact_decoding, "max_pixels": max_pixels, "tta": tta}
         if file:
-            paths = file.missing(
-                paths, run_settings(str(source.path), classifier, topk, **decoding)
-            )
+            how_run = run_settings(str(source.path), classifier, topk=topk, **decoding)
+            paths = file.missing(paths, how_run | file.settings_of(classifier.config))
             if file.count:
                 err.print(f"{file.count} images are classified already")
         settings = (topk, batch_size, workers, exact_decoding, max_pixels, tta)
         results = predict_files(classifier, processor, paths, *settings)
-        try:
-            skipped, classified = consume(results, file.write if file else printer(as_json))
-        except BaseException:
-            if file and file.count:
-                err.print(f"{file.count} images are in {file.part}: --resume continues")
-            raise
+        write = file.write if file else printer(as_json)
+        done = consume("predict", results, write, lambda each: getattr(each, "error", None), file)
         if file:
-            file.finish()
             err.print(f"{output}: {file.count} images classified")
-    if skipped:
-        err.print(f"{skipped} of {classified + skipped} images skipped")
-        raise click.exceptions.Exit(3)
-
-
-def consume(
-    results: "Iterator[Prediction | Result]", write: "Callable[[Prediction], None]"
-) -> tuple[int, int]:
-    """Write the predictions and report the errors; returns how many there were of each."""
-    from cvt.cli.console import err
-    from cvt.cli.progress import bar
-    from cvt.inference.predict import Prediction
-
-    skipped = classified = 0
-    with bar("predict", None) as step:
-        for result in results:
-            step()
-            if isinstance(result, Prediction):
-                classified += 1
-                write(result)
-            else:
-                skipped += 1
-                err.print(f"skipped {result.error}", fg="yellow")
-    return skipped, classified
+    exit_if_skipped(*done)
 
 
 def printer(as_json: bool) -> "Callable[[Prediction], None]":

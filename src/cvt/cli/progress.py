@@ -2,10 +2,12 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+import click
 
 from cvt.cli.console import err
 from cvt.inference.metrics import metric_text
@@ -14,6 +16,9 @@ from cvt.libraries import is_installed
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from cvt.inference.result_file import ResultFile
+
+Result = TypeVar("Result")
 # How the figures of a step are shown.
 FORMATS = {"loss": "loss {:.3f}", "lr": "lr {:.2e}", "images_per_second": "{:.0f} images/s"}
 
@@ -48,6 +53,52 @@ def bar(description: str, total: int | None) -> Iterator[Callable[[], None]]:
     with bars() as progress:
         task = progress.add_task(description, total=total)
         yield lambda: progress.advance(task)
+
+
+def consume(
+    title: str,
+    results: Iterable[Result],
+    write: Callable[[Result], object],
+    error_of: Callable[[Result], str | None],
+    file: "ResultFile | None" = None,
+) -> tuple[int, int]:
+    """Write results and report errors, with a progress bar; a file is complete then.
+
+    Args:
+        title: of the bar.
+        results: of images.
+        write: called with each that has no error.
+        error_of: returns the error of a result.
+        file: that `write` adds to.
+
+    Returns:
+        How many were skipped, and how many there were.
+    """
+    skipped = count = 0
+    try:
+        with bar(title, None) as step:
+            for result in results:
+                step()
+                count += 1
+                if error := error_of(result):
+                    skipped += 1
+                    err.print(f"skipped {error}", fg="yellow")
+                else:
+                    write(result)
+    except BaseException:
+        if file and file.count:
+            err.print(f"{file.count} images are in {file.part}: --resume continues")
+        raise
+    if file:
+        file.finish()
+    return skipped, count
+
+
+def exit_if_skipped(skipped: int, count: int) -> None:
+    """Report images that were skipped, with exit code 3."""
+    if skipped:
+        err.print(f"{skipped} of {count} images skipped")
+        raise click.exceptions.Exit(3)
 
 
 class TrainingBars:

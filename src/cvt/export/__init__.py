@@ -24,7 +24,13 @@ from typing import Any
 import torch
 
 from cvt.checkpoints import image_size_of, load_classifier, load_processor, model_source
-from cvt.export.parity import LoadedProgram, compare, random_batches, shapes
+from cvt.export.parity import (
+    LoadedProgram,
+    compare,
+    features_difference,
+    random_batches,
+    shapes,
+)
 from cvt.export.quantization import quantized, real_batches, two_splits
 from cvt.export.tensorflow import (
     demand_backend,
@@ -38,6 +44,7 @@ from cvt.modeling import CvtForImageClassification
 from cvt.problem_type import REGRESSION
 from cvt.runtime import PRECISIONS, open_runtime
 from cvt.runtime.capture import onnx_graph, openvino_graph, torch_graph
+from cvt.runtime.features import FeatureSettings, output_names
 from cvt.runtime.fused import fuse
 from cvt.runtime.manifest import DYNAMIC, FORMATS, NAME, Manifest
 from cvt.runtime.torch_runtime import DTYPES
@@ -76,6 +83,7 @@ def export(
     precision: str = "fp32",
     dynamic: Collection[str] = ("batch",),
     image_size: int | None = None,
+    features: bool = False,
     calibration: str | Path | None = None,
     min_agreement: float = 0.99,
     calibration_images: int = 300,
@@ -89,6 +97,7 @@ def export(
     logits differ by at most 1e-4 (1e-5 of logits above 10), in bf16 by 5 % of the largest, in fp16
     by 1 %, and every image gets the same class. In int8 the classes of images that were not used
     for calibration are compared, and at other resolutions than the preprocessing's only reported.
+    Features are compared as logits are; in int8 their difference is only reported.
 
     Args:
         source: a published name, a model folder or an authors' .pth file.
@@ -98,6 +107,8 @@ def export(
         dynamic: what may differ from call to call: `batch`, `size`, both or neither.
         image_size: height and width, in pixels, that the graph and the preprocessing are set
             for; the source's by default.
+        features: the graph has a second output, `features`, (B, C): what the classifier's Linear
+            receives.
         calibration: for int8, a folder with images of the kind that the model is for. LiteRT needs
             none to calibrate with, and is checked with them alone.
         min_agreement: for int8, the share of images, from 0 to 1, that must get the same class.
@@ -152,9 +163,15 @@ def export(
         size = (image_size_of(processor),) * 2
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
+        beside = FeatureSettings() if features else None
+        if beside and not model.config.num_labels:
+            raise ValueError(
+                "features: the model has no classes, and its features are the output `logits`"
+            )
         progress(f"converting to {to} in {precision}")
         _write_graph(
-            model, folder / FILES[to], to, precision, size, dynamic, calibrating, processor
+            *(model, folder / FILES[to], to, precision, size, dynamic, calibrating, processor),
+            beside,
         )
         manifest = Manifest(
             format=to,
@@ -164,6 +181,7 @@ def export(
             dynamic=tuple(name for name in DYNAMIC if name in dynamic),
             versions={name: str(version_of(name)) for name in ("cvt-vision", "torch", *libraries)},
             parity={},
+            outputs=output_names(model.config, beside),
         )
         manifest.write(folder)
         progress("comparing with the torch model")
@@ -208,15 +226,26 @@ def _parity(
     runtime = open_runtime(folder, device="cpu")
     if manifest.format == "torch-export":  # its graph as it is; others load what may refuse a size
         runtime = LoadedProgram(folder / manifest.file, runtime)
-    checks = [compare(model, runtime, batch) for batch in pixels]
-    for check in checks:
+    checks, of_features = [], {}
+    for batch in pixels:
+        checks.append(check := compare(model, runtime, batch))
         if not check.passed:
             raise ValueError(f"{output} was not written: {check}")
+        if runtime.feature_settings:
+            difference, passed = features_difference(model, runtime, batch)
+            if not passed:
+                raise ValueError(
+                    f"{output} was not written: its features differ from the torch model's by "
+                    f"{difference:.3g}"
+                )
+            largest = max(difference, of_features.get("features_difference", 0.0))
+            of_features["features_difference"] = largest
     at_size = [check for check in checks if (check.height, check.width) == size]
     images = sum(check.images for check in at_size)
     return {
         "images": images,
         "largest_difference": max(check.difference for check in checks),
+        **of_features,
         "checks": [asdict(check) for check in checks],
         "agreement": sum(check.same_class for check in at_size) / images,
     }
@@ -254,18 +283,20 @@ def _write_graph(
     dynamic: Collection[str],
     calibrating: Sequence[Path],
     processor: Any,
+    features: FeatureSettings | None,
 ) -> None:
+    names = output_names(model.config, features)
     if to in BY_KERAS:
         write_labels(model.config.class_names, file.with_name("labels.txt"))
         if to == "saved-model":
-            write_saved_model(model, file, size, dynamic)
+            write_saved_model(model, file, size, dynamic, names)
         else:
-            write_litert(model, file, precision, size, dynamic)
+            write_litert(model, file, precision, size, dynamic, names)
         return
     # OpenVINO itself computes a graph of fp32 in the precision that the caller chooses.
     dtype = torch.float32 if to == "openvino" else DTYPES.get(precision, torch.float32)
-    program = torch_graph(fuse(model, dtype), size, dynamic)
-    names = json.dumps(model.config.class_names)
+    program = torch_graph(fuse(model, dtype), size, dynamic, features)
+    classes = json.dumps(model.config.class_names)
     if to == "torch-export":
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine
@@ -275,16 +306,16 @@ def _write_graph(
     elif to == "onnx":
         import onnx
 
-        graph = onnx_graph(program)
+        graph = onnx_graph(program, names)
         if precision == "int8":
             graph = quantized(graph, calibrating, processor)
-        onnx.helper.set_model_props(graph, {"class_names": names})
+        onnx.helper.set_model_props(graph, {"class_names": classes})
         onnx.save(graph, file)
     else:
         import openvino
 
-        network = openvino_graph(program)
+        network = openvino_graph(program, names)
         if precision == "int8":
             network = quantized(network, calibrating, processor)
-        network.set_rt_info(names, ["model_info", "class_names"])
+        network.set_rt_info(classes, ["model_info", "class_names"])
         openvino.save_model(network, file, compress_to_fp16=precision in ("bf16", "fp16"))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import Runtime
+from cvt.runtime.torch_runtime import TorchRuntime
 
 BATCHES = (1, 2, 5)
 # The largest difference of a logit that is accepted, and the same as a share of the largest logit;
@@ -66,10 +67,7 @@ def compare(model: CvtForImageClassification, runtime: Runtime, pixels: Tensor) 
     """
     expected = model(pixels, return_dict=True).logits  # (B, K)
     logits = runtime(pixels)
-    tolerance = None
-    if runtime.precision in TOLERANCES:
-        absolute, relative = TOLERANCES[runtime.precision]
-        tolerance = max(absolute, relative * expected.abs().max().item())
+    tolerance = tolerance_of(runtime.precision, expected)
     named = expected.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
     same_class = named >= expected.amax(dim=1) - (tolerance or 0.0)
     return Check(
@@ -78,6 +76,28 @@ def compare(model: CvtForImageClassification, runtime: Runtime, pixels: Tensor) 
         difference=(expected - logits).abs().max().item(),
         tolerance=tolerance,
     )
+
+
+def features_difference(
+    model: CvtForImageClassification, runtime: Runtime, pixels: Tensor
+) -> tuple[float, bool]:
+    """The largest difference between the features of both, and whether it is accepted.
+
+    It is as that of logits is, by the largest feature; in int8, where it is finite. Arguments as
+    in `compare`.
+    """
+    expected = TorchRuntime(model, features=runtime.feature_settings).features(pixels)  # (B, C)
+    difference = (expected - runtime.features(pixels)).abs().max().item()
+    accepted = tolerance_of(runtime.precision, expected)
+    return difference, isfinite(difference) and (accepted is None or difference <= accepted)
+
+
+def tolerance_of(precision: str, expected: Tensor) -> float | None:
+    """What is accepted of a difference from these numbers, see `TOLERANCES`; None in int8."""
+    if precision not in TOLERANCES:
+        return None
+    absolute, relative = TOLERANCES[precision]
+    return max(absolute, relative * expected.abs().max().item())
 
 
 class LoadedProgram(Runtime):
@@ -91,18 +111,23 @@ class LoadedProgram(Runtime):
     name = "torch"
 
     def __init__(self, path: Path, runtime: Runtime) -> None:
-        super().__init__(runtime.config, runtime.precision, single=runtime.single)
+        features = runtime.feature_settings
+        super().__init__(
+            runtime.config, runtime.precision, single=runtime.single, features=features
+        )
         self.file = path.name
         self.program = torch.export.load(path).module()
 
-    def _run(self, pixels: np.ndarray) -> np.ndarray:
+    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         try:
-            return self.program(torch.from_numpy(pixels)).detach().numpy()
+            found = self.program(torch.from_numpy(pixels))
         except (AssertionError, RuntimeError) as refusal:
             shape, reason = tuple(pixels.shape), str(refusal).strip().splitlines()[0]
             raise ValueError(
                 f"{self.file} was not written: it does not take pixels of shape {shape}: {reason}"
             ) from refusal
+        outputs = found if isinstance(found, tuple) else (found,)
+        return tuple(each.detach().numpy() for each in outputs)
 
 
 def shapes(image_size: tuple[int, int], least: int | None = None) -> list[tuple[int, int, int]]:

@@ -1,7 +1,7 @@
 """A classifier as a SavedModel of TensorFlow or a file of LiteRT, by way of its Keras model.
 
-The graph takes `pixel_values`, (B, C, H, W), and gives `logits`, (B, K), both in float32: these are
-the names in its signature `serving_default`.
+The graph takes `pixel_values`, (B, C, H, W), and gives `logits`, (B, K), and `features`, (B, C'),
+where they are asked for, all in float32: these are the names in its signature `serving_default`.
 """
 
 from collections.abc import Collection
@@ -11,6 +11,7 @@ from typing import Any
 
 from cvt.libraries import import_tensorflow, quiet, silence_stderr
 from cvt.modeling import CvtForImageClassification
+from cvt.runtime.features import FEATURES, LOGITS
 
 
 def demand_backend(to: str) -> None:
@@ -36,6 +37,7 @@ def write_saved_model(
     folder: Path,
     size: tuple[int, int],
     dynamic: Collection[str],
+    outputs: Collection[str] = (LOGITS,),
 ) -> None:
     """Write a SavedModel.
 
@@ -48,6 +50,7 @@ def write_saved_model(
         size: height and width of the images that it takes, in pixels, unless that is dynamic.
         dynamic: what may differ from image to image: `batch`, `size`, both or neither. Without
             `batch`, it takes one image.
+        outputs: what it gives.
     """
     tf = import_tensorflow()
     from cvt.keras import TFCvtForImageClassification
@@ -64,7 +67,10 @@ def write_saved_model(
 
     @tf.function(input_signature=[pixels], autograph=False)
     def serve(pixel_values: Any) -> dict[str, Any]:
-        return {"logits": network(pixel_values, return_dict=True).logits}
+        if FEATURES not in outputs:
+            return {LOGITS: network(pixel_values, return_dict=True).logits}
+        features = network.pooled(network.cvt(pixel_values, return_dict=True))
+        return {LOGITS: network.classifier(features), FEATURES: features}
 
     served = tf.Module()
     served.serve = serve
@@ -80,6 +86,7 @@ def write_litert(
     precision: str,
     size: tuple[int, int],
     dynamic: Collection[str],
+    outputs: Collection[str] = (LOGITS,),
 ) -> None:
     """Write a file of LiteRT; its weights are of 16 bits in fp16, and of 8 in int8.
 
@@ -90,7 +97,7 @@ def write_litert(
     """
     tf = import_tensorflow()
     with TemporaryDirectory(dir=file.parent) as beside, quiet("tensorflow", "absl"):
-        write_saved_model(model, Path(beside), size, dynamic)
+        write_saved_model(model, Path(beside), size, dynamic, outputs)
         converter = tf.lite.TFLiteConverter.from_saved_model(beside)
         if precision != "fp32":
             converter.optimizations = [tf.lite.Optimize.DEFAULT]

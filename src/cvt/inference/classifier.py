@@ -4,7 +4,7 @@ import os
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,16 @@ from PIL import Image
 from cvt.checkpoints import ModelSource, load_preprocessing, model_source
 from cvt.data.decoding import ImageError, Source, StoredImage, decode, is_content
 from cvt.data.preprocessing import preprocessing_of
+from cvt.inference.embed import embed
 from cvt.inference.predict import Prediction, Result, find_images, predict, with_crops
 from cvt.libraries import require
 from cvt.limits import check_counts
-from cvt.runtime import is_classifier, open_runtime
+from cvt.runtime import FeatureSettings, is_classifier, open_runtime
+from cvt.runtime.features import FEATURES, LOGITS
 
 if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
+    from cvt.runtime.base import Runtime
 
 DOWNLOAD_BYTES = 2**26  # that an image behind a URL may have
 DOWNLOAD_SECONDS = 30.0  # that fetching one may take
@@ -45,6 +48,9 @@ class Classifier:
         clf(["cat.jpg", Image.open("dog.jpg"), array])  # a list of such lists
         for record in clf.stream("photos", workers=2):  # {"path": ..., "predictions": [...]}
             ...
+        clf.embed(["cat.jpg", "dog.jpg"])  # features, (2, 384) in float32
+        for record in clf.embed_stream("photos"):  # {"path": ..., "features": array}
+            ...
 
     An image is a path, the bytes of a file, a PIL image, or an array (H, W, 3) of uint8 or of
     floats from 0 to 1; with `allow_urls`, also a URL.
@@ -53,7 +59,9 @@ class Classifier:
     loads the model once. Batches get the columns `label` and `score` of the best class, and
     `error`: null, or why the image could not be decoded; there is then no label, and the score is
     NaN. Label and error are arrays of strings of Arrow. The images are the column `image` (arrays,
-    or what parquet files of the hub have: structs of `bytes` and `path`) or `bytes`.
+    or what parquet files of the hub have: structs of `bytes` and `path`) or `bytes`. With
+    `features`, batches get a column of that name, too: lists of float32 of one length, null where
+    there is an error.
 
         ds = ray.data.read_parquet("photos.parquet")  # or read_images("photos", mode="RGB")
         ds = ds.map_batches(
@@ -80,6 +88,9 @@ class Classifier:
         tta: test-time augmentation, "flip" or "five-crop", see `cvt.inference.predict.classify`.
         allow_urls: fetch images whose http or https URL is given, of up to 64 MiB and within 30
             seconds. Whoever chooses the URLs then reaches what this machine can reach.
+        features: compute features in the same pass, for `embed` and batches of Ray Data; True for
+            what the model's own classifier receives. Those of an earlier stage come without labels.
+            Without it, `embed` opens the model a second time.
         verify: see `cvt.runtime.open_runtime`.
 
     Attributes:
@@ -103,6 +114,8 @@ class Classifier:
         [['label', 'score'], ['label', 'score']]
         >>> len(list(classifier.stream([image] * 3, workers=0)))
         3
+        >>> classifier.embed([image] * 3).shape
+        (3, 128)
     """
 
     def __init__(
@@ -119,6 +132,7 @@ class Classifier:
         max_pixels: int | None = None,
         tta: str | None = None,
         allow_urls: bool = False,
+        features: bool | FeatureSettings = False,
         verify: bool = True,
     ) -> None:
         check_counts(batch_size=batch_size)
@@ -132,11 +146,16 @@ class Classifier:
             max_pixels=max_pixels,
             tta=tta,
             allow_urls=allow_urls,
+            features=features,
             verify=verify,
         )
         given: Any = model
         source = given if is_classifier(given) else model_source(given)
-        self.runtime = open_runtime(source, runtime, precision, device, threads, verify=verify)
+        how = (source, runtime, precision, device, threads)
+        self._open: Callable[..., Runtime] = partial(open_runtime, *how, verify=verify)
+        self.with_features = bool(features)
+        wanted = FeatureSettings() if features is True else features or None
+        self.runtime = self._open(features=wanted)
         self.processor = (
             load_preprocessing(source, self.runtime.config)
             if processor is None
@@ -205,14 +224,98 @@ class Classifier:
             TypeError: something is no image at all, or an argument is of a wrong type.
             ValueError: an argument is illegal, or a URL is not allowed.
         """
-        if isinstance(images, str | os.PathLike):
-            if isinstance(images, str) and is_content(images):
-                decode(images)  # raises
-            sources: Iterator[Source] = find_images([os.fspath(images)])
-        else:
-            sources = map(self._source, images)
-        results = self._predict(sources, top_k, batch_size, workers)
+        results = self._predict(self._sources(images), top_k, batch_size, workers)
         return (_streamed(result) for result in results)
+
+    def embed(self, images: Any, *, normalize: bool = False) -> np.ndarray:
+        """The features of images: what the model's own classifier receives.
+
+        Args:
+            images: an image, or a list of images.
+            normalize: scale each row to length 1, so that the product of two is their cosine.
+
+        Returns:
+            (N, C) in float32, a row for each image.
+
+        Raises:
+            ImageError: as a call does.
+            TypeError: likewise.
+            ValueError: a URL is given and not allowed, or the model is an export without features.
+        """
+        several = isinstance(images, list | tuple)
+        rows = []
+        sources = map(self._source, images if several else [images])
+        for result in self._embed(sources, normalize=normalize):
+            if result.features is None:
+                raise ImageError(result.error)
+            rows.append(result.features)
+        return np.stack(rows) if rows else np.empty((0, self._width), np.float32)
+
+    def embed_stream(
+        self,
+        images: str | os.PathLike | Iterable[Any],
+        batch_size: int | None = None,
+        workers: int = 1,
+        *,
+        normalize: bool = False,
+    ) -> Iterator[dict[str, Any]]:
+        """The features of any number of images, one batch after the other, in their order.
+
+        Args:
+            images: as in `stream`.
+            batch_size: likewise.
+            workers: likewise.
+            normalize: as in `embed`.
+
+        Returns:
+            An iterator of `{"path", "features"}`, with features (C,), or of `{"path", "error"}` for
+            an image that cannot be used.
+
+        Raises:
+            FileNotFoundError: as in `stream`.
+            TypeError: likewise.
+            ValueError: likewise, or the model is an export without features.
+        """
+        results = self._embed(self._sources(images), batch_size, workers, normalize)
+        return (
+            {"path": str(result.path), "error": result.error}
+            if result.features is None
+            else {"path": str(result.path), FEATURES: result.features}
+            for result in results
+        )
+
+    @cached_property
+    def _embedder(self) -> "Runtime":
+        """What computes features."""
+        if self.runtime.feature_settings:
+            return self.runtime
+        return self._open(features=FeatureSettings())
+
+    @property
+    def _width(self) -> int:
+        runtime = self._embedder
+        assert runtime.feature_settings
+        return runtime.feature_settings.width(runtime.config)
+
+    def _sources(self, images: str | os.PathLike | Iterable[Any]) -> Iterator[Source]:
+        """The images of a stream."""
+        if not isinstance(images, str | os.PathLike):
+            return map(self._source, images)
+        if isinstance(images, str) and is_content(images):
+            decode(images)  # raises
+        return find_images([os.fspath(images)])
+
+    def _embed(
+        self,
+        sources: Iterable[Source],
+        batch_size: int | None = None,
+        workers: int = 0,
+        normalize: bool = False,
+    ) -> Iterator[Result]:
+        size = self.batch_size if batch_size is None else batch_size
+        check_counts(batch_size=size, workers=workers)
+        settings = (size, workers, self.exact, self.max_pixels, self.tta, normalize)
+        return embed(self._embedder, self.processor, sources, *settings)
 
     def _predict(
         self,
@@ -230,7 +333,7 @@ class Classifier:
         return image_source(image, self.allow_urls)
 
     def _with_columns(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch of Ray Data with the columns `label`, `score` and `error`.
+        """A batch of Ray Data with the columns `label`, `score` and `error`, and `features`.
 
         Strings are Arrow's: of objects, Ray would take the type from the values, and tables of good
         images alone and of bad ones alone would differ.
@@ -238,7 +341,10 @@ class Classifier:
         require("a batch of Ray Data", "pyarrow", extra="ray")
         import pyarrow
 
-        if taken := [name for name in ("label", "score", "error") if name in batch]:
+        has_labels = LOGITS in self.runtime.outputs
+        names = [*(("label", "score") if has_labels else ()), "error"]
+        names += [FEATURES] if self.with_features else []
+        if taken := [name for name in names if name in batch]:
             raise ValueError(
                 f"the batch has a column {', '.join(taken)} already: rename or drop it before"
             )
@@ -248,16 +354,18 @@ class Classifier:
                 f"the batch has the columns {', '.join(batch)}: expected image (arrays or structs "
                 "of bytes and path) or bytes"
             )
-        results = list(self._predict(map(self._cell, batch[name]), top_k=1))
-        best = [result if isinstance(result, Prediction) else None for result in results]
-        return {
-            **batch,
-            "label": pyarrow.array([b and b.labels[0] for b in best], pyarrow.string()),
-            "score": np.array([b.scores[0] if b else np.nan for b in best]),
-            "error": pyarrow.array(
-                [getattr(result, "error", None) for result in results], pyarrow.string()
-            ),
-        }
+        cells = map(self._cell, batch[name])
+        results: list[Any] = [*(self._predict(cells, 1) if has_labels else self._embed(cells))]
+        columns: dict[str, Any] = {}
+        if has_labels:
+            best = [result if isinstance(result, Prediction) else None for result in results]
+            columns["label"] = pyarrow.array([b and b.labels[0] for b in best], pyarrow.string())
+            columns["score"] = np.array([b.scores[0] if b else np.nan for b in best])
+        if self.with_features:
+            row = pyarrow.list_(pyarrow.float32(), self._width)
+            columns[FEATURES] = pyarrow.array([result.features for result in results], row)
+        errors = [getattr(result, "error", None) for result in results]
+        return {**batch, **columns, "error": pyarrow.array(errors, pyarrow.string())}
 
     def _cell(self, cell: Any) -> Source:
         """The image in a cell; an empty one is an image that cannot be decoded."""

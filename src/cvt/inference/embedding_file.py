@@ -20,12 +20,16 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
+from cvt.checkpoints import ModelSource
 from cvt.files import read_json, staged
+from cvt.inference.predict import Result
+from cvt.inference.result_file import ROWS, Record, RowFile
 from cvt.libraries import require
+from cvt.runtime.base import Runtime
+from cvt.text import utf8
 
 SUFFIXES = (".parquet", ".npz", ".npy")
 ABOUT = b"cvt"  # the key in a parquet file's metadata
-ROWS = 8192  # that are in memory at a time, and in a row group of a parquet file
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,7 @@ class Embeddings:
         values: (N, C) in float32, a row for each image.
         paths: of the images; of an image in a table or an archive, its name there.
         labels: the class of each image, None where it is unknown.
-        about: what computed them: `model` and its `sha256`, `stage`, `pool`, `normalize`,
-            `image_size`, `runtime`, `precision` and the version of this package; empty where other
-            software wrote the file.
+        about: what computed them, see `about_run`; empty where other software wrote the file.
 
     Example:
         >>> import numpy as np
@@ -54,6 +56,32 @@ class Embeddings:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+
+def about_run(
+    source: ModelSource, runtime: Runtime, processor: Any, normalize: bool = False
+) -> dict[str, Any]:
+    """What `Embeddings` and `EmbeddingFile` keep of what computes features.
+
+    Args:
+        source: the model.
+        runtime: opened with features.
+        processor: the image processor.
+        normalize: whether the features of an image have length 1.
+    """
+    features = runtime.feature_settings
+    assert features
+    return {
+        "model": source.name,
+        "sha256": source.sha256,
+        "stage": features.stage,
+        "pool": features.pool,
+        "normalize": normalize,
+        "width": features.width(runtime.config),
+        "image_size": getattr(processor, "image_size", None),
+        "runtime": runtime.name,
+        "precision": runtime.precision,
+    }
 
 
 class Rows(NamedTuple):
@@ -177,6 +205,41 @@ def _read_npy(path: Path) -> Embeddings:
 # ------------------------------------------------------------------------------ writing
 
 
+class EmbeddingFile(RowFile):
+    """The file of a run's embeddings, which a run continues after an interruption.
+
+    The settings that `missing` gets become `about`.
+
+    Args:
+        target: ends in .parquet, .npz or .npy.
+        resume: as in `cvt.inference.result_file.ResultFile`.
+        overwrite: likewise.
+
+    Raises:
+        ValueError: it has another suffix.
+        ImportError: pyarrow, for a parquet file, is not installed.
+        FileExistsError: as in `ResultFile`.
+    """
+
+    def __init__(self, target: Path, resume: bool = False, overwrite: bool = False) -> None:
+        check_suffix(target)
+        super().__init__(target, resume, overwrite, files_of(target)[1:])
+
+    def _row(self, result: "tuple[Result, str | None]") -> tuple[Record, np.ndarray]:
+        found, label = result
+        assert found.features is not None
+        return {"path": str(found.path), "label": label}, found.features
+
+    def _complete(self) -> None:
+        def rows() -> Iterator[Rows]:
+            for records, values in self.rows():
+                paths, labels = ([record[name] for record in records] for name in ("path", "label"))
+                yield Rows(paths, labels, values)
+
+        files = [self.part / target.name for target in self.targets]
+        write_rows(files, self.settings, (self.count, self.width), rows)
+
+
 def write_embeddings(embeddings: Embeddings, path: str | Path, overwrite: bool = False) -> None:
     """Write a file that `read_embeddings` reads; it appears when it is complete.
 
@@ -246,8 +309,8 @@ def _write_parquet(
         for paths, labels, values in rows():
             numbers = pyarrow.array(np.ascontiguousarray(values).reshape(-1))
             of_rows = [
-                pyarrow.array(map(_utf8, paths), text),
-                pyarrow.array([label and _utf8(label) for label in labels], text),
+                pyarrow.array(map(utf8, paths), text),
+                pyarrow.array([label and utf8(label) for label in labels], text),
                 pyarrow.FixedSizeListArray.from_arrays(numbers, shape[1]),
             ]
             writer.write_table(pyarrow.table(of_rows, schema=schema))
@@ -261,7 +324,7 @@ def _write_npz(
 ) -> None:
     def texts(column: int) -> Iterator[list[str]]:
         for row in rows():
-            yield [_utf8(text or "") for text in row[column]]
+            yield [utf8(text or "") for text in row[column]]
 
     with zipfile.ZipFile(files[0], "w") as archive:
         with _member(archive, "features", np.dtype(np.float32), shape) as file:
@@ -306,7 +369,7 @@ def _write_npy(
             between = ""
             for row in rows():
                 table.write(
-                    between + json.dumps([text and _utf8(text) for text in row[column]])[1:-1]
+                    between + json.dumps([text and utf8(text) for text in row[column]])[1:-1]
                 )
                 between = ", "
             table.write("]")
@@ -317,8 +380,3 @@ def _write_header(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> N
     """The header of an array in numpy's format."""
     described = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     npy.write_array_header_1_0(file, described)
-
-
-def _utf8(text: str) -> str:
-    """A path as other software can read it: a byte that is no UTF-8 becomes an escape."""
-    return text.encode("utf-8", "backslashreplace").decode()

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice, tee
 from pathlib import Path
@@ -24,6 +24,7 @@ from cvt.data.workers import computed_ahead
 from cvt.files import check_path
 from cvt.problem_type import MULTI_LABEL, REGRESSION
 from cvt.runtime.base import PixelError, Runtime
+from cvt.runtime.features import LOGITS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,11 +38,15 @@ BLANK = Image.new("RGB", (32, 32), "grey")  # in the place of what cannot be dec
 
 @dataclass(frozen=True)
 class Result:
-    """What became of an image: logits, (K,) in float32, or the reason for none."""
+    """What became of an image: logits, (K,) in float32, or the reason for none.
+
+    Where the runtime computes features, these too, (C,); those of an earlier stage come alone.
+    """
 
     path: Source
     logits: np.ndarray | None = None
     error: str | None = None
+    features: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,9 @@ class Prediction:
         are_values: whether the scores are values of a regression.
         has: which of the classes the image has: their scores reach the model's thresholds. None
             of a model that has none, which gives one class or values.
+        logits: of all classes, (K,), in the model's order.
+        probabilities: the scores of all classes, likewise.
+        features: of the image, (C,), where the runtime computes them.
     """
 
     path: Source
@@ -62,6 +70,9 @@ class Prediction:
     scores: list[float]
     are_values: bool = False
     has: list[bool] | None = None
+    logits: np.ndarray | None = field(default=None, compare=False, repr=False)
+    probabilities: np.ndarray | None = field(default=None, compare=False, repr=False)
+    features: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -139,6 +150,7 @@ def classify(
     max_pixels: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     tta: str | None = None,
+    needed: str = LOGITS,
 ) -> Iterator[Result]:
     """Classify images, batch by batch, in their order.
 
@@ -165,11 +177,12 @@ def classify(
         interrupted: whether to give up while a worker is stuck.
         tta: test-time augmentation. "flip": an image and its mirror image; "five-crop": the centre
             and the four corners of the resized image. All views of a batch run at once, and the
-            scores of an image are the mean of those of its views.
+            scores of an image are the mean of those of its views, and so are its features.
+        needed: what the runtime must compute, `logits` or `features`.
 
     Raises:
         ValueError: the processor is not for decoded images; names its setting. `tta` is none of
-            these, or the processor crops nothing.
+            these, or the processor crops nothing. The runtime does not compute what is needed.
         Interrupted: `interrupted` was true, and `POLL_SECONDS` passed without a batch.
     """
     runtime = runtime_of(model)
@@ -183,16 +196,23 @@ def classify(
         if tta == "flip":
             pixels = np.concatenate([pixels, pixels[..., ::-1]])
         try:
-            of_views = runtime(pixels, preprocessed=True)
+            outputs = runtime.run(pixels, True, needed)
         except PixelError as refusal:
             if preprocessing.do_resize:
                 raise
             yield Result(batch[0], error=errors[0] or f"{batch[0]}: {refusal}")
             continue
-        of_views = of_views.reshape(-1, len(batch), of_views.shape[1])  # (V, B, K)
-        batch_logits = mean_of_views(of_views, runtime.config) if tta else of_views[0]
-        for source, error, logits in zip(batch, errors, batch_logits, strict=True):
-            yield Result(source, error=error) if error else Result(source, logits)
+        for name, values in outputs.items():
+            of_views = values.reshape(-1, len(batch), values.shape[1])  # (V, B, K)
+            if not tta:
+                outputs[name] = of_views[0]
+            elif name == LOGITS:
+                outputs[name] = mean_of_views(of_views, runtime.config)
+            else:
+                outputs[name] = of_views.mean(axis=0)
+        for i, (source, error) in enumerate(zip(batch, errors, strict=True)):
+            found = {} if error else {name: values[i] for name, values in outputs.items()}
+            yield Result(source, error=error, **found)
 
 
 def with_crops(preprocessing: AnyPreprocessing, tta: str | None) -> AnyPreprocessing:
@@ -378,4 +398,9 @@ def predict(
             has = reached[best[:count]].tolist()
         best = best[:count]
         labels = [names[i] for i in best.tolist()]
-        yield Prediction(result.path, labels, found[best].tolist(), are_values, has)
+        yield Prediction(
+            *(result.path, labels, found[best].tolist(), are_values, has),
+            logits=result.logits,
+            probabilities=found,
+            features=result.features,
+        )

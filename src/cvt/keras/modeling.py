@@ -401,13 +401,7 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
             return_dict=True,
             training=training,
         )
-        tokens = output.cls_token_value  # (B, 1, C)
-        if tokens is None:
-            image = output.last_hidden_state
-            tokens = image if self.data_format == "channels_last" else to_channels_last(image)
-            _, H, W, C = ops.shape(tokens)
-            tokens = ops.reshape(tokens, (-1, H * W, C))
-        logits = ops.mean(self.layernorm(tokens), axis=1)
+        logits = self.pooled(output)
         if self.classifier is not None:
             logits = self.classifier(logits)  # (B, K)
         output = TFImageClassifierOutput(
@@ -418,6 +412,16 @@ class TFCvtForImageClassification(TFCvtPreTrainedModel):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def pooled(self, output: TFCvtModelOutput) -> Any:
+        """Return the features that the classifier receives, (B, C), of the output of `cvt`."""
+        tokens = output.cls_token_value  # (B, 1, C)
+        if tokens is None:
+            image = output.last_hidden_state
+            tokens = image if self.data_format == "channels_last" else to_channels_last(image)
+            _, H, W, C = ops.shape(tokens)
+            tokens = ops.reshape(tokens, (-1, H * W, C))
+        return ops.mean(self.layernorm(tokens), axis=1)
 
     def compile(
         self, optimizer: Any = "rmsprop", loss: Any = None, metrics: Any = None, **kwargs: Any

@@ -1,4 +1,4 @@
-"""One interface over what runs a classifier: pixels in, logits out."""
+"""One interface over what runs a classifier: pixels in, logits and features out."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cvt.libraries import is_installed
 from cvt.limits import check_counts
+from cvt.runtime.features import FeatureSettings as FeatureSettings
 
 if TYPE_CHECKING:
     from cvt.checkpoints import ModelSource
@@ -49,6 +50,7 @@ def open_runtime(
     *,
     images: int | None = None,
     verify: bool = True,
+    features: FeatureSettings | None = None,
 ) -> "Runtime":
     """Make a classifier ready to run.
 
@@ -69,6 +71,8 @@ def open_runtime(
             many only.
         verify: compare the files of an export or a model folder with the SHA-256 that were written
             with them; reading takes about a second for each GB.
+        features: compute them in the same pass; the last stage's beside the logits, an earlier
+            stage's in their place. An export has those that it was written with, asked or not.
 
     Raises:
         TypeError: an argument is of a wrong type; names it.
@@ -100,9 +104,12 @@ def open_runtime(
             )
     if threads is not None:
         check_counts(threads=threads)
+    if features is not None and not isinstance(features, FeatureSettings):
+        raise TypeError(f"features is of type {type(features).__name__}: must be FeatureSettings")
     given: Any = source
     opened = given if is_classifier(given) else model_source(given)
     if isinstance(opened, ModelSource) and opened.is_export:
-        return open_export(opened.path, runtime, precision, device, threads, verify)
+        how = (runtime, precision, device, threads)
+        return open_export(opened.path, *how, verify, features)
     chosen = (runtime, precision or "fp32", device, threads)
-    return open_model(opened, *chosen, images=images, verify=verify)
+    return open_model(opened, *chosen, images=images, verify=verify, features=features)

@@ -1,16 +1,17 @@
-"""Pixels in, logits out: what every runtime promises, and the pixels that none takes."""
+"""Pixels in, logits and features out: what every runtime promises, and pixels that none takes."""
 
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from cvt.architecture import Architecture
 from cvt.data.preprocessing import LARGEST
+from cvt.runtime.features import FEATURES, LOGITS, FeatureSettings, output_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,9 @@ class Runtime(ABC):
         threads: that compute; None where that is left to the library.
         image_size: the one height and width that it takes, in pixels; None if any.
         single: whether what it runs takes one image at a time; callers need not mind.
+        feature_settings: which features it computes beside or in place of the logits; None if it
+            computes none.
+        outputs: what it computes: `logits`, `features` or both.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Runtime(ABC):
         threads: int | None = None,
         image_size: tuple[int, int] | None = None,
         single: bool = False,
+        features: FeatureSettings | None = None,
     ) -> None:
         self.config = config
         self.minimum_image_size = config.minimum_image_size
@@ -65,6 +70,8 @@ class Runtime(ABC):
         self.threads = threads
         self.image_size = image_size
         self.single = single
+        self.feature_settings = features.of(config) if features else None
+        self.outputs = output_names(config, self.feature_settings)
 
     @property
     def describe(self) -> str:
@@ -83,25 +90,58 @@ class Runtime(ABC):
 
         Raises:
             PixelError: they are something else; names what was expected.
-            ValueError: the model has another number of classes than its configuration.
+            ValueError: the model has another number of classes than its configuration, or the
+                runtime computes the features of an earlier stage alone.
         """
+        return self.run(pixels, preprocessed, LOGITS)[LOGITS]
+
+    def features(self, pixels: Pixels, preprocessed: bool = False) -> Pixels:
+        """The features, (B, C) in float32, of pixels; arguments and errors as in `__call__`.
+
+        Raises:
+            ValueError: it was opened without features, or is of an export that has none.
+        """
+        return self.run(pixels, preprocessed, FEATURES)[FEATURES]
+
+    def run(self, pixels: Pixels, preprocessed: bool = False, *needed: str) -> dict[str, Pixels]:
+        """All that it computes of pixels in one pass, by the names in `outputs`.
+
+        Args:
+            pixels: as in `__call__`.
+            preprocessed: likewise.
+            needed: outputs that there must be.
+
+        Raises:
+            ValueError: there is no such output; else as in `__call__`.
+        """
+        for name in needed:
+            if name not in self.outputs:
+                raise ValueError(
+                    "the runtime computes no features: it was opened without `features`"
+                    if name == FEATURES
+                    else "the runtime computes the features of an earlier stage alone, no logits"
+                )
         array = self.checked(pixels, preprocessed)
         images = 1 if self.single else self.images_at_once(array)
         whole = len(array) // images * images
         bounds = [*range(0, whole, images), *range(whole, len(array) + 1)]
-        logits = np.concatenate([self._run(array[i:j]) for i, j in pairwise(bounds)])
+        parts = [self._run(array[i:j]) for i, j in pairwise(bounds)]
+        columns = map(np.concatenate, zip(*parts, strict=True))
+        found: dict[str, Any] = dict(zip(self.outputs, columns, strict=True))
         classes = self.config.num_labels
-        if classes and logits.shape[1] != classes:  # of none, the logits are the features
+        if LOGITS in found and classes and found[LOGITS].shape[1] != classes:
             raise ValueError(
-                f"the model has {logits.shape[1]} classes, and its configuration has {classes}"
+                f"the model has {found[LOGITS].shape[1]} classes, and its configuration has "
+                f"{classes}"
             )
         if isinstance(pixels, np.ndarray):
-            return cast(Pixels, logits)
-        return sys.modules["torch"].from_numpy(logits)  # whoever has a tensor has imported it
+            return found
+        to_tensor = sys.modules["torch"].from_numpy  # whoever has a tensor has imported it
+        return {name: to_tensor(values) for name, values in found.items()}
 
     @abstractmethod
-    def _run(self, pixels: np.ndarray) -> np.ndarray:
-        """The logits, (B, K) in float32, of checked pixels in float32, contiguous."""
+    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The `outputs`, (B, …) each in float32, of checked pixels in float32, contiguous."""
 
     def check_graph(self, path: Path, shape: Sequence[int | None]) -> None:
         """Make sure that an exported graph takes the pixels that export.json and config.json list.

@@ -23,6 +23,7 @@ from cvt.files import (
     write_checksums,
 )
 from cvt.libraries import version_of
+from cvt.runtime.features import FeatureSettings
 
 logger = logging.getLogger(__name__)
 CACHE_BYTES = 2 * 2**30  # of all entries; those that were not used for longest go first
@@ -89,15 +90,18 @@ def _folders() -> Iterator[Path]:
 class GraphCache:
     """The converted graphs of a model.
 
-    An entry is found by the SHA-256 of the model's files, the image size, the processor and the
-    versions of this package, PyTorch and OpenVINO. Where nothing can be written, nothing is kept.
+    An entry is found by the SHA-256 of the model's files, the features that it gives, the image
+    size, the processor and the versions of this package, PyTorch and OpenVINO. Where nothing can be
+    written, nothing is kept.
 
     Args:
         source: the model, a folder or a file.
+        features: that the graphs give, see `FeatureSettings.of`.
     """
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, source: ModelSource, features: FeatureSettings | None = None) -> None:
         self.name = source.name
+        self.outputs = {"features": f"stage {features.stage}, {features.pool}"} if features else {}
         files = [source.path] if source.kind == "file" else weight_files(source.path)
         config = source.path / "config.json"
         self.files = {file.name: sha256(file) for file in [*files, config] if file.is_file()}
@@ -110,6 +114,7 @@ class GraphCache:
             "processor": f"{platform.machine()} {platform.processor()}".strip(),
             "cvt-vision": __version__,
             **libraries,
+            **self.outputs,
         }
 
     def _folder(self, image_size: tuple[int, int]) -> Path:

@@ -1,6 +1,7 @@
 """A fused classifier as a graph that other software runs: torch.export, ONNX, OpenVINO.
 
-The graph takes `pixel_values`, (B, C, H, W), and gives `logits`, (B, K), both in float32.
+The graph takes `pixel_values`, (B, C, H, W), and gives `logits`, (B, K), and `features`, (B, C'),
+where they are asked for, all in float32.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,7 +15,8 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from cvt.libraries import quiet
-from cvt.runtime.fused import FusedCvt
+from cvt.runtime.features import LOGITS, FeatureSettings
+from cvt.runtime.fused import FusedCvt, Outputs
 
 if TYPE_CHECKING:
     import onnx
@@ -38,7 +40,10 @@ class Logits(nn.Module):
 
 @torch.no_grad()
 def torch_graph(
-    model: FusedCvt, image_size: tuple[int, int], dynamic: Collection[str] = ("batch", "size")
+    model: FusedCvt,
+    image_size: tuple[int, int],
+    dynamic: Collection[str] = ("batch", "size"),
+    features: FeatureSettings | None = None,
 ) -> ExportedProgram:
     """The classifier captured by torch.export.
 
@@ -48,7 +53,9 @@ def torch_graph(
             that is dynamic.
         dynamic: what may differ from image to image: `batch`, `size`, both or neither. Without
             `batch`, the graph takes one image.
+        features: which features it gives beside the logits, or in their place.
     """
+    captured = Outputs(model, features.of(model.config)) if features else Logits(model)
     # torch.export takes a one for a constant, be it a batch or the side of a grid of keys.
     config, batch = model.config, 2 if "batch" in dynamic else 1
     if "size" in dynamic:
@@ -59,7 +66,7 @@ def torch_graph(
     size_dims = {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if "size" in dynamic else {}
     shapes = {"pixel_values": batch_dims | size_dims}
     with quiet():
-        program = torch.export.export(Logits(model).eval(), (example,), dynamic_shapes=shapes)
+        program = torch.export.export(captured.eval(), (example,), dynamic_shapes=shapes)
     least = config.minimum_image_size
     without_guards(program, (1, config.num_channels, least, least))
     return program
@@ -82,8 +89,12 @@ def without_guards(program: ExportedProgram, smallest: Sequence[int]) -> None:
             program.range_constraints[size.node.expr] = ValueRanges(least, int_oo)
 
 
-def onnx_graph(program: ExportedProgram) -> "onnx.ModelProto":
+def onnx_graph(program: ExportedProgram, outputs: Sequence[str] = (LOGITS,)) -> "onnx.ModelProto":
     """The same in ONNX; what may differ is named `batch`, `height` and `width` in it.
+
+    Args:
+        program: what `torch_graph` returned.
+        outputs: the names of what it gives.
 
     Raises:
         ImportError: onnxscript is not installed.
@@ -94,7 +105,7 @@ def onnx_graph(program: ExportedProgram) -> "onnx.ModelProto":
         converted = torch.onnx.export(
             program,
             input_names=["pixel_values"],
-            output_names=["logits"],
+            output_names=list(outputs),
             dynamic_shapes={"pixel_values": dynamic},
             verbose=False,
         )
@@ -105,8 +116,10 @@ def onnx_graph(program: ExportedProgram) -> "onnx.ModelProto":
     return graph
 
 
-def openvino_graph(program: ExportedProgram) -> "openvino.Model":
-    """The same in OpenVINO.
+def openvino_graph(
+    program: ExportedProgram, outputs: Sequence[str] = (LOGITS,)
+) -> "openvino.Model":
+    """The same in OpenVINO; arguments as in `onnx_graph`.
 
     Raises:
         ImportError: openvino is not installed.
@@ -117,7 +130,8 @@ def openvino_graph(program: ExportedProgram) -> "openvino.Model":
     with quiet():
         graph = openvino.convert_model(program, input=[shape])
     graph.inputs[0].set_names({"pixel_values"})
-    graph.outputs[0].set_names({"logits"})
+    for output, name in zip(graph.outputs, outputs, strict=True):
+        output.set_names({name})
     return graph
 
 

@@ -16,6 +16,7 @@ from torch.utils._sympy import functions
 from cvt.architecture import Architecture
 from cvt.runtime.base import Runtime
 from cvt.runtime.capture import pixel_shape
+from cvt.runtime.features import FeatureSettings
 
 # The files of an archive, below the folder that holds all of them.
 MEMBERS = re.compile(
@@ -54,8 +55,9 @@ class ExportedRuntime(Runtime):
         threads: int | None = None,
         image_size: tuple[int, int] | None = None,
         single: bool = False,
+        features: FeatureSettings | None = None,
     ) -> None:
-        super().__init__(config, precision, device, threads, image_size, single)
+        super().__init__(config, precision, device, threads, image_size, single, features)
         if threads is not None:
             torch.set_num_threads(threads)
         check(path)
@@ -71,9 +73,9 @@ class ExportedRuntime(Runtime):
         self.graph = program.graph_module
 
     @torch.no_grad()
-    def _run(self, pixels: np.ndarray) -> np.ndarray:
-        (logits,) = self.graph(*self.weights, torch.from_numpy(pixels).to(self.device))
-        return logits.cpu().numpy()
+    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+        outputs = self.graph(*self.weights, torch.from_numpy(pixels).to(self.device))
+        return tuple(each.cpu().numpy() for each in outputs)
 
 
 def check(path: Path) -> None:

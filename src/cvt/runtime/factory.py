@@ -15,6 +15,7 @@ from cvt.libraries import is_installed, require
 from cvt.runtime import OF_EXPORTS, available
 from cvt.runtime.base import Runtime
 from cvt.runtime.cache import GraphCache
+from cvt.runtime.features import FEATURES, FeatureSettings
 from cvt.runtime.manifest import FORMATS, Manifest
 from cvt.runtime.onnx_runtime import OnnxRuntime
 from cvt.runtime.openvino_runtime import OpenVinoRuntime, computes, demand
@@ -41,6 +42,7 @@ def open_model(
     threads: int | None,
     images: int | None = None,
     verify: bool = True,
+    features: FeatureSettings | None = None,
 ) -> Runtime:
     """A runtime of a model that is loaded, or to be loaded."""
     if precision == "int8":
@@ -54,7 +56,8 @@ def open_model(
         )
     device = _device(device, runtime)
     named = source if isinstance(source, ModelSource) else None
-    kept = _kept(named) if named and runtime in ("auto", "openvino") and device == "cpu" else None
+    may_be_kept = named and runtime in ("auto", "openvino") and device == "cpu"
+    kept = _kept(named, features) if named and may_be_kept else None
     if runtime == "auto":
         runtime = fastest(device, precision, images, is_converted=bool(kept and kept.is_ready))
     if runtime == "openvino" and named and kept:
@@ -63,27 +66,28 @@ def open_model(
         fused = cache(partial(_fused, named, "fp32", verify))
         if not kept.is_ready:  # it will be converted: what is wrong with it is reported now
             fused()
-        return OpenVinoRuntime.from_source(kept.config, fused, kept.graphs, precision, threads)
+        converted = (kept.graphs, precision, threads, features)
+        return OpenVinoRuntime.from_source(kept.config, fused, *converted)
     from cvt.runtime import torch_runtime
 
+    how = (precision, device, threads)
     if runtime == "fused" and named:
-        how = (precision, device, threads)
-        return torch_runtime.FusedRuntime(_fused(named, precision, verify), *how)
+        return torch_runtime.FusedRuntime(_fused(named, precision, verify), *how, features)
     from cvt.checkpoints import load_classifier
 
     model: Any = load_classifier(named, verify=verify) if named else source
     torch_runtime.refuse_offloaded(model)
     model.eval()
     if runtime == "openvino":
-        return OpenVinoRuntime.from_model(model, precision, threads)
+        return OpenVinoRuntime.from_model(model, precision, threads, features)
     if runtime == "onnxruntime":
-        return OnnxRuntime.from_model(model, precision, device, threads)
+        return OnnxRuntime.from_model(model, *how, features)
     if runtime == "fused":
-        return torch_runtime.FusedRuntime(model, precision, device, threads)
+        return torch_runtime.FusedRuntime(model, *how, features)
     if runtime == "compiled":
-        return torch_runtime.CompiledRuntime(model, precision, device, threads)
+        return torch_runtime.CompiledRuntime(model, *how, features)
     is_copied = named is None
-    return torch_runtime.TorchRuntime.from_model(model, precision, device, threads, is_copied)
+    return torch_runtime.TorchRuntime.from_model(model, *how, is_copied, features)
 
 
 class _Kept(NamedTuple):
@@ -100,7 +104,7 @@ class _Kept(NamedTuple):
     is_ready: bool
 
 
-def _kept(source: ModelSource) -> _Kept | None:
+def _kept(source: ModelSource, features: FeatureSettings | None) -> _Kept | None:
     """The converted graphs of a model; None if it is no plain folder, or there is no OpenVINO."""
     if source.kind != "folder" or not source.has_weights or not available("openvino"):
         return None
@@ -109,7 +113,7 @@ def _kept(source: ModelSource) -> _Kept | None:
         side = _image_size(source, config)
     except (OSError, ValueError):  # loading the model raises it again
         return None
-    graphs = GraphCache(source)
+    graphs = GraphCache(source, features and features.of(config))
     is_ready = side is not None and graphs.find((side, side)) is not None
     return _Kept(config, graphs, is_ready)
 
@@ -141,8 +145,9 @@ def open_export(
     device: str,
     threads: int | None,
     verify: bool = True,
+    features: FeatureSettings | None = None,
 ) -> Runtime:
-    """The runtime of an exported folder."""
+    """The runtime of an exported folder; it computes the features that the export has."""
     manifest = Manifest.read(folder)
     own = FORMATS[manifest.format]
     if runtime not in ("auto", own):
@@ -158,7 +163,18 @@ def open_export(
         manifest.verify(folder)
     config = ClassifierConfig.from_file(folder / "config.json")
     size = None if "size" in manifest.dynamic else manifest.image_size
-    rest: Any = (threads, size, "batch" not in manifest.dynamic)
+    own_features = FeatureSettings() if FEATURES in manifest.outputs else None
+    if features and not own_features:
+        raise ValueError(
+            f"{folder} is an export without features: write one with `cvt export --features`, or "
+            "name the model itself"
+        )
+    if features and own_features and features.of(config) != own_features.of(config):
+        raise ValueError(
+            f"{folder} has the features of the last stage alone, by its own pooling: name the "
+            "model itself for others"
+        )
+    rest: Any = (threads, size, "batch" not in manifest.dynamic, own_features)
     graph, precision = folder / manifest.file, precision or manifest.precision
     for file in sorted([*folder.glob(f"{graph.stem}.*"), *graph.rglob("*")]):  # model.bin, too
         if fault := pointer_fault(file):

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
 
 from cvt.architecture import Architecture, StageConfig, check_queries, checked_pixels
+from cvt.runtime.features import LOGITS, FeatureSettings, output_names, pooled
 from cvt.views import channels_last, split_tokens, to_heads, to_image, to_tokens
 
 if TYPE_CHECKING:
@@ -393,6 +394,29 @@ class FusedCvt(nn.Module):
         return image
 
     @torch.no_grad()
+    def outputs(self, pixel_values: Tensor, settings: FeatureSettings) -> tuple[Tensor, ...]:
+        """Logits and features of a classifier in one pass, see `cvt.runtime.features.pooled`.
+
+        Args:
+            pixel_values: normalised images, (B, C, H, W).
+            settings: of this model, see `FeatureSettings.of`.
+        """
+        image = checked_pixels(pixel_values, self.config.num_channels, self.minimum_image_size)
+        image = channels_last(image.to(self.dtype))
+        for number, stage in enumerate(cast(Iterable[FusedStage], self.stages), start=1):
+            grid, by_token = stage.grid(image), settings.pool == "cls"
+            if number == settings.stage:
+                break
+            (x,) = stage.in_parts(image, False, False)
+            image = to_image(split_tokens(x, grid)[1], grid)
+        (x,) = stage.in_parts(image, False, by_token)
+        class_token, tokens = (x, x) if by_token else split_tokens(x, grid)
+        norm = self.layernorm if stage is self.stages[-1] else nn.Identity()
+        has_logits = LOGITS in output_names(self.config, settings)
+        classifier = self.classifier if has_logits else None
+        return pooled(settings, class_token, tokens, norm, classifier)
+
+    @torch.no_grad()
     def forward(
         self,
         pixel_values: Tensor,
@@ -438,6 +462,24 @@ class FusedCvt(nn.Module):
         if return_dict and self.output is not None:
             return self.output(**values)
         return tuple(value for value in values.values() if value is not None)
+
+
+class Outputs(nn.Module):
+    """Pixels in, logits and features out, in float32.
+
+    Args:
+        model: a fused classifier.
+        settings: of the features, see `FeatureSettings.of`.
+    """
+
+    def __init__(self, model: FusedCvt, settings: FeatureSettings) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, H, W) to (B, K) and (B, C')."""
+        return tuple(each.float() for each in self.model.outputs(pixel_values, self.settings))
 
 
 def refuse_offloaded(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from cvt.architecture import Architecture
 from cvt.libraries import require, silence_stderr
 from cvt.runtime.base import Runtime
+from cvt.runtime.features import FeatureSettings
 
 
 class LiteRtRuntime(Runtime):
@@ -21,6 +22,7 @@ class LiteRtRuntime(Runtime):
         threads: that compute; the processor's cores by default.
         image_size: as in `Runtime`.
         single: as in `Runtime`.
+        features: as in `OnnxRuntime`.
 
     Raises:
         ImportError: ai-edge-litert is not installed.
@@ -38,8 +40,9 @@ class LiteRtRuntime(Runtime):
         threads: int | None = None,
         image_size: tuple[int, int] | None = None,
         single: bool = False,
+        features: FeatureSettings | None = None,
     ) -> None:
-        super().__init__(config, precision, "cpu", threads, image_size, single)
+        super().__init__(config, precision, "cpu", threads, image_size, single, features)
         require("the runtime litert", "ai_edge_litert", extra="tensorflow")
         from ai_edge_litert.interpreter import Interpreter
 
@@ -49,13 +52,14 @@ class LiteRtRuntime(Runtime):
             with silence_stderr():  # it names what computes
                 # Given the path, and not what is in the file, it checks that the file is complete.
                 interpreter = Interpreter(str(path), num_threads=threads or os.cpu_count())
-                self.run = interpreter.get_signature_runner("serving_default")
-                takes = self.run.get_input_details()["pixel_values"]["shape_signature"]
+                self.signature = interpreter.get_signature_runner("serving_default")
+                takes = self.signature.get_input_details()["pixel_values"]["shape_signature"]
                 self._run(np.zeros((1, config.num_channels, *least), np.float32))
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"{path} is not a complete LiteRT graph: {error}") from error
         self.check_graph(path, [None if size < 0 else int(size) for size in takes])
 
-    def _run(self, pixels: np.ndarray) -> np.ndarray:
+    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         with self.lock:
-            return self.run(pixel_values=pixels)["logits"]
+            found = self.signature(pixel_values=pixels)
+            return tuple(found[name] for name in self.outputs)

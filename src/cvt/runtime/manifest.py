@@ -8,6 +8,7 @@ from typing import Any
 
 from cvt.files import Sums, read_json, sha256
 from cvt.runtime import PRECISIONS
+from cvt.runtime.features import FEATURES, LOGITS
 
 NAME = "export.json"
 FORMATS = {  # → runtime
@@ -45,6 +46,7 @@ class Manifest:
         agreement: share of images that were not used for calibration on which an int8 export names
             the class that the torch model names; None for other precisions.
         files: size and SHA-256 of every file beside export.json; empty in exports of before.
+        outputs: what the graph gives: `logits`, and `features` where they were asked for.
     """
 
     format: str
@@ -56,6 +58,7 @@ class Manifest:
     parity: dict[str, Any]
     agreement: float | None = None
     files: Sums = field(default_factory=dict)
+    outputs: tuple[str, ...] = (LOGITS,)
 
     def verify(self, folder: Path) -> None:
         """Make sure that the files of an export are as they were written.
@@ -74,8 +77,11 @@ class Manifest:
                 )
 
     def write(self, folder: Path) -> None:
-        """Write export.json into a folder."""
-        (folder / NAME).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Write export.json into a folder; only an export with features names its outputs."""
+        content = asdict(self)
+        if self.outputs == (LOGITS,):
+            del content["outputs"]
+        (folder / NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -93,6 +99,7 @@ class Manifest:
         names = {each.name for each in fields(cls)}
         if isinstance(found, dict):
             found.setdefault("files", {})
+            found.setdefault("outputs", [LOGITS])
         if not isinstance(found, dict) or found.keys() != names:
             raise ValueError(f"{path}: must be an object of {', '.join(sorted(names))}")
         size = found["image_size"]
@@ -106,6 +113,7 @@ class Manifest:
             "versions": isinstance(found["versions"], dict),
             "parity": isinstance(found["parity"], dict),
             "agreement": found["agreement"] is None or isinstance(found["agreement"], float),
+            "outputs": found["outputs"] in ([LOGITS], [LOGITS, FEATURES], [FEATURES]),
             "files": isinstance(found["files"], dict)
             and all(_is_sum(name, value) for name, value in found["files"].items()),
         }
@@ -117,5 +125,5 @@ class Manifest:
         if found["file"] not in os.listdir(folder):
             raise ValueError(f"{path}: file = {found['file']!r} is not beside it")
         files = {name: tuple(value) for name, value in found["files"].items()}
-        tuples = {"image_size": tuple(size), "dynamic": tuple(found["dynamic"]), "files": files}
-        return cls(**found | tuples)
+        tuples = {name: tuple(found[name]) for name in ("image_size", "dynamic", "outputs")}
+        return cls(**found | tuples | {"files": files})

@@ -8,6 +8,7 @@ import numpy as np
 from cvt.architecture import Architecture
 from cvt.libraries import require
 from cvt.runtime.base import Runtime
+from cvt.runtime.features import FeatureSettings, output_names
 
 if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
@@ -26,6 +27,7 @@ class OnnxRuntime(Runtime):
         threads: that compute; as many as the processor has cores by default.
         image_size: as in `Runtime`.
         single: as in `Runtime`.
+        features: that it gives as `features`, beside the logits or in their place.
 
     Raises:
         ImportError: onnxruntime is not installed.
@@ -44,8 +46,9 @@ class OnnxRuntime(Runtime):
         threads: int | None = None,
         image_size: tuple[int, int] | None = None,
         single: bool = False,
+        features: FeatureSettings | None = None,
     ) -> None:
-        super().__init__(config, precision, device, threads, image_size, single)
+        super().__init__(config, precision, device, threads, image_size, single, features)
         provider = _provider(device)
         import onnxruntime
 
@@ -72,6 +75,7 @@ class OnnxRuntime(Runtime):
         precision: str = "fp32",
         device: str = "cpu",
         threads: int | None = None,
+        features: FeatureSettings | None = None,
     ) -> "OnnxRuntime":
         """Convert a classifier, in memory.
 
@@ -87,12 +91,14 @@ class OnnxRuntime(Runtime):
         from cvt.runtime.fused import fuse
         from cvt.runtime.torch_runtime import DTYPES
 
-        program = torch_graph(fuse(model, DTYPES[precision]).cpu(), (224, 224))
-        graph = onnx_graph(program).SerializeToString()
-        return cls(graph, model.config, precision, device, threads)
+        fused = fuse(model, DTYPES[precision]).cpu()
+        program = torch_graph(fused, (224, 224), features=features)
+        names = output_names(model.config, features)
+        graph = onnx_graph(program, names).SerializeToString()
+        return cls(graph, model.config, precision, device, threads, features=features)
 
-    def _run(self, pixels: np.ndarray) -> np.ndarray:
-        return self.session.run(["logits"], {"pixel_values": pixels})[0]
+    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(self.session.run(list(self.outputs), {"pixel_values": pixels}))
 
 
 def _provider(device: str) -> tuple[str, dict[str, str]]:

@@ -18,6 +18,7 @@ from cvt.architecture import Architecture
 from cvt.libraries import require
 from cvt.runtime.base import Runtime
 from cvt.runtime.cache import GraphCache
+from cvt.runtime.features import FeatureSettings, output_names
 from cvt.runtime.openvino_graph import adapted
 
 if TYPE_CHECKING:
@@ -37,13 +38,15 @@ class OpenVinoRuntime(Runtime):
     """A graph in OpenVINO.
 
     Args:
-        graph: for images of a height and width, takes `pixel_values` and gives `logits`.
+        graph: for images of a height and width, takes `pixel_values` and gives `logits`, `features`
+            or both.
         config: the classifier's.
         precision: the graph's; one in `int8` computes the rest in bfloat16, where the processor
             can.
         threads: that compute; the processor's cores by default.
         image_size: as in `Runtime`.
         single: as in `Runtime`.
+        features: that the graph gives.
     """
 
     name = "openvino"
@@ -56,8 +59,9 @@ class OpenVinoRuntime(Runtime):
         threads: int | None = None,
         image_size: tuple[int, int] | None = None,
         single: bool = False,
+        features: FeatureSettings | None = None,
     ) -> None:
-        super().__init__(config, precision, "cpu", threads, image_size, single)
+        super().__init__(config, precision, "cpu", threads, image_size, single, features)
         computes_in = HINTS[precision] if computes(precision) else "f32"
         self.streams = threads or core().get_property("CPU", "RANGE_FOR_STREAMS")[1]
         settings: dict[str, Any] = {
@@ -83,7 +87,11 @@ class OpenVinoRuntime(Runtime):
 
     @classmethod
     def from_model(
-        cls, model: "CvtForImageClassification", precision: str = "fp32", threads: int | None = None
+        cls,
+        model: "CvtForImageClassification",
+        precision: str = "fp32",
+        threads: int | None = None,
+        features: FeatureSettings | None = None,
     ) -> "OpenVinoRuntime":
         """A classifier that is converted, in memory, for each size of image that it meets.
 
@@ -96,7 +104,7 @@ class OpenVinoRuntime(Runtime):
         from cvt.runtime.fused import fuse
 
         fused = fuse(model, torch.float32).cpu()
-        return cls.from_source(model.config, lambda: fused, None, precision, threads)
+        return cls.from_source(model.config, lambda: fused, None, precision, threads, features)
 
     @classmethod
     def from_source(
@@ -106,6 +114,7 @@ class OpenVinoRuntime(Runtime):
         kept: GraphCache | None,
         precision: str = "fp32",
         threads: int | None = None,
+        features: FeatureSettings | None = None,
     ) -> "OpenVinoRuntime":
         """A classifier whose graphs were converted earlier, or are converted when they are needed.
 
@@ -113,9 +122,10 @@ class OpenVinoRuntime(Runtime):
             config: the classifier's.
             fused: returns its fused form in float32 on the CPU; called for sizes of images of which
                 no graph is kept.
-            kept: the graphs of earlier, and where new ones go.
+            kept: the graphs of earlier with the same features, and where new ones go.
             precision: as in `from_model`.
             threads: likewise.
+            features: likewise.
 
         Raises:
             ImportError: openvino is not installed.
@@ -130,12 +140,13 @@ class OpenVinoRuntime(Runtime):
                 return core().read_model(found)
             from cvt.runtime.capture import openvino_graph, torch_graph
 
-            converted = openvino_graph(torch_graph(fused(), (height, width), {"batch"}))
+            program = torch_graph(fused(), (height, width), {"batch"}, features)
+            converted = openvino_graph(program, output_names(config, features))
             if kept:
                 kept.keep((height, width), converted)
             return converted
 
-        return cls(graph, config, precision, threads)
+        return cls(graph, config, precision, threads, features=features)
 
     @classmethod
     def from_file(cls, path: Path, *args: Any, **kwargs: Any) -> "OpenVinoRuntime":
@@ -163,19 +174,19 @@ class OpenVinoRuntime(Runtime):
         idle_threads = images == 1 and self.streams > B
         return 1 if idle_threads or H * W > LARGE else B - B % images or 1
 
-    def _run(self, pixels: np.ndarray) -> np.ndarray:
-        """The logits, (B, K), of one image, or of pieces that have a thread each."""
+    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The outputs of one image, or of pieces that have a thread each."""
         B, *shape = pixels.shape
         if B == 1:
             with self.lock:
                 request = self.compiled(1, B, *shape)[0]
                 request.infer([pixels], share_inputs=True)
-                return request.get_output_tensor().data.copy()
+                return self._of(request)
 
-        logits: dict[int, np.ndarray] = {}
+        found: dict[int, tuple[np.ndarray, ...]] = {}
 
         def keep(request: "openvino.InferRequest", start: int) -> None:
-            logits[start] = request.get_output_tensor().data.copy()
+            found[start] = self._of(request)
 
         images = piece(*shape[1:])
         with self.lock:
@@ -184,7 +195,11 @@ class OpenVinoRuntime(Runtime):
             for start in range(0, B, images):
                 queue.start_async([pixels[start : start + images]], start, share_inputs=True)
             queue.wait_all()
-        return np.concatenate([logits[start] for start in sorted(logits)])
+        columns = zip(*(found[start] for start in sorted(found)), strict=True)
+        return tuple(map(np.concatenate, columns))
+
+    def _of(self, request: "openvino.InferRequest") -> tuple[np.ndarray, ...]:
+        return tuple(request.get_tensor(name).data.copy() for name in self.outputs)
 
 
 def piece(height: int, width: int) -> int:

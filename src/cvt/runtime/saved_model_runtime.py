@@ -10,6 +10,7 @@ import numpy as np
 from cvt.architecture import Architecture
 from cvt.libraries import import_tensorflow, quiet
 from cvt.runtime.base import Runtime
+from cvt.runtime.features import FeatureSettings
 
 FILES = re.compile(
     r"saved_model\.pb|fingerprint\.pb|variables/variables\.(index|data-\d{5}-of-\d{5})"
@@ -39,6 +40,7 @@ class SavedModelRuntime(Runtime):
         threads: for all of TensorFlow in this process.
         image_size: as in `Runtime`.
         single: as in `Runtime`.
+        features: as in `OnnxRuntime`.
 
     Raises:
         ImportError: TensorFlow is not installed.
@@ -56,8 +58,9 @@ class SavedModelRuntime(Runtime):
         threads: int | None = None,
         image_size: tuple[int, int] | None = None,
         single: bool = False,
+        features: FeatureSettings | None = None,
     ) -> None:
-        super().__init__(config, precision, "cpu", threads, image_size, single)
+        super().__init__(config, precision, "cpu", threads, image_size, single, features)
         self.tf = import_tensorflow()
         if threads is not None:
             self._use(threads)
@@ -65,8 +68,8 @@ class SavedModelRuntime(Runtime):
         try:
             with quiet("tensorflow", "absl"), self.tf.device("CPU"):
                 self.loaded = self.tf.saved_model.load(str(path))  # holds the weights
-            self.run = self.loaded.signatures["serving_default"]
-            takes = self.run.structured_input_signature[1]["pixel_values"].shape
+            self.signature = self.loaded.signatures["serving_default"]
+            takes = self.signature.structured_input_signature[1]["pixel_values"].shape
         except Exception as error:  # what is damaged fails in many ways
             raise ValueError(f"{path} is not a complete SavedModel: {error}") from error
         self.check_graph(path, takes)
@@ -81,9 +84,10 @@ class SavedModelRuntime(Runtime):
                 "threads are set before that"
             ) from None
 
-    def _run(self, pixels: np.ndarray) -> np.ndarray:
+    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         with self.tf.device("CPU"):
-            return self.run(pixel_values=self.tf.constant(pixels))["logits"].numpy()
+            found = self.signature(pixel_values=self.tf.constant(pixels))
+            return tuple(found[name].numpy() for name in self.outputs)
 
 
 def check(path: Path) -> None:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cvt.architecture import Architecture
 from cvt.runtime.base import Runtime
-from cvt.runtime.fused import FusedCvt, fuse, refuse_offloaded
+from cvt.runtime.features import LOGITS, FeatureSettings, pooled
+from cvt.runtime.fused import FusedCvt, Outputs, fuse, refuse_offloaded
+from cvt.views import channels_last, to_tokens
 
 if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
@@ -31,6 +33,7 @@ class TorchRuntime(Runtime):
         model: takes pixels and `return_dict=True`, gives `.logits`.
         config: the classifier's, where the model does not have it.
         threads: for all of PyTorch in this process.
+        features: of the classifier itself, not of what wraps one.
 
     Raises:
         ValueError: weights are offloaded.
@@ -39,7 +42,11 @@ class TorchRuntime(Runtime):
     name = "torch"
 
     def __init__(
-        self, model: nn.Module, config: Architecture | None = None, threads: int | None = None
+        self,
+        model: nn.Module,
+        config: Architecture | None = None,
+        threads: int | None = None,
+        features: FeatureSettings | None = None,
     ) -> None:
         refuse_offloaded(model)
         weight = next(chain(model.parameters(), model.buffers()))
@@ -48,7 +55,8 @@ class TorchRuntime(Runtime):
         if threads is not None:
             torch.set_num_threads(threads)
         config = config or cast(Architecture, model.config)
-        super().__init__(config, names[self.dtype], str(weight.device), threads)
+        how = (names[self.dtype], str(weight.device), threads)
+        super().__init__(config, *how, features=features)
 
     @classmethod
     def from_model(
@@ -58,6 +66,7 @@ class TorchRuntime(Runtime):
         device: str = "cpu",
         threads: int | None = None,
         copied: bool = True,
+        features: FeatureSettings | None = None,
     ) -> "TorchRuntime":
         """The classifier itself, on a device and in a precision.
 
@@ -67,18 +76,30 @@ class TorchRuntime(Runtime):
             device: its name in torch.
             threads: as in the class.
             copied: leave the classifier where it is, and move a copy.
+            features: as in the class.
         """
         dtype, weight = DTYPES[precision], next(model.parameters())
         if copied and weight.to(device, dtype) is not weight:
             model = copy.deepcopy(model)
-        return cls(model.to(device, dtype), threads=threads)
+        return cls(model.to(device, dtype), threads=threads, features=features)
 
     # In inference mode FSDP would gather weights that training cannot use after it.
     @torch.no_grad()
-    def _run(self, pixels: np.ndarray) -> np.ndarray:
+    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
+        outputs = self._outputs(torch.from_numpy(pixels).to(self.device, self.dtype))
+        return tuple(each.float().cpu().numpy() for each in outputs)
+
+    def _outputs(self, pixels: Tensor) -> tuple[Tensor, ...]:
         self.model.eval()  # it may have been trained since
-        tensor = torch.from_numpy(pixels).to(self.device, self.dtype)
-        return self.model(tensor, return_dict=True).logits.float().cpu().numpy()
+        settings, model = self.feature_settings, cast(Any, self.model)
+        if settings is None:
+            return (model(pixels, return_dict=True).logits,)
+        image, stages = channels_last(pixels), model.cvt.encoder.stages
+        for stage in stages[: settings.stage]:
+            image, class_token, _ = stage(image, False)
+        norm = model.layernorm if stage is stages[-1] else nn.Identity()
+        classifier = model.classifier if LOGITS in self.outputs else None
+        return pooled(settings, class_token, to_tokens(image), norm, classifier)
 
 
 class FusedRuntime(TorchRuntime):
@@ -92,16 +113,18 @@ class FusedRuntime(TorchRuntime):
         precision: str = "fp32",
         device: str = "cpu",
         threads: int | None = None,
+        features: FeatureSettings | None = None,
     ) -> None:
         fused = model if isinstance(model, FusedCvt) else fuse(model, DTYPES[precision])
-        super().__init__(fused.to(device), threads=threads)
+        super().__init__(fused.to(device), threads=threads, features=features)
+        if self.feature_settings:
+            self.model = Outputs(fused, self.feature_settings)
 
-    @torch.no_grad()
-    def _run(self, pixels: np.ndarray) -> np.ndarray:
-        tensor = torch.from_numpy(pixels).to(self.device, self.dtype)
+    def _outputs(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        if self.feature_settings:
+            return self.model(pixels)
         options = {"output_hidden_states": False, "output_attentions": False}
-        (logits,) = self.model(tensor, return_dict=False, **options)
-        return logits.float().cpu().numpy()
+        return self.model(pixels, return_dict=False, **options)
 
 
 class CompiledRuntime(FusedRuntime):
@@ -120,8 +143,9 @@ class CompiledRuntime(FusedRuntime):
         precision: str = "fp32",
         device: str = "cpu",
         threads: int | None = None,
+        features: FeatureSettings | None = None,
     ) -> None:
-        super().__init__(model, precision, device, threads)
+        super().__init__(model, precision, device, threads, features)
         self.lock = Lock()  # each shape is compiled once
         if device == "cpu":
             self.model.compile(dynamic=False, options={"freezing": True})
@@ -132,6 +156,6 @@ class CompiledRuntime(FusedRuntime):
         """Four on a CPU, else all."""
         return 4 if self.device == "cpu" else len(pixels)
 
-    def _run(self, pixels: np.ndarray) -> np.ndarray:
+    def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         with self.lock:
             return super()._run(pixels)
