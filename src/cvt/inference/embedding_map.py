@@ -49,7 +49,7 @@ def positions(values: np.ndarray, method: str | None = None) -> np.ndarray:
         >>> positions(values, "pca").shape
         (20, 2)
     """
-    require("a map", "sklearn", extra="train")
+    require("a map", "sklearn", extra="search")
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -93,7 +93,7 @@ def write_map(
         ValueError: there are fewer than three rows, or the method is another one.
         ImportError: scikit-learn or jinja2 is not installed.
     """
-    require("a map", "sklearn", "jinja2", extra="train")
+    require("a map", "sklearn", "jinja2", extra="search")
     with staged(path, overwrite) as written:
         places = positions(embeddings.values, method)
         counts = Counter(label for label in embeddings.labels if label is not None)

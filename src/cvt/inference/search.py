@@ -12,17 +12,21 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from cvt.checkpoints import ModelSource, model_source
 from cvt.data.decoding import ImageError, Source, StoredImage
 from cvt.files import staged
 from cvt.inference.embedding_file import Embeddings
 from cvt.inference.page import SIDE, embedded_thumbnail, render, thumbnail, write_page
+from cvt.inference.predict import Result
 from cvt.libraries import require
+from cvt.runtime import FeatureSettings
 from cvt.text import csv_cell
 
 EXACT_ROWS = 100_000  # up to here, queries are compared with all rows
 RECALL = 0.95  # of a clustered index, at least
 SAMPLE = 100  # rows, on which its recall is measured
 TRAINING_ROWS = 64  # of each cluster
+FEW = 100  # queries, for which clusters are not worth their time
 TOP = 12  # neighbours
 SUFFIXES = (".png", ".html", ".csv", ".json")  # of what `write_answers` writes
 WIDTH = 18  # characters above a picture
@@ -117,6 +121,12 @@ class Index:
             self._index.nprobe *= 2
         self.recall = recall
 
+    @property
+    def describe(self) -> str:
+        """How many rows there are, and how they are searched, as a text."""
+        how = "all compared" if self.recall == 1 else f"by clusters, recall {self.recall:.3f}"
+        return f"{len(self.embeddings):,} rows of {self.width} features, {how}"
+
     def _recall(self, queries: np.ndarray, right: np.ndarray) -> float:
         _, found = self._index.search(queries, right.shape[1])
         pairs = zip(found, right, strict=True)
@@ -160,6 +170,56 @@ def normalised(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values / np.where(lengths > 0, lengths, 1))
 
 
+def answers(index: Index, images: Sequence[Result], top: int = TOP) -> list[Answer]:
+    """The neighbours of images; an image that is in the index does not find itself.
+
+    Args:
+        index: what is searched.
+        images: with features, by the model of the index.
+        top: neighbours of each.
+    """
+    paths = [str(each.path) for each in images]
+    found = index(np.stack([np.asarray(each.features) for each in images]), top + 1)
+    return [
+        Answer(path, [each for each in neighbours if each.path != path][:top])
+        for path, neighbours in zip(paths, found, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------ the model
+
+
+def model_of(embeddings: Embeddings, path: Path, model: str | None = None) -> ModelSource:
+    """The model that computed the rows of a file.
+
+    Args:
+        embeddings: what is in the file.
+        path: of the file.
+        model: its name, if that is not the one in the file.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: the file names no model, or the model has other files than the one that computed
+            the rows.
+    """
+    name = model or embeddings.about.get("model")
+    if not name:
+        raise ValueError(f"{path} does not name the model that computed it: give its --model")
+    source = model_source(name)
+    expected = embeddings.about.get("sha256")
+    if expected and source.sha256 != expected:
+        raise ValueError(
+            f"{path} was computed by another model than {name}, by SHA-256 ({expected[:12]}, not "
+            f"{source.sha256[:12]}): give the right --model, or embed the images again with {name}"
+        )
+    return source
+
+
+def features_of(embeddings: Embeddings) -> FeatureSettings:
+    """The settings by which the rows of a file were computed."""
+    return FeatureSettings(embeddings.about.get("stage"), embeddings.about.get("pool"))
+
+
 # ------------------------------------------------------------------------------ rows
 
 
@@ -188,22 +248,22 @@ def without(embeddings: Embeddings, patterns: Sequence[str]) -> Embeddings:
     return _rows(embeddings, np.flatnonzero(~gone).tolist())
 
 
-def with_rows(embeddings: Embeddings, paths: Sequence[str], values: np.ndarray) -> Embeddings:
+def with_rows(embeddings: Embeddings, images: Sequence[Result]) -> Embeddings:
     """The rows with those of other images behind them, which replace rows of the same path.
 
     An image in a folder that is named as a class of the rows gets this class.
 
     Args:
         embeddings: the rows.
-        paths: of the other images.
-        values: their features, (n, C).
+        images: with features, by the model of the rows.
     """
+    paths = [str(each.path) for each in images]
     classes, added = set(embeddings.labels), set(paths)
     kept = _rows(embeddings, [i for i, path in enumerate(embeddings.paths) if path not in added])
     folders = (Path(path).parent.name for path in paths)
     return replace(
         kept,
-        values=np.concatenate([kept.values, values]),
+        values=np.concatenate([kept.values, np.stack([np.asarray(i.features) for i in images])]),
         paths=[*kept.paths, *paths],
         labels=[*kept.labels, *(name if name in classes else None for name in folders)],
     )
