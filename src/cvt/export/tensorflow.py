@@ -91,7 +91,7 @@ def write_litert(
     """Write a file of LiteRT; its weights are of 16 bits in fp16, and of 8 in int8.
 
     In int8 each product rounds its activations to 8 bits by their own range, so no images calibrate
-    it. Ranges from calibration ("full integer") leave logits 25 times as far from the model's, and
+    it. Ranges from calibration ("full integer") leave logits 20 times as far from the model's, and
     are not faster. It has operators of LiteRT itself alone, so every interpreter runs it. Other
     arguments as in `write_saved_model`.
     """
