@@ -139,7 +139,7 @@ def test_search_finds_adds_and_removes(cvt, model_folder, photos, tmp_path, monk
     words = ("search", "all.npz", "--remove", "photos/red/0*", "--remove", "*/blue/*", *options)
     code, out, err = cvt(*words, "--add", "photos/red/03.png")
     assert (code, re.findall(r"(\d+) (\w+ ?\w*)", out)) == (
-        0, [("22", "rows removed"), ("1", "images added"), ("15", "rows")]
+        0, [("22", "rows removed"), ("1", "images added"), ("15", "rows now")]
     )  # fmt: skip
     after = read_embeddings("all.npz")
     assert (after.paths[-1], after.labels[-1], after.about) == (

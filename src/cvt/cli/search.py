@@ -89,7 +89,7 @@ def search(
     before = len(rows)
     if remove:
         rows = searching.without(rows, remove)
-        out.print(f"{index}: {before - len(rows)} rows removed")
+    removed = before - len(rows)
     new, queries = list(find_images(add)), list(find_images(images))
     done: dict[bool, list[Result]] = {True: [], False: []}  # by whether an image is to be added
     skipped = 0
@@ -116,10 +116,10 @@ def search(
             raise ValueError(f"none of the {len(queries)} images could be decoded")
         if done[True]:
             rows = searching.with_rows(rows, done[True])
-            out.print(f"{index}: {len(done[True])} images added")
         if remove or done[True]:
             write_embeddings(rows, index, overwrite=True)
-            out.print(f"{index}: {len(rows)} rows")
+            added = f"{removed} rows removed, {len(done[True])} images added"
+            out.print(f"{index}: {added}, {len(rows)} rows now")
         if done[False]:
             exact = True if len(queries) <= searching.FEW else None
             found = searching.Index(rows, exact)

@@ -72,6 +72,7 @@ class Index:
 
     Attributes:
         embeddings: the rows.
+        exact: whether queries are compared with every row.
         recall: the share of the `TOP` nearest rows that it finds, measured on a sample of the rows;
             1 if it is exact.
 
@@ -100,9 +101,8 @@ class Index:
         directions = normalised(embeddings.values)
         flat = faiss.IndexFlatIP(self.width)
         self.recall = 1.0
-        if exact is None:
-            exact = rows <= EXACT_ROWS
-        if exact:
+        self.exact = rows <= EXACT_ROWS if exact is None else exact
+        if self.exact:
             flat.add(directions)
             self._index = flat
             return
@@ -124,7 +124,7 @@ class Index:
     @property
     def describe(self) -> str:
         """How many rows there are, and how they are searched, as a text."""
-        how = "all compared" if self.recall == 1 else f"by clusters, recall {self.recall:.3f}"
+        how = "all compared" if self.exact else f"by clusters, recall {self.recall:.3f}"
         return f"{len(self.embeddings):,} rows of {self.width} features, {how}"
 
     def _recall(self, queries: np.ndarray, right: np.ndarray) -> float:
