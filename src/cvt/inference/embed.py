@@ -97,13 +97,17 @@ def embed(
     """
     settings = (batch_size, workers, exact, max_pixels)
     for result in classify(runtime, processor, sources, *settings, tta=tta, needed=FEATURES):
-        if result.features is None:
-            yield result
-        elif not np.isfinite(result.features).all():
-            reason = "its features are not finite; fp16 may overflow where bf16 does not"
-            yield Result(result.path, error=f"{result.path}: {reason}")
-        elif normalize:
-            length = np.linalg.norm(result.features)
-            yield replace(result, features=result.features / (length or np.float32(1)))
-        else:
-            yield result
+        yield finite_features(result, normalize)
+
+
+def finite_features(result: Result, normalize: bool) -> Result:
+    """The result with its features as `embed` gives them; an error if they are not finite."""
+    if result.features is None:
+        return result
+    if not np.isfinite(result.features).all():
+        reason = "its features are not finite; fp16 may overflow where bf16 does not"
+        return Result(result.path, error=f"{result.path}: {reason}")
+    if not normalize:
+        return result
+    length = np.linalg.norm(result.features)
+    return replace(result, features=result.features / (length or np.float32(1)))
