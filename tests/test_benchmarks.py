@@ -187,17 +187,26 @@ def test_int8_is_compared_with_fp32_on_labelled_images(load, tmp_path, monkeypat
     monkeypatch.setattr(quantization, "core", lambda: SimpleNamespace(read_model=lambda path: path))
     monkeypatch.setattr(quantization, "open_runtime", by_level)
     monkeypatch.setattr(quantization, "in_openvino", light)
+    monkeypatch.setattr(quantization, "full_integer", lambda *_: tmp_path / "full.tflite")
+    monkeypatch.setattr(quantization, "LiteRtRuntime", light)
+    (tmp_path / "full.tflite").write_bytes(bytes(2**20))
     images = str(tmp_path / "images")
     arguments = [str(tmp_path / "run" / "best"), images, images, f"--results={tmp_path / 'csv'}"]
     quantization.run(quantization.parse(arguments))
     (path,) = (tmp_path / "csv").iterdir()
     with path.open() as file:
-        fp32, as_run, as_computed = csv.DictReader(file)
-    for row in (fp32, as_run):
+        rows = {row["precision"]: row for row in csv.DictReader(file)}
+    wrong = [rows.pop(name) for name in ("int8 as computed in 8 bits", "LiteRT full integer")]
+    for row in wrong:
+        assert (row["top1"], row["points_lost"], row["agreement"]) == ("50.0", "50.0", "50.0")
+        assert row["images"] == "6"
+    assert wrong[1]["mib"] == "1.0"
+    assert [*rows] == [
+        *("fp32", "int8 as exports run here", "LiteRT fp32", "LiteRT fp16", "LiteRT int8")
+    ]
+    for row in rows.values():
         assert (row["top1"], row["points_lost"], row["agreement"]) == ("100.0", "0.0", "100.0")
-    assert as_computed["precision"] == "int8 as computed in 8 bits"
-    assert (as_computed["top1"], as_computed["points_lost"]) == ("50.0", "50.0")
-    assert (as_computed["agreement"], as_computed["images"]) == ("50.0", "6")
+        assert (row["largest_difference"], float(row["ms"]) > 0) == ("0", True)
 
 
 def write_clipart(folder):

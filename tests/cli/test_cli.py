@@ -57,10 +57,15 @@ SETTINGS = [
     "--track",
 ]  # fmt: skip
 COMMANDS = {
+    "search": [
+        "index", "images", "--top", "--output", "--add", "--remove", "--model", "--batch-size",
+        "--workers", "--runtime", "--precision", "--device", "--threads", "--exact-decoding",
+        "--max-pixels", "--no-verify", "--force",
+    ],
     "check": [
-        "data", "--output", "--groups", "--distance", "--min-images", "--max-pixels", "--workers",
-        "--classes", "--image-column", "--label-column", "--label-separator", "--problem-type",
-        "--force",
+        "data", "--output", "--groups", "--distance", "--model", "--similarity", "--device",
+        "--threads", "--no-verify", "--min-images", "--max-pixels", "--workers", "--classes",
+        "--image-column", "--label-column", "--label-separator", "--problem-type", "--force",
     ],
     "predict": [
         "model", "images", "--topk", "--batch-size", "--workers", "--runtime", "--precision",
@@ -68,10 +73,11 @@ COMMANDS = {
         "--logits", "--json", "--resume", "--no-verify", "--verbose", "--force",
     ],
     "embed": [
-        "model", "data", "--output", "--stage", "--pool", "--normalize", "--batch-size",
-        "--workers", "--runtime", "--precision", "--device", "--threads", "--exact-decoding",
-        "--max-pixels", "--classes", "--image-column", "--label-column", "--label-separator",
-        "--problem-type", "--resume", "--no-verify", "--verbose", "--force",
+        "model", "data", "--output", "--stage", "--pool", "--normalize", "--plot",
+        "--plot-method", "--batch-size", "--workers", "--runtime", "--precision", "--device",
+        "--threads", "--exact-decoding", "--max-pixels", "--classes", "--image-column",
+        "--label-column", "--label-separator", "--problem-type", "--resume", "--no-verify",
+        "--verbose", "--force",
     ],
     "train": [
         "words", "--config", "--output", "--resume", "--schema",

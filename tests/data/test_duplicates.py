@@ -184,3 +184,25 @@ def test_the_split_in_a_file_is_taken_if_it_is_of_these_images(tmp_path):
     drawn = open_training(tmp_path / "data", seed=2)
     again = open_training(tmp_path / "data", seed=2, split_file=tmp_path / "split.csv")
     assert list(again.validation) == list(drawn.validation)
+
+
+def test_the_most_similar_image_of_another_group_is_that_of_all_cosines(monkeypatch):
+    """Compared in chunks, against the whole matrix of cosines and a search through its graph."""
+    monkeypatch.setattr(duplicates, "COMPARED", 7)
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(60, 4)) * draw.uniform(0.1, 9, (60, 1))
+    values[11] = 0
+    given = draw.integers(0, 50, 60) * 10
+    unit = np.where(values.any(1, keepdims=True), values, np.nan)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    cosines = np.nan_to_num(unit @ unit.T)
+    cosines[given[:, None] == given] = -np.inf
+    nearest, largest, groups = duplicates.most_similar(values, given, 0.8)
+    assert (nearest >= 0).sum() > 30
+    expected = np.where(cosines.max(1) >= 0.8, cosines.argmax(1), -1)
+    assert nearest.tolist() == expected.tolist()
+    np.testing.assert_allclose(largest, cosines.max(1), atol=1e-6)
+    together = (cosines >= 0.8) | (given[:, None] == given)
+    for _ in range(6):  # paths of up to 64 steps
+        together = together @ together
+    assert ((groups[:, None] == groups) == together).all()

@@ -174,3 +174,48 @@ def test_without_imagehash_the_extra_is_named(clean, monkeypatch):
     monkeypatch.setattr("cvt.libraries.is_installed", lambda name: name != "imagehash")
     with pytest.raises(ImportError, match=r"imagehash: pip install 'cvt-vision\[train\]'"):
         check(open_splits(clean))
+
+
+def test_images_that_look_alike_to_a_model_are_found(clean, tmp_path):
+    """The first cat and the fourth dog have a cosine of 0.97; another image has no features."""
+    values = np.eye(24, dtype="float32")
+    values[15, [0, 15]] = 0.97, (1 - 0.97**2) ** 0.5
+    values[5] = 0
+    given = []
+
+    def features(sources):
+        given.extend(map(str, sources))
+        return 3 * values  # of any length
+
+    found = check(open_splits(clean), features=features, similarity=0.96)
+    assert given == [image.path for image in found.images]
+    cat, dog = given[0], given[15]
+    assert [(each.kind, each.path, each.detail) for each in found.findings] == [
+        ("similar", cat, f"0.970 to {dog}, labelled dog"),
+        ("similar", dog, f"0.970 to {cat}, labelled cat"),
+    ]
+    assert len(set(found.groups)) == 23
+    assert found.groups[0] == found.groups[15] == found.findings[1].group
+    write_findings(found, tmp_path / "findings.csv")
+    assert f'similar,{dog},dog,1,"0.970 to' in (tmp_path / "findings.csv").read_text()
+    assert not check(open_splits(clean), features=features, similarity=0.98).findings
+    with pytest.raises(ValueError, match=r"similarity = 0: must be above 0 and at most 1"):
+        check(open_splits(clean), features=features, similarity=0)
+
+
+def test_a_group_of_the_same_picture_is_joined_with_what_looks_alike_to_the_model(tmp_path):
+    """The copies are an exact duplicate as without the model, and similar to the other image."""
+    names = ("cat/0.png", "cat/copy.png", "dog/1.png", "dog/2.png")
+    data = write(tmp_path / "data", dict(zip(names, map(picture, (0, 0, 1, 2)), strict=True)))
+    values = np.array([[1, 0, 0], [1, 0, 0], [0.96, 0.28, 0], [0, 0, 1]])
+    found = check(open_splits(data), features=lambda _: values, min_images=0)
+    details = {(each.kind, each.path.removeprefix(f"{data}/")): each for each in found.findings}
+    assert {key: each.group for key, each in details.items()} == {
+        ("exact_duplicate", "cat/0.png"): 1,
+        ("exact_duplicate", "cat/copy.png"): 1,
+        ("similar", "cat/0.png"): 1,
+        ("similar", "cat/copy.png"): 1,
+        ("similar", "dog/1.png"): 1,
+    }
+    assert details["exact_duplicate", "cat/0.png"].detail == "2 images of these bytes"
+    assert list(found.groups) == [1, 1, 1, 3]

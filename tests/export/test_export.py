@@ -398,7 +398,10 @@ def test_logits_of_fewer_bits_may_differ_by_their_share_of_the_largest(precision
         ({"to": "tflite"}, "to = 'tflite': must be one of onnx, openvino, torch-export"),
         ({"precision": "int4"}, "precision = 'int4': must be one of fp32, bf16"),
         ({"to": "onnx", "precision": "bf16"}, "use fp16, or openvino"),
-        ({"precision": "int8", "calibration": "photos"}, "int8 exists for openvino and onnx"),
+        (
+            {"precision": "int8", "calibration": "photos"},
+            "int8 exists for openvino, onnx and litert",
+        ),
         ({"to": "onnx", "precision": "int8"}, "a folder of images .* is needed in int8"),
         ({"calibration": "photos"}, "has no use in fp32"),
         ({"dynamic": ("channels",)}, "dynamic = .*: may hold batch and size"),

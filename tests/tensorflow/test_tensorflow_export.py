@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from ai_edge_litert.interpreter import Interpreter
 from helpers.damage import assert_flips_are_refused
 from helpers.small_models import make, mixed, random_case
 
@@ -144,6 +145,33 @@ def test_an_export_for_single_images_of_one_size_with_features(
     torch.testing.assert_close(found, features, atol=tolerance, rtol=tolerance)
     with pytest.raises(PixelError, match="32 x 24 pixels: this export takes 24 x 24 only"):
         runtime(pixels_of(1, 32, 24))
+
+
+def test_int8_has_weights_of_8_bits_and_is_checked_with_images(cvt, photos, tmp_path):
+    """Small weights stay in floats; those of this model are most of its numbers."""
+    model = make(mixed(embed_dim=[32, 64, 96], num_labels=3))
+    model.config.class_names = NAMES
+    model.save_pretrained(tmp_path / "model")
+    image_processor(model.config, image_size=32).save_pretrained(tmp_path / "model")
+    words = [tmp_path / "model", tmp_path / "out", "--to", "litert", "--precision", "int8"]
+    code, out, err = cvt("export", *words, "--calibration", photos, "--min-agreement", 0)
+    assert code == 0, err
+    manifest = Manifest.read(tmp_path / "out")
+    assert (manifest.precision, manifest.parity["images"], "nncf" in manifest.versions) == (
+        *("int8", 18),
+        False,
+    )
+    assert f"{manifest.agreement:.2%} get the class that they get in fp32" in out
+    interpreter = Interpreter(str(tmp_path / "out/model.tflite"))
+    in_8_bits = [each for each in interpreter.get_tensor_details() if each["dtype"] is np.int8]
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert 0.8 < sum(np.prod(each["shape"]) for each in in_8_bits) / weights < 1
+    assert all((each["quantization_parameters"]["zero_points"] == 0).all() for each in in_8_bits)
+    logits = open_runtime(tmp_path / "out")(pixels_of(4, 32, 32))
+    expected = model(pixels_of(4, 32, 32)).logits
+    assert 1e-4 < (logits - expected).abs().max() < 0.05 * expected.abs().max()
+    code, out, err = cvt("predict", tmp_path / "out", photos / "red", "--topk", 1)
+    assert (code, len(out.splitlines()), err) == (0, 12, "runtime: litert int8 on cpu\n")
 
 
 def test_the_labels_go_along(exported):
@@ -304,9 +332,8 @@ def test_threads_are_no_longer_set_when_tensorflow_has_begun(exported, opened):
     [
         ("saved-model", "bf16", "a SavedModel is in fp32; use openvino or torch-export"),
         ("saved-model", "fp16", "a SavedModel is in fp32; use litert, onnx or openvino"),
-        ("saved-model", "int8", "int8 exists for openvino and onnx"),
+        ("saved-model", "int8", "int8 exists for openvino, onnx and litert"),
         ("litert", "bf16", "LiteRT has no weights in bf16; use fp16, or openvino"),
-        ("litert", "int8", "int8 exists for openvino and onnx"),
     ],
 )
 def test_a_precision_that_a_format_lacks_is_refused_with_what_to_use(

@@ -31,6 +31,7 @@ SKIPPED = (
     "pip install '.[train,export]'",
     "pip wheel ",
     "cvt tune ",  # the extra for it is not installed
+    "cvt search ",  # likewise
     "cvt serve ",  # likewise
 )
 # Pieces of the README's commands, and what is run in their place.

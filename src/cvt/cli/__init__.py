@@ -16,6 +16,8 @@ from cvt.text import printable
 VERBS = {
     "predict": "Classify images; those that cannot be decoded are reported and skipped (exit "
     "code 3).",
+    "search": "Find the images that look most alike to a model, among those that `cvt embed` "
+    "embedded.",
     "check": "Find what is wrong with images before training on them (exit code 3 if anything is).",
     "probe": "Evaluate a model's features on your classes, without training: linear probe and "
     "neighbours.",

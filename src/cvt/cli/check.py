@@ -1,6 +1,7 @@
 """`cvt check`."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,11 @@ from cvt.cli.options import (
     argument,
     command,
     data_options,
+    device_option,
     force_option,
     max_pixels_option,
+    no_verify_option,
+    threads_option,
     workers_option,
 )
 
@@ -36,6 +40,16 @@ SHOWN = 20  # classes in the table
     default=12,
     help="Bits of 256 in which the hashes of nearly equal images may differ.",
 )
+@click.option("--model", help="MODEL by whose features images are compared, too; no export.")
+@click.option(
+    "--similarity",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.95,
+    help="Cosine of the features of images that look alike to --model.",
+)
+@device_option
+@threads_option()
+@no_verify_option
 @click.option(
     "--min-images",
     type=click.IntRange(min=0),
@@ -51,6 +65,11 @@ def check(
     output: Path | None,
     groups: Path | None,
     distance: int,
+    model: str | None,
+    similarity: float,
+    device: str,
+    threads: int | None,
+    no_verify: bool,
     min_images: int,
     max_pixels: int | None,
     workers: int,
@@ -66,6 +85,7 @@ def check(
     from cvt.data.labelled import total_length
     from cvt.files import staged
     from cvt.inference.check_report import write_check
+    from cvt.inference.features import feature_rows
 
     quiet_libraries()
     splits = open_splits(data, **how_labelled)
@@ -74,10 +94,15 @@ def check(
         staged(output, force) if output else nullcontext() as folder,
         staged(groups, force) if groups else nullcontext() as file,
     ):
-        with bar("check", total_length(splits.values())) as step:
+        length = total_length(splits.values())
+        with bar("check", length and length * (2 if model else 1)) as step:
+            how = {"device": device, "threads": threads, "verify": not no_verify}
+            how |= {"max_pixels": max_pixels, "progress": step}
             found = check_images(
                 splits,
                 distance=distance,
+                features=partial(feature_rows, model, **how) if model else None,
+                similarity=similarity,
                 min_images=min_images,
                 max_pixels=max_pixels,
                 workers=workers,

@@ -1,5 +1,6 @@
 """`cvt embed`."""
 
+from contextlib import nullcontext
 from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ from cvt.cli.options import (
     help="Class token, or mean of the others; by default the first where there is one.",
 )
 @click.option("--normalize", is_flag=True, help="Scale the features of an image to length 1.")
+@click.option(
+    "--plot", type=FILE, help="Write a map of the images, .html; a point shows its picture."
+)
+@click.option(
+    "--plot-method",
+    type=click.Choice(("tsne", "pca")),
+    help="Of the map; by default t-SNE up to 10000 images.",
+)
 @run_options(1)
 @exact_decoding_option
 @max_pixels_option
@@ -53,6 +62,8 @@ def embed(
     stage: int | None,
     pool: str | None,
     normalize: bool,
+    plot: Path | None,
+    plot_method: str | None,
     batch_size: int,
     workers: int,
     runtime: str,
@@ -71,14 +82,23 @@ def embed(
     from cvt.checkpoints import model_source
     from cvt.cli.console import err, open_classifier, quiet_libraries
     from cvt.cli.progress import consume, exit_if_skipped
+    from cvt.files import staged
     from cvt.inference.embed import embed as embed_images
     from cvt.inference.embed import open_images
-    from cvt.inference.embedding_file import EmbeddingFile, about_run
+    from cvt.inference.embedding_file import EmbeddingFile, about_run, read_embeddings
+    from cvt.inference.embedding_map import write_map
+    from cvt.libraries import require
     from cvt.runtime import FeatureSettings
     from cvt.runtime.factory import MANY
 
     quiet_libraries(verbose)
-    with EmbeddingFile(output, resume, force) as file:
+    # What may not be written is refused before the work begins.
+    with (
+        staged(plot, force) if plot else nullcontext() as page,
+        EmbeddingFile(output, resume, force) as file,
+    ):
+        if page:
+            require("a map", "sklearn", "jinja2", extra="search")
         images = open_images(data, **how_labelled)
         first = list(islice(images, MANY))  # to count them; the rest is read later
         source, how = model_source(model), (runtime, precision, device, threads)
@@ -102,4 +122,6 @@ def embed(
         rows = zip(results, (label for _, label in labelled), strict=False)
         done = consume("embed", rows, file.write, lambda row: row[0].error, file)
         err.print(f"{output}: {file.count} images embedded, {file.width} numbers each")
+        if page:
+            write_map(read_embeddings(output), page, str(output), plot_method)
     exit_if_skipped(*done)

@@ -1,4 +1,4 @@
-"""Images that are equal, by their bytes, and nearly equal, by hashes of how they look."""
+"""Images that are equal, by their bytes, and alike, by hashes of how they look or by features."""
 
 import hashlib
 import os
@@ -16,6 +16,7 @@ from cvt.files import sha256
 
 END = 4096  # bytes; images of one size mostly differ there
 AT_ONCE = 1000  # images that a thread looks at
+COMPARED = 200  # images whose features are compared with all others
 
 
 def equal_groups(sources: Sequence[Source]) -> list[list[int]]:
@@ -132,6 +133,48 @@ def near_groups(hashes: np.ndarray, distance: int) -> np.ndarray:
             near = first[differing <= distance]
             groups = _joined(groups, order[near], order[near + step])
     return groups[position]
+
+
+def most_similar(
+    values: np.ndarray, groups: np.ndarray, similarity: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each image, the one of another group whose features have the largest cosine with its own.
+
+    All are compared with all, which takes a minute or two for 100,000 images.
+
+    Args:
+        values: features, (N, C); rows of zeros belong to images without any.
+        groups: the number of the group of each image, (N,).
+        similarity: the smallest cosine that counts.
+
+    Returns:
+        For each image the index of the other one, (N,), -1 where none is that similar; their
+        cosine, (N,); and the groups after those of similar images were joined, (N,).
+
+    Example:
+        >>> import numpy as np
+        >>> from cvt.data.duplicates import most_similar
+        >>> values = np.array([[1.0, 0.0], [0.0, 1.0], [4.0, 3.0]])
+        >>> nearest, cosines, groups = most_similar(values, np.arange(3), 0.7)
+        >>> nearest.tolist(), cosines.round(2).tolist(), len(set(groups.tolist()))
+        ([2, -1, 0], [0.8, 0.6, 0.8], 2)
+    """
+    values = np.asarray(values, np.float32)
+    lengths = np.linalg.norm(values, axis=1, keepdims=True)
+    directions = values / np.where(lengths > 0, lengths, 1)  # (N, C)
+    _, numbers = np.unique(groups, return_inverse=True)
+    after = np.arange(numbers.max(initial=-1) + 1)  # of each group
+    nearest, cosines = np.full(len(values), -1), np.empty(len(values), np.float32)
+    for start in range(0, len(values), COMPARED):
+        part = slice(start, start + COMPARED)
+        products = directions[part] @ directions.T
+        products[numbers[part, None] == numbers] = -np.inf
+        best = products.argmax(axis=1)
+        cosines[part] = products[np.arange(len(best)), best]
+        nearest[part] = np.where(cosines[part] >= similarity, best, -1)
+        first, second = (products >= similarity).nonzero()
+        after = _joined(after, numbers[part][first], numbers[second])
+    return nearest, cosines, after[numbers]
 
 
 def _joined(groups: np.ndarray, ones: np.ndarray, others: np.ndarray) -> np.ndarray:

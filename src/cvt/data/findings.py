@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cvt.data.decoding import ImageError, OversizedError, Source, decode
-from cvt.data.duplicates import digest, near_groups
+from cvt.data.duplicates import digest, most_similar, near_groups
 from cvt.data.labelled import TRAIN_NAMES, Images, LabelledImages
 from cvt.data.workers import computed_ahead
 from cvt.libraries import require
@@ -30,10 +30,12 @@ KINDS = {
     "across_splits": "the same picture is in another split",
     "exact_duplicate": "another image has equal bytes",
     "near_duplicate": "another image looks alike",
+    "similar": "another image looks alike to the model",
     "small_class": "too few different images",
 }
 HASH_SIDE = 16  # bits of a perceptual hash in height and width, 256 together
 DISTANCE = 12  # of these bits
+SIMILARITY = 0.95  # cosine of the features of images that look alike to a model
 LEAST_IMAGES = 10  # of a class
 BLANK_RANGE = 8  # of 255 levels, in each channel
 LEAST_PIXELS = 8 * HASH_SIDE  # of the shorter side; the perceptual hash resizes to half of it
@@ -122,7 +124,8 @@ class Check:
     Attributes:
         splits: the data set.
         images: all its images.
-        groups: the number of the group of each image; images of one group are the same picture.
+        groups: the number of the group of each image; images of one group are the same picture, or
+            look alike to the model.
         classes: its classes, in their order; none where the images have values.
         findings: what is wrong, in the order of `KINDS`.
 
@@ -158,6 +161,8 @@ def check(
     splits: Mapping[str, Images],
     *,
     distance: int = DISTANCE,
+    features: Callable[[Iterable[Source]], np.ndarray] | None = None,
+    similarity: float = SIMILARITY,
     min_images: int = LEAST_IMAGES,
     max_pixels: int | None = None,
     workers: int = 0,
@@ -171,6 +176,9 @@ def check(
     Args:
         splits: the images, as `open_splits` returns them.
         distance: bits of 256 in which the hashes of nearly equal images may differ.
+        features: returns a model's features of the images, (N, C), zeros for those that it cannot
+            decode; with it, images that look alike to the model are found, too.
+        similarity: the cosine of the features of such images, at least; above 0.
         min_images: different images that a class needs in the training split.
         max_pixels: the pixels that an image may have, as in `cvt.data.decode`.
         workers: processes that decode; with 0, this one does.
@@ -194,13 +202,21 @@ def check(
     """
     require("checking data", "imagehash", extra="train")
     check_counts(workers=workers)
+    if not 0 < similarity <= 1:
+        raise ValueError(f"similarity = {similarity}: must be above 0 and at most 1")
+    values = None
+    if features:  # first, since a model may be missing
+        values = features(source for each in splits.values() for source, _ in each)
     images = []
     for image in _looked_at(splits, max_pixels, workers):
         images.append(image)
         step()
-    groups = _groups(images, distance)
+    same = _groups(images, distance)
+    groups, similar = same, {}
+    if values is not None:
+        groups, similar = _similar(images, same, values, similarity)
     classes = _classes(splits, images)
-    found = [*_of_images(images, groups), *_of_classes(classes, min_images)]
+    found = [*_of_images(images, same, groups, similar), *_of_classes(classes, min_images)]
     order = {kind: i for i, kind in enumerate(KINDS)}
     found.sort(key=lambda finding: (order[finding.kind], finding.group or 0))
     return Check(splits, images, groups, classes, found)
@@ -270,27 +286,58 @@ def _groups(images: Sequence[CheckedImage], distance: int) -> list[int]:
     ]
 
 
-def _of_images(images: Sequence[CheckedImage], groups: Sequence[int]) -> Iterator[Finding]:
+def _similar(
+    images: Sequence[CheckedImage], groups: Sequence[int], values: np.ndarray, similarity: float
+) -> tuple[list[int], dict[int, str]]:
+    """The groups after those of images that look alike to a model were joined; details by image."""
+    nearest, cosines, after = most_similar(values, np.array(groups), similarity)
+    first: dict[int, int] = {}
+    pairs = zip(after.tolist(), groups, strict=True)
+    joined = [first.setdefault(group, number) for group, number in pairs]
+    similar = {}
+    for i in np.flatnonzero(nearest >= 0).tolist():
+        other = images[nearest[i]]
+        label = f", labelled {other.label}" if other.label != images[i].label else ""
+        similar[i] = f"{cosines[i]:.3f} to {other.path}{label}"
+    return joined, similar
+
+
+def _of_images(
+    images: Sequence[CheckedImage],
+    same: Sequence[int],
+    groups: Sequence[int],
+    similar: Mapping[int, str],
+) -> Iterator[Finding]:
+    """What is wrong with images.
+
+    Args:
+        images: all of them.
+        same: the number of each image's group of the same picture.
+        groups: the number of its group in the findings.
+        similar: details of those that look alike to the model.
+    """
     members = defaultdict(list)
-    for i, group in enumerate(groups):
+    for i, group in enumerate(same):
         members[group].append(i)
-    for group, positions in members.items():
-        number = group if len(positions) > 1 else None
+    sizes = Counter(groups)
+    for positions in members.values():
         details = _in_group([images[i] for i in positions])
         for i, of_group in zip(positions, details, strict=True):
             image = images[i]
-            for kind, detail in {**_alone(image), **of_group}.items():
-                yield Finding(kind, image.path, image.label, number, detail, i)
+            number = groups[i] if sizes[groups[i]] > 1 else None
+            found = {**_alone(image), **of_group, "similar": similar.get(i, "")}
+            for kind, detail in found.items():
+                if detail:
+                    yield Finding(kind, image.path, image.label, number, detail, i)
 
 
 def _alone(image: CheckedImage) -> dict[str, str]:
-    """What is wrong with an image, whatever others there are: details by kind."""
-    found = {
+    """What is wrong with an image, whatever others there are: details by kind, or empty ones."""
+    return {
         "oversized" if image.is_oversized else "unreadable": image.fault,
         "blank": image.colour,
         "link": image.link and f"leads to {image.link}",
     }
-    return {kind: detail for kind, detail in found.items() if detail}
 
 
 def _in_group(images: Sequence[CheckedImage]) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@
 | openvino | `model.xml`, `model.bin` | fp32, int8; bf16 and fp16: weights in 16 bits, and arithmetic where the processor has it |
 | torch-export | `model.pt2` | fp32, bf16, fp16 (slow on a CPU) |
 | saved-model | the folder `model` | fp32 |
-| litert | `model.tflite` | fp32; fp16: weights in 16 bits |
+| litert | `model.tflite` | fp32; fp16: weights in 16 bits; int8: weights in 8 bits, activations rounded as they come |
 
 Beside it lie `config.json` (with the labels), `preprocessor_config.json`, and `export.json`, which records how it was
 checked, and for the last two `labels.txt`; `cvt.runtime.open_runtime` takes the folder. `model.pt2` holds tensors, JSON,
@@ -70,8 +70,8 @@ INSTEAD = {
     ("saved-model", "fp16"): "a SavedModel is in fp32; use litert, onnx or openvino",
     ("litert", "bf16"): "LiteRT has no weights in bf16; use fp16, or openvino",
 } | {
-    (to, "int8"): "int8 exists for openvino and onnx; use one of them"
-    for to in ("torch-export", *BY_KERAS)
+    (to, "int8"): "int8 exists for openvino, onnx and litert; use one of them"
+    for to in ("torch-export", "saved-model")
 }
 
 
@@ -109,7 +109,8 @@ def export(
             for; the source's by default.
         features: the graph has a second output, `features`, (B, C): what the classifier's Linear
             receives.
-        calibration: for int8, a folder with images of the kind that the model is for.
+        calibration: for int8, a folder with images of the kind that the model is for. LiteRT needs
+            none to calibrate with, and is checked with them alone.
         min_agreement: for int8, the share of images, from 0 to 1, that must get the same class.
         calibration_images: from that folder at most, and as many others to check with.
         verify: compare the source with its `checksums.json`, where it has one.
@@ -138,7 +139,7 @@ def export(
         'torch'
     """
     _check_arguments(to, precision, dynamic, calibration, min_agreement)
-    libraries = LIBRARIES[to] + (("nncf",) if precision == "int8" else ())
+    libraries = LIBRARIES[to] + (("nncf",) if precision == "int8" and to not in BY_KERAS else ())
     extra = "tensorflow" if to in BY_KERAS else "export"
     require(f"an export to {to} in {precision}", *libraries, extra=extra)
     check_path(source, "source")

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cvt.checkpoints import ModelSource, load_classifier, load_processor, model_source
 from cvt.checkpoints.adapters import model_from_config
 from cvt.data.decoding import Source
 from cvt.inference.metrics import Failure
@@ -134,3 +136,43 @@ def features(
     if not rows:
         raise ValueError("there are no images to compute features of")
     return Features(np.stack(rows), np.array(positions), failures)
+
+
+def feature_rows(
+    model: str | Path | ModelSource,
+    images: Iterable[Source],
+    device: str = "auto",
+    threads: int | None = None,
+    *,
+    max_pixels: int | None = None,
+    verify: bool = True,
+    progress: Callable[[], Any] = lambda: None,
+) -> np.ndarray:
+    """The features of images, (N, C), with zeros for those that cannot be decoded.
+
+    Args:
+        model: a published name, a model folder or a file of weights.
+        images: read as they are needed.
+        device: as in `cvt.runtime.open_runtime`.
+        threads: likewise.
+        max_pixels: as in `features`.
+        verify: compare a model folder with the SHA-256 that were written with it.
+        progress: called after every image.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: the model is an export, or no image could be decoded.
+        FloatingPointError: the features of an image are not finite.
+    """
+    source = model_source(model)
+    opened = load_classifier(source, verify=verify)
+    found = features(
+        feature_runtime(opened, device, threads),
+        load_processor(source, opened.config),
+        images,
+        progress=progress,
+        max_pixels=max_pixels,
+    )
+    rows = np.zeros((len(found.positions) + len(found.failures), found.values.shape[1]), np.float32)
+    rows[found.positions] = found.values
+    return rows

@@ -312,11 +312,12 @@ class Cell(NamedTuple):
         source: the image.
         caption: one line or two.
         is_right: whether the caption is right, by which it has its colour; wrong ones are framed.
+            None where there is neither.
     """
 
     source: Source
     caption: str
-    is_right: bool = True
+    is_right: bool | None = True
 
 
 def _answer(source: Source, predicted: str, score: float, true: str) -> Cell:
@@ -360,9 +361,9 @@ def plot_worst(evaluation: OutputEvaluation, path: Path, most: int = 30) -> None
 
 
 @_styled(lambda cells: [cell.caption for cell in cells])
-def plot_sheet(cells: Sequence[Cell], title: str, path: Path) -> None:
+def plot_sheet(cells: Sequence[Cell], title: str, path: Path, columns: int = COLUMNS) -> None:
     """A sheet of images with captions, as a PNG."""
-    columns = min(COLUMNS, max(4, len(cells)))  # wide enough for the title
+    columns = min(columns, max(4, len(cells)))  # wide enough for the title
     rows = max(1, -(-len(cells) // columns))
     sheet = Image.new("RGB", (columns * CELL[0], rows * CELL[1]), "white")
     figure = Figure(figsize=(sheet.width / 120, sheet.height / 120 + 0.4), dpi=120)
@@ -371,10 +372,10 @@ def plot_sheet(cells: Sequence[Cell], title: str, path: Path) -> None:
     for k, cell in enumerate(cells):
         x, y = k % columns * CELL[0] + MARGIN, (k // columns + 1) * CELL[1] - MARGIN - SIDE
         sheet.paste(thumbnail(cell.source), (x, y))
-        if not cell.is_right:
+        if cell.is_right is False:
             frame = Rectangle((x, y), SIDE, SIDE, fill=False, edgecolor=WRONG, linewidth=2)
             axes.add_patch(frame)
-        colour = RIGHT if cell.is_right else WRONG
+        colour = {True: RIGHT, False: WRONG, None: INK}[cell.is_right]
         place = x + SIDE / 2, y - 4
         axes.text(*place, cell.caption, color=colour, fontsize=8, ha="center", va="bottom")
     axes.imshow(sheet)
