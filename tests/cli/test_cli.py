@@ -100,7 +100,7 @@ COMMANDS = {
     ],
     "export": [
         "model", "output", "--to", "--precision", "--dynamic", "--image-size", "--calibration",
-        "--min-agreement", "--no-verify", "--force",
+        "--min-agreement", "--lang", "--runtime-files", "--no-verify", "--force",
     ],
     "benchmark": [
         "model", "--runtimes", "--precisions", "--batch-sizes", "--image-sizes", "--threads",

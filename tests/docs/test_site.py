@@ -108,6 +108,17 @@ def test_no_page_is_wider_than_a_phone(page, address, language):
     assert too_wide == {}
 
 
+def test_the_demo_reads_a_digit(page, address):
+    if not (SITE / "demo" / "page.json").is_file():
+        pytest.skip("the demo was built without ONNX Runtime Web")
+    page.goto(f"{address}/en/howto_web.html")
+    page.locator("iframe.demo").scroll_into_view_if_needed()
+    card = page.frame_locator("iframe.demo").locator("#results > li", has_text="3.png")
+    best = card.locator(".classes li").first
+    best.wait_for(timeout=60_000)
+    assert best.locator("span").first.inner_text() == "3"
+
+
 def test_every_page_has_its_translation():
     english, chinese = (
         {path.relative_to(SITE / language) for path in (SITE / language).rglob("*.html")}
