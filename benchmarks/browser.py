@@ -43,6 +43,7 @@ from cvt.inference.benchmark import versions
 PRECISIONS = ("fp32", "fp16", "int8")
 PEER = "transformers.js"
 PICTURES = 5
+CHROMIUM = "/usr/bin/chromium"
 OURS = """async ([picture, pictures]) => {
   const { open } = await import(new URL("classify.js", location));
   const model = await open("wasm", () => {});
@@ -130,6 +131,17 @@ def prepare(folder: Path, variant: str, size: int, library: Path | None) -> list
     return [*PRECISIONS, PEER]
 
 
+@contextmanager
+def launched() -> Iterator[Any]:
+    """A new browser."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
 def timed(browser: Any, address: str, name: str) -> tuple[float, float, int]:
     """Seconds to the first answer, milliseconds a picture from then on, and threads."""
     context = browser.new_context()
@@ -147,18 +159,13 @@ def timed(browser: Any, address: str, name: str) -> tuple[float, float, int]:
 
 def measure(folder: Path, names: list[str], turns: int) -> list[Row]:
     """A row for each model and number of threads."""
-    from playwright.sync_api import sync_playwright
-
     found: dict[tuple[str, bool], list[tuple[float, float, int]]] = {}
-    with sync_playwright() as running, served(folder, False) as plain, served(folder, True) as wide:
+    with served(folder, False) as plain, served(folder, True) as wide:
         for _ in range(turns):
             for isolated, address in ((False, plain), (True, wide)):
                 for name in names:
-                    browser = running.chromium.launch(
-                        executable_path="/usr/bin/chromium", args=["--no-sandbox"]
-                    )
-                    found.setdefault((name, isolated), []).append(timed(browser, address, name))
-                    browser.close()
+                    with launched() as browser:
+                        found.setdefault((name, isolated), []).append(timed(browser, address, name))
     rows: list[Row] = []
     for (name, isolated), each in found.items():
         reference = found["fp32", isolated]

@@ -1,5 +1,6 @@
 """`cvt export`."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -91,6 +92,8 @@ def export(
     )
     print_checks(done)
     out.print(f"{output}: {done.format}, {done.precision}")
+    if to == "web":
+        out.print(f"to try it: python -m http.server --directory {shlex.quote(str(output))}")
 
 
 def print_checks(done: "Manifest") -> None:

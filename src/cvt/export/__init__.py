@@ -147,7 +147,7 @@ def export(
     with staged(output, overwrite=overwrite) as folder:
         if to in BY_KERAS:
             demand_backend(to)
-        runtime = runtime_folder(runtime_files) if to == "web" else None
+        runtime = runtime_folder(runtime_files, progress) if to == "web" else None
         calibrating, held_out = (
             ([], []) if calibration is None else two_splits(Path(calibration), calibration_images)
         )

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,8 +67,6 @@ def check_page(model: CvtForImageClassification, processor: Any) -> Preprocessin
             f"to = web: resample = {preprocessing.resample}: the page resizes with "
             f"{', '.join(f'{number} ({name})' for number, name in FILTERS.items())}"
         )
-    if model.config.num_channels != 3:
-        raise ValueError(f"to = web: num_channels = {model.config.num_channels}: must be 3")
     if not model.config.class_names:
         raise ValueError("to = web: num_labels = 0: the model has no classes to name")
     return preprocessing
@@ -153,11 +151,14 @@ def example_logits(model: CvtForImageClassification, side: int) -> list[float]:
 # ------------------------------------------------------------------------------ the runtime
 
 
-def runtime_folder(given: str | Path | None = None) -> Path:
+def runtime_folder(
+    given: str | Path | None = None, progress: Callable[[str], object] = lambda step: None
+) -> Path:
     """A folder with the files of the runtime: the given one, the user's cache, or npm's package.
 
     Args:
         given: the unpacked npm package, or its folder `dist`.
+        progress: called with a description, if something is fetched.
 
     Raises:
         FileNotFoundError: they are nowhere, or npm cannot fetch them.
@@ -173,6 +174,7 @@ def runtime_folder(given: str | Path | None = None) -> Path:
         os.utime(kept)
         return kept
     shutil.rmtree(kept, ignore_errors=True)
+    progress(f"fetching {PACKAGE} by npm")
     with _package() as package, staged(kept) as folder:
         folder.mkdir()
         for name in RUNTIME_FILES:

@@ -29,12 +29,6 @@ worker.postMessage({ engine: asked.get("engine") });
 function show(next) {
   state = next;
   translate();
-
-// ?image=photo.jpg shows a picture of this server at once
-for (const address of asked.getAll("image")) {
-  const answer = await fetch(address);
-  if (answer.ok) give([new File([await answer.blob()], address.split("/").pop())]);
-}
 }
 
 function translate() {
@@ -72,12 +66,6 @@ function showState(texts) {
 $("language").onclick = () => {
   language = TEXTS[language].other[0];
   translate();
-
-// ?image=photo.jpg shows a picture of this server at once
-for (const address of asked.getAll("image")) {
-  const answer = await fetch(address);
-  if (answer.ok) give([new File([await answer.blob()], address.split("/").pop())]);
-}
 };
 
 // Pictures and their cards
@@ -176,6 +164,7 @@ $("camera").onclick = async () => {
   try {
     const wanted = { video: { facingMode: "environment", width: { ideal: 1280 } } };
     $("video").srcObject = await navigator.mediaDevices.getUserMedia(wanted);
+    await $("video").play(); // until there is a picture to take
   } catch (error) {
     show({ text: "no_camera", reason: error.message, done: state.done });
     return;
