@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from cvt.cli.console import quiet_libraries
 from cvt.data import write_digits
 from cvt.export import export
 from cvt.export.web import runtime_folder
@@ -31,6 +32,7 @@ WITHOUT = """\
 
 def main(folder: Path) -> None:
     """Write the demo into a folder."""
+    quiet_libraries()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         runtime = runtime_folder()

@@ -118,9 +118,9 @@ function row({ label, score, has }, texts) {
   const item = document.createElement("li");
   const values = settings.problem === "values";
   if (!values) {
-    const meter = Object.assign(document.createElement("meter"), { value: score });
-    meter.setAttribute("aria-hidden", "true"); // the number says the same
-    item.append(meter);
+    const bar = Object.assign(document.createElement("div"), { className: "bar" });
+    bar.style.width = `${100 * score}%`;
+    item.append(bar);
   }
   const name = Object.assign(document.createElement("span"), { textContent: label });
   if (has) {
