@@ -68,7 +68,7 @@ INSTEAD = {
     ("saved-model", "fp16"): "a SavedModel is in fp32; use litert, onnx or openvino",
     ("litert", "bf16"): "LiteRT has no weights in bf16; use fp16, or openvino",
 } | {
-    (to, "int8"): "int8 exists for openvino, onnx and web; use one of them"
+    (to, "int8"): "int8 exists for openvino and onnx; use one of them"
     for to in ("torch-export", *BY_KERAS)
 }
 
