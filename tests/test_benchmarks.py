@@ -256,6 +256,75 @@ def test_the_models_for_clip_art_are_compared_with_cvt_on_the_same_folds(
     assert f"{mean:+.1f} ± {error:.1f}" in printed
 
 
+# ------------------------------------------------------------------------------ scale
+
+
+def test_training_stops_scaling_where_the_all_reduce_is_longer_than_the_backward_pass(load):
+    scale = load("scale")
+    options = scale.parse(["--rate=1e12", "--bandwidth=1e9", "--latency=0"])
+    # 6 * 1e8 FLOP an image: 1.2288 s for 2048; 4e7 bytes: 0.04 s for two, 0.08 s at most.
+    alone, nothing = scale.step_seconds(10**8, 10**7, 1, options)
+    assert (alone, nothing) == (pytest.approx(1.2288), 0)
+    two, reduce = scale.step_seconds(10**8, 10**7, 2, options)
+    assert (two, reduce) == (pytest.approx(alone / 2), pytest.approx(0.04))
+    many, reduce = scale.step_seconds(10**8, 10**7, 64, options)
+    assert reduce == pytest.approx(0.08 * 63 / 64)
+    assert many == pytest.approx(alone / 64 / 3 + reduce)
+    options.models = {"tiny": 64}
+    options.latency = 1e-3  # from some number on, more processes are slower
+    (row,) = scale.process_rows(options)
+    found = profile(scale.shape("tiny"), 64)
+    assert row["all-reduce MB"] == round(4 * found.parameters / 1e6, 1)
+    fastest = row["fastest with"]
+    assert 1 < fastest < 2048
+    times = [
+        scale.step_seconds(found.macs, found.parameters, n, options)[0]
+        for n in (fastest // 2, fastest, 2 * fastest)
+    ]
+    assert times[1] == min(times)
+
+
+@pytest.mark.slow
+def test_core_hours_are_those_of_the_steps(load, tmp_path):
+    rows = results(load("scale"), tmp_path, "--no-int8")
+    steps = {row["step"]: float(row["ms of a core"]) for row in rows if row["step"]}
+    total = sum(steps[name] for name in ("decode 1024 x 768", "preprocess", "Ray Data"))
+    costs = [row for row in rows if row["question"] == "pictures"]
+    assert [row["precision"] for row in costs] == ["fp32", "bf16"]
+    total += steps["tiny 64 fp32"]
+    assert float(costs[0]["core-hours, 10^6"]) == pytest.approx(total / 3.6, abs=0.06)
+
+
+@pytest.mark.slow
+def test_a_large_job_labels_each_row_once(load, tmp_path):
+    (row,) = results(load("large_job"), tmp_path)
+    assert (row["rows"], row["once"]) == ("2000", "2000")
+    assert {row[name] for name in ("never", "several times", "other answers", "errors")} == {"0"}
+
+
+@pytest.mark.slow
+def test_an_engine_is_measured_beside_files(load, tmp_path):
+    (row,) = results(load("serving"), tmp_path, "--engines=cvt serve")
+    assert float(row["p99 ms"]) >= float(row["p50 ms"]) > 0
+    assert int(row["answered"]) + int(row["told to wait"]) == 50
+    assert row["failed"] == "0"
+    assert float(row["images/s"]) > 0
+
+
+def test_rows_that_are_missing_or_double_are_counted(load, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    large_job = load("large_job")
+    (tmp_path / "labels").mkdir()
+    numbers, errors = [0, 1, 1, 4], ["x", None, None, None]
+    table = pyarrow.table({"number": numbers, "error": pyarrow.array(errors, pyarrow.string())})
+    parquet.write_table(table, tmp_path / "labels/0.parquet")
+    found = large_job.checked(tmp_path, SimpleNamespace(rows=5, embed=True))
+    expected = {"rows": 5, "once": 2, "never": 2, "several times": 1}
+    assert found == expected | {"other answers": 0, "errors": 1}
+
+
 def test_a_peer_that_the_processor_cannot_run_has_a_row_with_the_reason(
     inference, tmp_path, monkeypatch, capsys
 ):

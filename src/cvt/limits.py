@@ -12,6 +12,8 @@ BOUNDS: dict[str, tuple[int, int | None]] = {
     "threads": (1, MOST_AT_ONCE),
     "workers": (0, MOST_AT_ONCE),
     "batch_size": (1, MOST_IMAGES),
+    "max_batch": (1, MOST_IMAGES),
+    "max_queue": (1, MOST_IMAGES),
     "top_k": (1, None),  # beyond the classes, it is all of them
 }
 

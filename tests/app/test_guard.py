@@ -8,7 +8,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.testclient import TestClient
 
 from cvt.app import limits
-from cvt.app.guard import Guard, host_of
+from cvt.app.guard import Guard
 from cvt.app.texts import EN, ZH
 
 HTML = '<!doctype html>\n<html\n\tlang="en"\n>\n<head>\n<title>t</title></head></html>'
@@ -232,21 +232,6 @@ def test_the_first_page_is_in_the_language_that_was_chosen(inner, tmp_path, chos
     answer = web.get("/?__theme=dark", headers={"accept-language": accepted})
     assert answer.status_code == 307
     assert answer.headers["location"] == f"{path}?__theme=dark"
-
-
-@pytest.mark.parametrize(
-    ("host", "name"),
-    [
-        ("localhost:7860", "localhost"),
-        ("127.0.0.1", "127.0.0.1"),
-        ("[::1]:7860", "[::1]"),
-        ("[::1]", "[::1]"),
-        ("Evil.Example:80", "evil.example"),
-        ("", ""),
-    ],
-)
-def test_the_name_in_a_host_header(host, name):
-    assert host_of(host) == name
 
 
 def test_a_name_from_elsewhere_is_refused_unless_others_are_let_in(web, inner, tmp_path):

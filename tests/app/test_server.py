@@ -352,29 +352,6 @@ def test_a_port_in_use_is_an_error_that_names_it(cvt, model_folder):
     assert re.fullmatch(rf"Error: 127.0.0.1, port {port}: .+; --port takes another\n", error)
 
 
-def test_by_default_the_first_free_port_is_taken(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        first = taken.getsockname()[1]
-        monkeypatch.setattr(server, "PORTS", range(first, first + 5))
-        with server.listening("127.0.0.1", None) as listener:
-            assert listener.getsockname()[1] > first
-            assert server.address(listener) == f"http://127.0.0.1:{listener.getsockname()[1]}/"
-
-
-@pytest.mark.parametrize(
-    ("host", "private"),
-    [
-        ("127.0.0.1", True),
-        ("localhost", True),
-        ("::1", True),
-        ("0.0.0.0", False),
-        ("10.0.0.1", False),
-    ],
-)
-def test_only_this_machine_is_let_in_unless_asked(host, private):
-    assert server.is_loopback(host) == private
-
-
 def test_importing_the_package_loads_neither_gradio_nor_torch():
     script = "import sys, cvt.app, cvt.cli; print({'gradio', 'torch'} & sys.modules.keys())"
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -90,6 +90,11 @@ COMMANDS = {
     "app": [
         "model", "--port", "--host", "--lang", "--examples", "--device", "--threads",
     ],
+    "serve": [
+        "models", "--host", "--port", "--runtime", "--precision", "--device", "--threads",
+        "--max-batch", "--batch-wait-ms", "--max-queue", "--max-mib", "--max-pixels", "--timeout",
+        "--api-key-file", "--write-config", "--no-verify", "--verbose", "--force",
+    ],
     "explain": [
         "model", "images", "--class", "--method", "--stage", "--output", "--device", "--threads",
         "--max-pixels", "--no-verify", "--force",

@@ -1,5 +1,7 @@
 """Labels of several classes, and values: read, divided, and reported where they are others."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -111,9 +113,93 @@ def test_one_class_is_not_mistaken_for_others(table):
     assert kept.train.classes == ["a", "a;b", "b"]
 
 
-def test_such_labels_are_of_a_csv_file(photos):
-    with pytest.raises(ValueError, match=r"read from a csv file alone, and .*photos"):
+def test_such_labels_are_in_columns(photos):
+    with pytest.raises(ValueError, match=r"in columns of a csv or parquet file .*, and .*photos"):
         open_training(photos, problem_type="regression")
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Writes a parquet file of 20 images and the columns given."""
+    import datasets
+
+    def write(features=None, **columns):
+        images = []
+        for i in range(20):
+            file = io.BytesIO()
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(file, "PNG")
+            images.append({"bytes": file.getvalue(), "path": None})
+        types = datasets.Features({"image": datasets.Image()} | (features or {}))
+        for name, values in columns.items():
+            if name not in types:
+                types[name] = datasets.Dataset.from_dict({name: values}).features[name]
+        rows = datasets.Dataset.from_dict({"image": images} | columns, features=types)
+        path = tmp_path / "table.parquet"
+        rows.to_parquet(path)
+        return path
+
+    return write
+
+
+def labels_of(images):
+    return [label for _, label in images]
+
+
+def test_several_classes_of_a_table(parquet):
+    import datasets
+
+    named = datasets.List(datasets.ClassLabel(names=["dog", "cat", "outdoor"]))
+    path = parquet({"tags": named}, tags=[[0, 2], [], [1], [2, 1]] * 5, age=[1.5] * 20)
+    images = open_labelled(path, problem_type=MULTI)
+    assert images.classes == ["dog", "cat", "outdoor"]
+    assert labels_of(images)[:4] == ["dog;outdoor", "", "cat", "cat;outdoor"]
+    assert images.targets[:2].tolist() == [[1, 0, 1], [0, 0, 0]]
+    splits = open_training(path, problem_type=MULTI, label_separator="|")
+    assert len(splits.train) == 16
+    assert {"dog|outdoor", "cat|outdoor"} < set(splits.train.labels)
+
+    texts = parquet(tags=["b;a", "a", "", "b"] * 5)
+    separated = open_labelled(texts, label_separator=";")
+    assert separated.classes == ["a", "b"]
+    assert labels_of(separated)[:3] == ["a;b", "a", ""]
+
+    flags = parquet(cat=[True, False] * 10, dog=[1, 1, 0, 0] * 5, image_id=[1] * 20)
+    how = {"label_column": "cat,dog", "problem_type": MULTI}
+    assert open_labelled(flags, **how).classes == ["cat", "dog"]
+    assert labels_of(open_labelled(flags, **how))[:4] == ["cat;dog", "dog", "cat", ""]
+
+
+def test_values_of_a_table(parquet, tmp_path):
+    path = parquet(age=[i / 4 for i in range(20)], height=list(range(20)))
+    one = open_training(path, label_column="age", problem_type="regression")
+    assert one.train.classes == ["age"]
+    assert one.train.targets.shape == (16, 1)
+    both = open_labelled(path, label_column="age,height", problem_type="regression")
+    assert both.targets[:3].tolist() == [[0, 0], [0.25, 1], [0.5, 2]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "fault"),
+    [
+        ({"tags": [["a"], []] * 10}, {}, f"in tags: give problem_type={MULTI}"),
+        ({"tags": [["a;b"], []] * 10}, {"problem_type": MULTI}, "'a;b' has a ; in it"),
+        ({"tags": ["a", "b"] * 10}, {"problem_type": MULTI}, "give label_separator for a column"),
+        ({"tags": [1.5] * 20}, {"problem_type": MULTI}, "no column that could be the label"),
+        ({"age": ["x"] * 20}, {"problem_type": "regression"}, "no column that could be the label"),
+        ({"age": [1.0, None] * 10}, {"problem_type": "regression"}, "#1: age is 'None', not a num"),
+        (
+            {"a": [0, 2] * 10, "b": [1] * 20},
+            {"label_column": "a,b", "problem_type": MULTI},
+            "#1: a is '2', neither 0 nor 1",
+        ),
+        ({"a": ["x"] * 20, "b": ["y"] * 20}, {"label_column": "a,b"}, "are several columns"),
+        ({"a": [1] * 20}, {"label_column": "a,c", "problem_type": MULTI}, "no column c"),
+    ],
+    ids=str,
+)
+def test_labels_of_a_table_that_do_not_fit_are_named(parquet, columns, options, fault):
+    with pytest.raises(ValueError, match=fault):
+        open_training(parquet(**columns), **options)
 
 
 def test_a_target_follows_the_order_of_the_outputs():

@@ -3,86 +3,37 @@
 import contextlib
 import functools
 import json
-import os
-import re
 import secrets
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import httpx
+from helpers.server import Server
 
-START_SECONDS = 240  # gradio alone takes up to 20 on a busy machine
 
-
-class Page:
+class Page(Server):
     """The process.
 
     Attributes:
-        address: of the page, without a slash at the end.
-        process: the process.
         folder: where it keeps files.
         left: a folder like that of a page that was killed, with a picture in it.
     """
 
     def __init__(self, model, place, *options, settings=None):
-        self.log = place / "log"
         self.left = place / "cvt-app-left"
         self.left.mkdir()
         (self.left / "photo.png").write_bytes(b"left")
-        environment = os.environ | {"TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
-        command = [
-            sys.executable,
-            "-m",
-            "cvt",
-            "app",
-            str(model),
-            "--port",
-            "0",
-            *map(str, options),
-        ]
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment | (settings or {})
-            )
-        end = time.monotonic() + START_SECONDS
-        while not (found := re.search(r"The page is at (http://\S+?)/\s", self.printed)):
-            assert self.process.poll() is None, self.printed
-            assert time.monotonic() < end, self.printed
-            time.sleep(0.1)
-        self.address = found[1]
+        settings = {"TMPDIR": str(place)} | (settings or {})
+        super().__init__("app", [model, *options], place / "log", settings)
         (self.folder,) = (path for path in place.glob("cvt-app-*") if path != self.left)
-
-    @property
-    def printed(self):
-        return self.log.read_text("utf-8", errors="replace")
-
-    @property
-    def memory(self):
-        """What the process occupies, in MiB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
 
     def files(self):
         return {path for path in self.folder.rglob("*") if path.is_file()}
-
-    def stop(self, number=None):
-        """End it by a signal, SIGTERM by default; returns the exit code."""
-        self.process.send_signal(number) if number else self.process.terminate()
-        return self.process.wait(60)
 
 
 @contextlib.contextmanager
 def served(model, place, *options, **how):
     place.mkdir(parents=True, exist_ok=True)
-    page = Page(model, place, *options, **how)
-    try:
+    with Page(model, place, *options, **how) as page:
         yield page
-    finally:
-        if page.process.poll() is None:
-            page.process.kill()
-            page.process.wait()
 
 
 @functools.cache  # visitors of one page have the same

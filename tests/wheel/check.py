@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 
-# What an export runs on, beside its engine (docs/en/serving.md).
+# What an export runs on, beside its engine (docs/en/without_torch.md).
 SMALL = "numpy pillow click"
 SKIPPED = (
     "pip install --no-deps ",
@@ -32,6 +32,7 @@ SKIPPED = (
     "pip wheel ",
     "cvt export cvt-13 site --to web",  # needs npm
     "cvt tune ",  # the extra for it is not installed
+    "cvt serve ",  # likewise
 )
 # Pieces of the README's commands, and what is run in their place.
 SHORTER = {
@@ -135,7 +136,12 @@ def check_without_torch(wheel: Path, user: Environment, engine: str, exported: s
     """An export answers the same where PyTorch and transformers are not installed."""
     small = Environment(user.work / f"with-{engine}", user.work)
     install = f"pip install --no-deps cvt-vision {SMALL} "
-    for page in ("README.md", "README.zh-CN.md", "docs/en/serving.md", "docs/zh/serving.md"):
+    for page in (
+        "README.md",
+        "README.zh-CN.md",
+        "docs/en/without_torch.md",
+        "docs/zh/without_torch.md",
+    ):
         assert install in (ROOT / page).read_text("utf-8"), f"{page} has no {install!r}"
     small.run(f"pip install --quiet --no-deps {shlex.quote(str(wheel))} {SMALL} {engine}")
     command = f"cvt predict {exported} cat.jpg --json"

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cvt.app import limits
 from cvt.app.texts import TEXTS, Texts, preferred
+from cvt.http_server import LOOPBACK, host_of
 
 API = "/gradio_api"
 PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json")
@@ -35,7 +36,6 @@ ICON = (  # three stages, as of the model
     "<rect x='6' y='4' width='4' height='8' rx='1'/>"
     "<rect x='12' y='6' width='4' height='4' rx='1'/></g></svg>"
 )
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 DRAINED_BYTES = 2**30  # of a request that is refused: a browser reads no answer before all is sent
 
 
@@ -224,12 +224,6 @@ async def drain(headers: Headers, receive: Receive) -> None:
     while more:
         message = await receive()
         more = message["type"] == "http.request" and message.get("more_body", False)
-
-
-def host_of(header: str) -> str:
-    """The name in a Host header, without its port."""
-    name, _, port = header.rpartition(":")
-    return (name if port.isdecimal() else header).lower()
 
 
 def split_path(path: str) -> tuple[str, str]:

@@ -7,7 +7,6 @@ import gc
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from typing import Any
 from cvt.app.limits import ABANDONED_SECONDS, SWEEP_SECONDS
 from cvt.app.sessions import Sessions
 from cvt.files import locked
+from cvt.http_server import is_loopback, listening, uvicorn_server
 from cvt.libraries import require
 
 PORTS = range(7860, 7880)  # tried in turn, where none is given
@@ -66,20 +66,11 @@ def serve(
         ValueError: the model has no classes or explanations to show.
     """
     require("cvt app", "gradio", extra="app")
-    with upload_folder() as folder, listening(host, port) as listener:
+    ports = PORTS if port is None else [port]
+    with upload_folder() as folder, listening(host, ports) as listener:
         os.environ |= SETTINGS | {"GRADIO_TEMP_DIR": str(folder)}
         app = build(model, folder, is_loopback(host), language, examples, device, threads)
-        import uvicorn
-
-        class Server(uvicorn.Server):
-            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-                await super().startup(sockets)
-                ready(address(listener))
-
-        config = uvicorn.Config(
-            app, log_level="error", lifespan="on", timeout_graceful_shutdown=1, ws="none"
-        )
-        Server(config).run([listener])
+        uvicorn_server(app, listener, ready, graceful_seconds=1).run([listener])
 
 
 def build(
@@ -213,38 +204,3 @@ def stop(number: int, frame: object) -> None:
     if number == signal.SIGTERM:
         sys.exit(128 + number)
     signal.raise_signal(signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def listening(host: str, port: int | None) -> Iterator[socket.socket]:
-    """A socket that listens.
-
-    Raises:
-        OSError: the port is in use, or the address is not one of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    ports = PORTS if port is None else [port]
-    for number in ports:
-        try:
-            listener = socket.create_server((host, number), family=family)
-        except OSError as error:
-            if number == ports[-1]:
-                reason = error.strerror or str(error)
-                raise OSError(f"{host}, port {number}: {reason}; --port takes another") from error
-            continue
-        with listener:
-            yield listener
-        return
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def address(listener: socket.socket) -> str:
-    """The address to open in a browser."""
-    host, port, *_ = listener.getsockname()
-    if host in ("0.0.0.0", "::"):
-        host = socket.gethostname()
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"

@@ -26,6 +26,7 @@ VERBS = {
     "evaluate": "Measure accuracy, per class too, and calibration; classes are matched by name.",
     "explain": "Draw where a model looks; images that cannot be decoded are skipped (exit code 3).",
     "app": "Serve a page for the browser: drop a picture, see its classes and their heat maps.",
+    "serve": "Serve models over HTTP: POST images, get their classes; batched as they come.",
     "export": "Export a classifier to other software, and check the result against the torch "
     "model.",
     "benchmark": "Time a model over runtimes, precisions, batch and image sizes, from pixels to "

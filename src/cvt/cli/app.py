@@ -40,8 +40,9 @@ def app(
     threads: int | None,
 ) -> None:
     """Serve a page for the browser: drop a picture, see its classes and their heat maps."""
-    from cvt.app.server import is_loopback, serve
+    from cvt.app.server import serve
     from cvt.cli.console import err, out, quiet_libraries
+    from cvt.http_server import is_loopback
 
     def ready(address: str) -> None:
         out.print(f"The page is at {address}  (Ctrl-C stops it)")

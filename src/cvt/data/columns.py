@@ -11,11 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from cvt.data.decoding import Source, StoredImage
 from cvt.data.labelled import label_map
+from cvt.data.task import NEEDS_SEPARATOR, Task
+from cvt.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 if TYPE_CHECKING:
     from datasets import Features
 
-LABEL_NAMES = ("label", "cls")  # taken where several columns could be the label
+LABEL_NAMES = ("label", "labels", "cls")  # taken where several columns could be the label
+WORD, WHOLE, FRACTION = r"(large_)?string", r"u?int\d+", r"float\d+"
+# The types of a label's column, and what is wrong with others.
+LABELS = {
+    SINGLE_LABEL: (rf"{WORD}|{WHOLE}", "neither names nor whole numbers"),
+    MULTI_LABEL: (rf"{WORD}|list of ({WORD}|{WHOLE})", "neither names nor lists of classes"),
+    REGRESSION: (rf"{WHOLE}|{FRACTION}", "no numbers"),
+}
+FLAGS = rf"bool|{WHOLE}|{FRACTION}|{WORD}", "neither 0 and 1 nor true and false"
 
 
 @dataclass(frozen=True)
@@ -25,36 +35,54 @@ class Columns:
     Attributes:
         table: what messages call it.
         image: the image's column.
-        label: the label's column; `json.label` is a field of the column `json`.
-        names: the class names in order; None where the labels are names and no file lists them.
+        labels: the label's column, or those of its classes or values; `json.label` is a field of
+            the column `json`.
+        names: the names of the outputs in order; None where the labels are names of classes and no
+            file lists them.
         class_by_label: the names by what may be in the label's column, where they are listed.
+        task: what the labels mean.
         group: the column that says what an image shows, if one is named.
     """
 
     table: str
     image: str
-    label: str
+    labels: list[str]
     names: list[str] | None
     class_by_label: Mapping[str | int, str]
+    task: Task = Task()  # noqa: RUF009 (it is frozen)
     group: str | None = None
 
-    def class_of(self, label: str | int | None, row: str) -> str:
-        """The name of a class, from what is in the label's column.
+    def label_of(self, row: dict[str, Any], name: str) -> str:
+        """The label of a row, see `Task.label_of`.
+
+        Args:
+            row: the cells by their columns.
+            name: of the row, for messages.
 
         Raises:
-            ValueError: it is no class; names the row.
+            ValueError: a cell does not fit; names the row and the column.
         """
-        if isinstance(label, str) and label and self.names is None:
-            return label
-        if label is None or label not in self.class_by_label:
-            raise ValueError(f"{row}: {self.label} is {label!r}, which is none of the classes")
-        return self.class_by_label[label]
+        cells = {column: _cell(row, column) for column in self.labels}
+        first = self.labels[0]
+        try:
+            if self.task.has_one_class:
+                return self._class_of(first, cells[first])
+            if isinstance(cells[first], list):
+                return self.task.joined([self._class_of(first, cell) for cell in cells[first]])
+            label = self.task.label_of({column: str(cell) for column, cell in cells.items()})
+            if self.task.problem_type == REGRESSION:
+                return label
+            return self.task.joined([self._class_of(first, x) for x in self.task.classes_of(label)])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
-    def label_in(self, row: dict[str, Any]) -> Any:
-        """What a row has in the label's column."""
-        if self.label in row:
-            return row[self.label]
-        return reduce(getitem, self.label.split("."), row)
+    def _class_of(self, column: str, cell: str | int | None) -> str:
+        """The name of a class, from what is in the label's column."""
+        if isinstance(cell, str) and cell and self.names is None:
+            return cell
+        if cell is None or cell not in self.class_by_label:
+            raise ValueError(f"{column} is {cell!r}, which is none of the classes")
+        return self.class_by_label[cell]
 
     def source(self, row: dict[str, Any], name: str) -> Source:
         """The image of a row, encoded as it is stored, or the file that the row names."""
@@ -80,7 +108,11 @@ class Columns:
             path = image.get("path") if isinstance(image, dict) else None
             content = image.get("bytes") or b"" if isinstance(image, dict) else image
             name = f"{self.table}: {path or 'image of SHA-256 ' + sha256(content).hexdigest()}"
-        return self.source(row, name), self.class_of(self.label_in(row), name)
+        return self.source(row, name), self.label_of(row, name)
+
+
+def _cell(row: dict[str, Any], column: str) -> Any:
+    return row[column] if column in row else reduce(getitem, column.split("."), row)
 
 
 def find_columns(
@@ -90,6 +122,8 @@ def find_columns(
     image_column: str | None = None,
     label_column: str | None = None,
     group_column: str | None = None,
+    task: Task = Task(),  # noqa: B008 (it is frozen)
+    label_separator: str | None = None,
 ) -> Columns:
     """The columns of the image and the label, found by their types unless they are named.
 
@@ -98,13 +132,15 @@ def find_columns(
         table: what messages call it.
         names: the class names in order, where a file gives them.
         image_column: the images' column.
-        label_column: the labels' column.
+        label_column: the labels' column; several have commas between.
         group_column: the groups' column, if images are in groups.
+        task: what the labels mean.
+        label_separator: what is between the classes in a column of text, where that is given.
 
     Raises:
         ValueError: there is no such column, or a choice; lists all columns and names the option.
     """
-    from datasets import ClassLabel, Image, LargeList, List
+    from datasets import Image
 
     columns = dict(_flat(features))
 
@@ -119,51 +155,83 @@ def find_columns(
     if len(images) != 1:
         found = "several columns" if images else f"no column {image_column or ''}".rstrip()
         raise failed(f"has {found} of images", "image_column")
-    labels = _label_columns(columns, images[0])
-    if label_column:
-        labels = [name for name in (label_column,) if name in columns]
-    several = [name for name, f in columns.items() if isinstance(f, List | LargeList | list)]
-    if several and (label_column in several or not labels):
-        raise ValueError(f"{table} has several labels per image in {several[0]}: one is needed")
-    if len(labels) != 1:
-        found = "several columns" if labels else f"no column {label_column or ''}".rstrip()
-        raise failed(f"has {found} that could be the label", "label_column")
-
-    if group_column and not _is_label(features.get(group_column)):
+    if group_column and not re.fullmatch(
+        LABELS[SINGLE_LABEL][0], _dtype(features.get(group_column))
+    ):
         raise failed(f"has no column {group_column} of names or whole numbers", "group_column")
-    feature = columns[labels[0]]
-    class_by_label = label_map(names or [])
-    if isinstance(feature, ClassLabel):
-        # Its numbers mean its own names; a file of classes may have them in another order.
-        names = names or list(feature.names)
-        known, own = label_map(names), enumerate(feature.names)
-        class_by_label = {i: known[name] for i, name in own if name in known}
-    elif not _is_label(feature):
-        raise failed(f"has neither names nor whole numbers in {labels[0]}", "label_column")
-    elif names is None and "string" not in feature.dtype:
+
+    try:
+        labels = task.columns_in(label_column, columns) if label_column else []
+    except ValueError as error:
+        raise ValueError(f"{table}: {error}") from None
+    if missing := [name for name in labels if name not in columns]:
+        raise failed(f"has no column {missing[0]} that could be the label", "label_column")
+    labels = labels or _label_columns(columns, images[0], task)
+    if not label_column and len(labels) != 1:
+        found = "several columns" if labels else "no column"
+        raise failed(f"has {found} that could be the label", "label_column")
+    first, is_flags = labels[0], task.problem_type == MULTI_LABEL and len(labels) > 1
+    if task.has_one_class and _dtype(columns[first]).startswith("list"):
         raise ValueError(
-            f"{table} numbers its classes, in {labels[0]}, and does not name them: give a file of "
+            f"{table} has several labels per image in {first}: give problem_type={MULTI_LABEL}"
+        )
+    pattern, fault = FLAGS if is_flags else LABELS[task.problem_type]
+    for name in labels:
+        if not re.fullmatch(pattern, _dtype(columns[name])):
+            raise failed(f"has {fault} in {name}", "label_column")
+    if is_flags or task.problem_type == REGRESSION:
+        names = names or labels
+        return Columns(table, images[0], labels, names, label_map(names), task, group_column)
+    if not (task.has_one_class or label_separator or _dtype(columns[first]).startswith("list")):
+        raise ValueError(f"{table}: {NEEDS_SEPARATOR}")
+
+    class_by_label = label_map(names or [])
+    own = getattr(_item(columns[first]), "names", None)  # of a ClassLabel
+    if own:
+        # Its numbers mean its own names; a file of classes may have them in another order.
+        names = names or list(own)
+        known = label_map(names)
+        class_by_label = {i: known[name] for i, name in enumerate(own) if name in known}
+    elif names is None and "string" not in _dtype(columns[first]):
+        raise ValueError(
+            f"{table} numbers its classes, in {first}, and does not name them: give a file of "
             "their names, one per line, as classes"
         )
-    return Columns(table, images[0], labels[0], names, class_by_label, group_column)
+    return Columns(table, images[0], labels, names, class_by_label, task, group_column)
 
 
-def _label_columns(columns: Mapping[str, Any], image: str) -> list[str]:
-    """The columns that could be the label: by type, else by name, else all plain ones."""
-    from datasets import ClassLabel
-
-    if labels := [name for name, feature in columns.items() if isinstance(feature, ClassLabel)]:
-        return labels
-    plain = [
-        name
+def _label_columns(columns: Mapping[str, Any], image: str, task: Task) -> list[str]:
+    """The columns that could be the label: by type, else by name, else all that fit."""
+    pattern, _ = LABELS[task.problem_type]
+    fitting = {
+        name: feature
         for name, feature in columns.items()
-        if _is_label(feature) and name != image and not name.startswith((f"{image}.", "__"))
-    ]
-    return [name for name in LABEL_NAMES if name in plain][:1] or plain
+        if re.fullmatch(pattern, _dtype(feature))
+        and name != image
+        and not name.startswith((f"{image}.", "__"))
+    }
+    if task.problem_type != REGRESSION:
+        if named := [name for name, each in fitting.items() if hasattr(_item(each), "names")]:
+            return named
+        lists = [name for name, each in columns.items() if _dtype(each).startswith("list")]
+        if lists and not (task.has_one_class and fitting):
+            return lists
+    return [name for name in LABEL_NAMES if name in fitting][:1] or list(fitting)
 
 
-def _is_label(feature: Any) -> bool:
-    return bool(re.fullmatch(r"(large_)?string|u?int\d+", getattr(feature, "dtype", "")))
+def _item(feature: Any) -> Any:
+    """The type of what a list has; of what is no list, its own type."""
+    from datasets import LargeList, List
+
+    if isinstance(feature, List | LargeList):
+        return feature.feature
+    return feature[0] if isinstance(feature, list) else feature
+
+
+def _dtype(feature: Any) -> str:
+    item = _item(feature)
+    name = getattr(item, "dtype", "")
+    return name if item is feature else f"list of {name}"
 
 
 def _flat(features: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -167,15 +167,11 @@ def _column(
 
 def _label_columns(path: Path, header: list[str], chosen: str | None, task: Task) -> dict[str, int]:
     """The columns of the label by their names."""
-    if chosen is None or chosen in header or "," not in chosen:
+    if chosen is None:
         column = _column(path, header, chosen, LABEL_NAMES, "label_column")
         return {header[column]: column}
-    names = [name.strip() for name in chosen.split(",")]
-    if task.has_one_class:
-        raise ValueError(
-            f"{path}: label_column = {chosen} are several columns: give problem_type="
-            "multi_label_classification if they are classes, of 0 and 1, or regression"
-        )
-    if unclear := [name for name in names if task.separator in name]:
-        raise ValueError(f"{path}: the column {unclear[0]} has a {task.separator} in it; rename it")
+    try:
+        names = task.columns_in(chosen, header)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return {name: _column(path, header, name, (), "label_column") for name in names}

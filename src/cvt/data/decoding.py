@@ -91,6 +91,10 @@ class OversizedError(ImageError):
     """An image that has more pixels than are decoded."""
 
 
+class ElongatedError(ImageError):
+    """An image that is too long for its width to be decoded."""
+
+
 @dataclass(frozen=True)
 class StoredImage:
     """An image that is no file of its own, but part of one: a row of a table, a member of a shard.
@@ -338,7 +342,7 @@ def _upright_rgb(
         raise OversizedError(fault)
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(
+        raise ElongatedError(
             f"{name}: is {width} x {height} pixels; at most {MAX_ASPECT} times as long as wide "
             "is decoded"
         )

@@ -35,7 +35,7 @@ from cvt.data.labelled import (
     split,
 )
 from cvt.data.split_file import recorded_split
-from cvt.data.task import Task, other_task
+from cvt.data.task import NEEDS_SEPARATOR, Task, other_task
 from cvt.files import check_path
 from cvt.problem_type import MULTI_LABEL, PROBLEMS, REGRESSION, SINGLE_LABEL
 
@@ -70,7 +70,7 @@ def open_training(
         folds: divide the training images into so many folds, in place of drawing a fifth; what
             would validate otherwise is held out if it is called a test split.
         fold: the one of them that validates, from 1.
-        label_separator: what is between the classes of a label of a csv file, as `;` in `a;b`.
+        label_separator: what is between the classes of a label, as `;` in `a;b`.
         problem_type: `single_label_classification`, `multi_label_classification` or `regression`;
             by default the second with a `label_separator`, else the first.
         split_file: what `write_split` wrote; the split in it, if it is of these images, is taken
@@ -268,6 +268,7 @@ class _Options:
     label_column: str | None
     task: Task
     group_column: str | None
+    label_separator: str | None
 
 
 def _options(
@@ -290,14 +291,9 @@ def _options(
         raise ValueError(f"label_separator = {label_separator}: means several labels, no {problem}")
     if classes and problem == REGRESSION:
         raise ValueError(f"classes = {classes}: values have no classes; leave it out")
-    if problem == MULTI_LABEL and not label_separator and "," not in (label_column or ""):
-        raise ValueError(
-            f"problem_type = {problem}: give label_separator for a column of several classes, or "
-            "label_column=A,B,C for columns of 0 and 1"
-        )
     names = None if classes is None else read_labels(classes)
     task = Task(problem, label_separator or Task.separator)
-    return _Options(names, image_column, label_column, task, group_column)
+    return _Options(names, image_column, label_column, task, group_column, label_separator)
 
 
 def _check_task(
@@ -341,13 +337,9 @@ def _splits(data: str | Path, options: _Options) -> SplitReaders:
         image_column=options.image_column,
         label_column=options.label_column,
         group_column=options.group_column,
+        task=options.task,
+        label_separator=options.label_separator,
     )
-    is_csv = path.suffix.lower() == ".csv" and path.is_file()
-    if not options.task.has_one_class and not is_csv:
-        raise ValueError(
-            f"problem_type = {options.task.problem_type}: such labels are read from a csv file "
-            f"alone, and {data} is none"
-        )
     if name.startswith("hub:"):
         return hub_splits(name.removeprefix("hub:"), find, streaming)
     if shards := files_of("tar", name):
@@ -358,8 +350,16 @@ def _splits(data: str | Path, options: _Options) -> SplitReaders:
         raise ValueError(f"{data}: neither shards nor parquet files nor hub:OWNER/NAME to stream")
     if any((path / file).is_file() for file in SAVED):
         return saved_splits(path, find)
-    if is_csv:
+    if path.suffix.lower() == ".csv" and path.is_file():
+        several = options.label_separator or "," in (options.label_column or "")
+        if options.task.problem_type == MULTI_LABEL and not several:
+            raise ValueError(NEEDS_SEPARATOR)
         return _renamed(csv_splits(path, *columns, options.task), options.names, path)
+    if not options.task.has_one_class:
+        raise ValueError(
+            f"problem_type = {options.task.problem_type}: such labels are in columns of a csv or "
+            f"parquet file or a data set of the hub, and {data} has none"
+        )
     if any(columns):
         raise ValueError(
             f"{data} has no columns to choose from: leave image_column, label_column and "

@@ -226,26 +226,33 @@ def _images(
     columns = find(rows.features, table)
     if isinstance(rows.features[columns.image], Image):
         rows = rows.cast_column(columns.image, Image(decode=False))
-    label = columns.label if columns.label in rows.features else columns.label.split(".")[0]
+    stored = {name if name in rows.features else name.split(".")[0] for name in columns.labels}
     if isinstance(rows, Dataset):
+        cells = [rows[name][:] for name in stored]
         labels = [
-            columns.class_of(columns.label_in({label: value}), f"{table}#{i}")
-            for i, value in enumerate(rows[label][:])
+            columns.label_of(dict(zip(stored, row, strict=True)), f"{table}#{i}")
+            for i, row in enumerate(zip(*cells, strict=True))
         ]
         return LabelledImages(
             _Rows(rows.select_columns(columns.image), columns),
             labels,
             columns.names,
-            groups=_groups(rows, columns),
+            columns.task,
+            _groups(rows, columns),
+        )
+    if not columns.task.has_one_class:
+        raise ValueError(
+            f"problem_type = {columns.task.problem_type}: {table} is a stream, whose images have "
+            "one class each"
         )
     if columns.group:
         raise ValueError(f"{table}: a stream is not split; leave group_column out")
     if columns.names is None:
         raise ValueError(
-            f"{table} does not list the names of its classes, in {columns.label}: give a file of "
-            "them, one per line, as classes"
+            f"{table} does not list the names of its classes, in {columns.labels[0]}: give a file "
+            "of them, one per line, as classes"
         )
-    kept = {columns.image, label, "__key__", "__url__"} & set(rows.features)
+    kept = {columns.image, *stored, "__key__", "__url__"} & set(rows.features)
     rows = rows.select_columns(sorted(kept))
     splits = rows.info.splits or {}  # of a data set that describes itself
     if rows.split in splits:

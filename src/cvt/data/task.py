@@ -2,13 +2,17 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from cvt.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 SEPARATORS = (";", "|", ",")  # that labels of several classes usually have
+NEEDS_SEPARATOR = (
+    f"problem_type = {MULTI_LABEL}: give label_separator for a column of several classes, or "
+    "label_column=A,B,C for columns of 0 and 1"
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,34 @@ class Task:
         """Whether a label is the name of a class."""
         return self.problem_type == SINGLE_LABEL
 
+    def columns_in(self, chosen: str, columns: Container[str]) -> list[str]:
+        """The names of columns in a setting: of one column, or of several with commas between.
+
+        Raises:
+            ValueError: they are several, and an image has one class.
+        """
+        if chosen in columns or "," not in chosen:
+            return [chosen]
+        if self.has_one_class:
+            raise ValueError(
+                f"label_column = {chosen} are several columns: give problem_type={MULTI_LABEL} if "
+                f"they are classes, of 0 and 1, or {REGRESSION}"
+            )
+        return [name.strip() for name in chosen.split(",")]
+
+    def joined(self, names: Iterable[str]) -> str:
+        """The label of an image that has these classes.
+
+        Raises:
+            ValueError: a name has the separator in it.
+        """
+        for name in names:
+            if self.separator in name:
+                raise ValueError(
+                    f"the class {name!r} has a {self.separator} in it: give another label_separator"
+                )
+        return self.separator.join(sorted(set(names)))
+
     def label_of(self, cells: Mapping[str, str]) -> str:
         """The label in the label columns of a row.
 
@@ -56,7 +88,7 @@ class Task:
             names = {name.strip() for name in first.split(self.separator)} - {""}
         else:
             names = {name for name, cell in cells.items() if _flag(name, cell)}
-        return self.separator.join(sorted(names))
+        return self.joined(names)
 
     def classes_of(self, label: str) -> list[str]:
         """The names of the classes of a label; of numbers there are none."""

@@ -355,21 +355,34 @@ def predict(
     Raises:
         ValueError: the model has no classes, or as `classify`.
     """
-    config: Any = model.config
+    named = namer(model.config, topk)
+    settings = (batch_size, workers, exact, max_pixels)
+    for result in classify(model, processor, sources, *settings, tta=tta):
+        yield named(result)
+
+
+def namer(config: Architecture, topk: int) -> Callable[[Result], Prediction | Result]:
+    """What turns the logits of an image into its best classes, as `predict` describes it.
+
+    Args:
+        config: the classifier's.
+        topk: how many classes to name, at most all.
+
+    Raises:
+        ValueError: the model has no classes.
+    """
     names = config.class_names
     if not names:
         raise ValueError("num_labels = 0: the model has no classes to name")
     count = scores_per_image(topk, config)
     are_values = config.problem_type == REGRESSION
-    settings = (batch_size, workers, exact, max_pixels)
-    for result in classify(model, processor, sources, *settings, tta=tta):
+
+    def named(result: Result) -> Prediction | Result:
         if result.logits is None:
-            yield result
-            continue
+            return result
         if not np.isfinite(result.logits).all():
             reason = "its scores are not finite; fp16 may overflow where bf16 does not"
-            yield Result(result.path, error=f"{result.path}: {reason}")
-            continue
+            return Result(result.path, error=f"{result.path}: {reason}")
         found = scores(result.logits, config)
         best, has = ranked(result.logits), None
         if config.thresholds and config.problem_type == MULTI_LABEL:
@@ -378,4 +391,6 @@ def predict(
             has = reached[best[:count]].tolist()
         best = best[:count]
         labels = [names[i] for i in best.tolist()]
-        yield Prediction(result.path, labels, found[best].tolist(), are_values, has)
+        return Prediction(result.path, labels, found[best].tolist(), are_values, has)
+
+    return named

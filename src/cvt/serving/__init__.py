@@ -1,0 +1,1 @@
+"""The HTTP service: one FastAPI application, which `cvt serve` runs by uvicorn."""
