@@ -49,7 +49,7 @@ def page(browser, address):
     page.on("request", lambda request: elsewhere.append(request.url))
     yield page
     page.close()
-    assert [url for url in elsewhere if not url.startswith((address, "data:"))] == []
+    assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []
 
 
 @pytest.mark.parametrize(
