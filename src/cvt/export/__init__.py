@@ -10,7 +10,7 @@
 | web | `model.onnx`, and a page that runs it in the visitor's browser | fp32, fp16, int8 |
 
 Beside it lie `config.json` (with the labels), `preprocessor_config.json`, and `export.json`, which records how it was
-checked, and for the last two `labels.txt`; `cvt.runtime.open_runtime` takes the folder. `model.pt2` holds tensors, JSON,
+checked, and for saved-model and litert `labels.txt`; `cvt.runtime.open_runtime` takes the folder. `model.pt2` holds tensors, JSON,
 and the example that the graph was traced with, which needs no more than `weights_only` to read. `open_runtime` refuses a
 `model.pt2` or a SavedModel that holds anything but weights and arithmetic.
 """  # noqa: E501
