@@ -26,6 +26,7 @@ import torch
 
 from cvt.checkpoints import image_size_of, load_classifier, load_processor, model_source
 from cvt.export.parity import (
+    Check,
     LoadedProgram,
     compare,
     features_difference,
@@ -241,7 +242,8 @@ def _parity(
     runtime = open_runtime(folder, device="cpu")
     if manifest.format == "torch-export":  # its graph as it is; others load what may refuse a size
         runtime = LoadedProgram(folder / manifest.file, runtime)
-    checks, of_features = [], {}
+    checks: list[Check] = []
+    of_features: dict[str, float] = {}
     for batch in pixels:
         checks.append(check := compare(model, runtime, batch))
         if not check.passed:
