@@ -114,9 +114,17 @@ def embed(
         if file.count:
             err.print(f"{file.count} images are embedded already")
         decoded, labelled = tee(found)
-        run: Any = (batch_size, workers, exact_decoding, max_pixels)
         sources = (image for image, _ in decoded)
-        results = embed_images(classifier, processor, sources, *run, normalize=normalize)
+        results = embed_images(
+            classifier,
+            processor,
+            sources,
+            batch_size,
+            workers,
+            exact_decoding,
+            max_pixels,
+            normalize=normalize,
+        )
         rows = zip(results, (label for _, label in labelled), strict=False)
         done = consume("embed", rows, file.write, lambda row: row[0].error, file)
         err.print(f"{output}: {file.count} images embedded, {file.width} numbers each")

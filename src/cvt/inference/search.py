@@ -7,7 +7,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -104,7 +104,7 @@ class Index:
         self.exact = rows <= EXACT_ROWS if exact is None else exact
         if self.exact:
             flat.add(directions)
-            self._index = flat
+            self._index: Any = flat
             return
         clusters = max(1, int(rows**0.5))
         self._index = faiss.IndexIVFFlat(flat, self.width, clusters, faiss.METRIC_INNER_PRODUCT)
