@@ -212,7 +212,7 @@ def check(
         images.append(image)
         step()
     same = _groups(images, distance)
-    groups, similar = same, {}
+    groups, similar = same, dict[int, str]()
     if values is not None:
         groups, similar = _similar(images, same, values, similarity)
     classes = _classes(splits, images)
