@@ -96,7 +96,7 @@ def check(
     ):
         length = total_length(splits.values())
         with bar("check", length and length * (2 if model else 1)) as step:
-            how = {"device": device, "threads": threads, "verify": not no_verify}
+            how: Any = {"device": device, "threads": threads, "verify": not no_verify}
             how |= {"max_pixels": max_pixels, "progress": step}
             found = check_images(
                 splits,
