@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: browser demo test test-tensorflow test-notebooks test-oldest test-wheel notebooks lint bench gpu docs docs-en docs-zh docs-examples clean
+.PHONY: browser demo test test-tensorflow test-notebooks test-oldest test-wheel notebooks lint bench gpu docs docs-en docs-zh docs-examples docs-demo clean
 
 demo: $(VENV)/train.stamp  ## train, evaluate and predict on scikit-learn's digits; leaves runs/demo
 	$(BIN)/cvt demo --output runs/demo
@@ -34,8 +34,10 @@ test-oldest:  ## the tests of `make test` with the oldest Python and libraries t
 	$(PYTHON) tests/oldest_versions.py > .venv-oldest/constraints.txt
 	PIP_CONSTRAINT=.venv-oldest/constraints.txt $(MAKE) test VENV=.venv-oldest
 
-browser:  ## install Debian's Chromium for tests/app/test_browser.py, where that is possible
+# Without them, the tests in the browser are skipped by name.
+browser: $(VENV)/export.stamp  ## Chromium and ONNX Runtime Web for the tests of pages, if they can be had
 	.ci/browser.sh
+	-$(BIN)/python -c 'from cvt.export.web import runtime_folder; runtime_folder()'
 
 notebooks: $(VENV)/dev.stamp  ## run every notebook from a clean kernel; their files stay as they are
 	$(BIN)/python notebooks/execute.py --check --jobs $(JOBS)
@@ -87,7 +89,7 @@ SPHINX = $(BIN)/python -m sphinx -q -W --keep-going -c docs
 
 docs: $(VENV)/docs.stamp  ## the site in English and Chinese; runs the examples of the reference
 	$(MAKE) --jobs $(JOBS) --output-sync docs-en docs-zh
-	$(MAKE) docs-examples
+	$(MAKE) docs-examples docs-demo
 	cp docs/index.html docs/_build/html/
 	@echo "open docs/_build/html/index.html"
 
@@ -96,6 +98,10 @@ docs-en docs-zh: docs-%: $(VENV)/docs.stamp
 
 docs-examples: $(VENV)/docs.stamp
 	$(SPHINX) -b doctest -t en -d docs/_build/en docs/en docs/_build/examples
+
+# It trains a small model once, and needs npm, or what npm fetched before, for the demo to run.
+docs-demo: $(VENV)/docs.stamp
+	$(BIN)/python docs/web_demo.py docs/_build/html/demo
 
 clean:  ## remove what the targets above made, but never runs/
 	rm -rf .venv .venv-oldest .venv-gpu build dist docs/_build

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Debian's Chromium and a Chinese font, for tests/app/test_browser.py. Where they cannot be
-# installed, those tests are skipped by name; so this never fails.
+# Debian's Chromium and a Chinese font, for the tests in the browser. Where they cannot be
+# installed, these are skipped by name; so this never fails.
 set -u
 [ -x /usr/bin/chromium ] && [ -n "$(fc-list :lang=zh 2>/dev/null)" ] && exit 0
 as_root=""

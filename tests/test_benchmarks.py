@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -655,6 +655,28 @@ def test_the_benchmark_of_the_projections_tells_bandwidth_and_gain(load, tmp_pat
     assert backward / forward == pytest.approx(8 / 2.5, rel=0.01)
     with pytest.raises(SystemExit):
         projections.parse(["--device=cpu"])
+
+
+# ------------------------------------------------------------------------------ browser
+
+
+def test_pages_are_compared_turn_by_turn_with_the_same_threads(load, tmp_path, monkeypatch):
+    browser = load("browser")
+    monkeypatch.setattr(browser, "launched", lambda: nullcontext(None))
+    turns = iter(range(1, 100))
+
+    def timed(_, address, name):  # each turn is slower than the one before
+        return 1.0, next(turns) * {"fp32": 1.0, "int8": 0.5, browser.PEER: 2.0}[name], 1
+
+    monkeypatch.setattr(browser, "timed", timed)
+    rows = browser.measure(tmp_path, ["fp32", "int8", browser.PEER], 1)
+    assert [(row["what"], row["precision"]) for row in rows[:3]] == [
+        ("cvt export --to web", "fp32"),
+        ("cvt export --to web", "int8"),
+        ("transformers.js", "fp32"),
+    ]
+    assert [row["ms_per_picture"] for row in rows] == ["1", "1", "6", "4", "2", "12"]
+    assert [row["times_fp32"] for row in rows] == ["1.00", "1.00", "6.00", "1.00", "0.62", "3.00"]
 
 
 # ------------------------------------------------------------------------------ start

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 # On GitHub, the second line of a page; the site has a switch in its bar.
 SWITCH = re.compile(r"^(?:\*\*English\*\* \| .*|.* \| \*\*中文\*\*)\n\n", re.MULTILINE)
 COMMANDS = "<!-- commands -->"
+DEMO = "<!-- demo -->"
 # A browser shows the end of a line as a space, which Chinese does not have.
 JOINED = re.compile(
     r"(?<=[\u3000-\u9fff\uff00-\uffef])\n(?=[\u3000-\u9fff\uff00-\uffef])|(?<=[，。；：、）])\n(?=[\w`])"
@@ -54,12 +55,21 @@ def adapt(app: Sphinx, docname: str, content: list[str]) -> None:
     text = SWITCH.sub("", content[0], count=1)
     text = re.sub(r"\[([^]\n]+)\]\(([\w./-]+\.(?:md|ipynb))(#[\w-]+)?\)", link, text)
     text = text.replace(COMMANDS, reference(chinese) if COMMANDS in text else "")
+    text = text.replace(DEMO, demo(chinese))
     if chinese and not content[0].startswith("{"):  # not in a notebook, which is JSON
         text = "".join(
             piece if piece.startswith("```") else JOINED.sub("", piece)
             for piece in re.split(r"(^```.*?^```)", text, flags=re.MULTILINE | re.DOTALL)
         )
     content[0] = text
+
+
+def demo(chinese: bool) -> str:
+    """The page that docs/web_demo.py writes, in a frame."""
+    language, title = ("zh", "演示") if chinese else ("en", "Demo")
+    address = f"../demo/index.html?lang={language}&image=examples/7.png&image=examples/3.png"
+    frame = f'<iframe class="demo" src="{address}" title="{title}" loading="lazy"></iframe>'
+    return f"```{{raw}} html\n{frame}\n```"
 
 
 def shorten(

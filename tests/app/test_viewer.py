@@ -10,8 +10,9 @@ import cvt
 from cvt.app import viewer as module
 from cvt.app.card import model_card, readme
 from cvt.app.texts import EN, ZH
-from cvt.app.viewer import TooManyPixelsError, Viewer, enlarged, page_name, shown
+from cvt.app.viewer import TooManyPixelsError, Viewer, enlarged, shown
 from cvt.data import ImageError, StoredImage
+from cvt.inference.page import page_name
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,7 @@ COMMANDS = {
     ],
     "export": [
         "model", "output", "--to", "--precision", "--dynamic", "--image-size", "--features",
-        "--calibration", "--min-agreement", "--no-verify", "--force",
+        "--calibration", "--min-agreement", "--lang", "--runtime-files", "--no-verify", "--force",
     ],
     "benchmark": [
         "model", "--runtimes", "--precisions", "--batch-sizes", "--image-sizes", "--threads",

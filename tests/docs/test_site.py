@@ -49,7 +49,7 @@ def page(browser, address):
     page.on("request", lambda request: elsewhere.append(request.url))
     yield page
     page.close()
-    assert [url for url in elsewhere if not url.startswith((address, "data:"))] == []
+    assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,17 @@ def test_no_page_is_wider_than_a_phone(page, address, language):
         if width > PHONE["width"]:
             too_wide[name] = width
     assert too_wide == {}
+
+
+def test_the_demo_reads_a_digit(page, address):
+    if not (SITE / "demo" / "page.json").is_file():
+        pytest.skip("the demo was built without ONNX Runtime Web")
+    page.goto(f"{address}/en/howto_web.html")
+    page.locator("iframe.demo").scroll_into_view_if_needed()
+    card = page.frame_locator("iframe.demo").locator("#results > li", has_text="3.png")
+    best = card.locator(".classes li").first
+    best.wait_for(timeout=60_000)
+    assert best.locator("span").first.inner_text() == "3"
 
 
 def test_every_page_has_its_translation():

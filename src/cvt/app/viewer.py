@@ -9,11 +9,12 @@ from PIL import Image
 
 from cvt.app.limits import PIXELS, SHOWN_SIDE
 from cvt.app.sessions import Picture
-from cvt.checkpoints import image_size_of, model_source
+from cvt.checkpoints import image_size_of
 from cvt.data.decoding import ImageError, StoredImage, decode
 from cvt.inference import explanation
 from cvt.inference.classifier import Classifier
 from cvt.inference.explain import Explainer
+from cvt.inference.page import page_name
 from cvt.profile import profile
 from cvt.text import printable
 
@@ -106,19 +107,6 @@ class Viewer:
     def best(self, picture: Picture) -> list[int]:
         """All classes by their scores, the highest first; of equal ones the first comes first."""
         return np.argsort(-np.array(picture.scores), kind="stable").tolist()
-
-
-def page_name(model: str) -> str:
-    """What the page calls a model: the last words of a path, without the folders before them.
-
-    `runs/photos/best` becomes `photos/best`, since every run has a `best`.
-    """
-    source = model_source(model)
-    if source.hub_id or source.kind == "variant":
-        return printable(source.name)
-    path = source.path.resolve()
-    parts = [path.parent.name, path.name] if path.name in ("best", "last") else [path.name]
-    return printable("/".join(filter(None, parts)))
 
 
 def enlarged(image: Image.Image) -> Image.Image:

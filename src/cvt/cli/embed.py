@@ -114,9 +114,15 @@ def embed(
         if file.count:
             err.print(f"{file.count} images are embedded already")
         decoded, labelled = tee(found)
+        sources = (image for image, _ in decoded)
         results = embed_images(
-            *(classifier, processor, (image for image, _ in decoded)),
-            *(batch_size, workers, exact_decoding, max_pixels),
+            classifier,
+            processor,
+            sources,
+            batch_size,
+            workers,
+            exact_decoding,
+            max_pixels,
             normalize=normalize,
         )
         rows = zip(results, (label for _, label in labelled), strict=False)

@@ -1,5 +1,6 @@
 """`cvt export`."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 @click.option(
     "--to",
     required=True,
-    type=click.Choice(("onnx", "openvino", "torch-export", "saved-model", "litert")),
-    help="Software that is to run it.",
+    type=click.Choice(("onnx", "openvino", "torch-export", "saved-model", "litert", "web")),
+    help="Software that is to run it; web: a page that runs it in the visitor's browser.",
 )
 @click.option(
     "--precision", type=click.Choice(PRECISIONS), default="fp32", help="What it computes in."
@@ -48,18 +49,28 @@ if TYPE_CHECKING:
     default=0.99,
     help="Share of images that int8 must classify as fp32 does.",
 )
+@click.option(
+    "--lang", type=click.Choice(("en", "zh")), default="en", help="Language of the page of web."
+)
+@click.option(
+    "--runtime-files",
+    type=FILE,
+    help="For web: the unpacked npm package onnxruntime-web; default: npm fetches it once.",
+)
 @no_verify_option
 @force_option("Overwrite files in OUTPUT.")
 def export(
     model: str,
     output: Path,
-    to: Literal["onnx", "openvino", "torch-export", "saved-model", "litert"],
+    to: Literal["onnx", "openvino", "torch-export", "saved-model", "litert", "web"],
     precision: Literal["fp32", "bf16", "fp16", "int8"],
     dynamic: str,
     image_size: int | None,
     features: bool,
     calibration: Path | None,
     min_agreement: float,
+    lang: Literal["en", "zh"],
+    runtime_files: Path | None,
     no_verify: bool,
     force: bool,
 ) -> None:
@@ -78,12 +89,16 @@ def export(
         features=features,
         calibration=calibration,
         min_agreement=min_agreement,
+        language=lang,
+        runtime_files=runtime_files,
         verify=not no_verify,
         overwrite=force,
         progress=err.print,
     )
     print_checks(done)
     out.print(f"{output}: {done.format}, {done.precision}")
+    if to == "web":
+        out.print(f"to try it: python -m http.server --directory {shlex.quote(str(output))}")
 
 
 def print_checks(done: "Manifest") -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -58,7 +58,7 @@ def bar(description: str, total: int | None) -> Iterator[Callable[[], None]]:
 def consume(
     title: str,
     results: Iterable[Result],
-    write: Callable[[Result], object],
+    write: Callable[[Any], object],
     error_of: Callable[[Result], str | None],
     file: "ResultFile | None" = None,
 ) -> tuple[int, int]:

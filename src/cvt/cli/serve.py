@@ -108,8 +108,11 @@ def serve(
     if write_config:
         from cvt.serving.ray_config import write_config as write
 
-        how = {"runtime": runtime, "precision": precision, "device": device, "threads": threads}
-        how |= {
+        how = {
+            "runtime": runtime,
+            "precision": precision,
+            "device": device,
+            "threads": threads,
             "verify": not no_verify,
             "api_key_file": api_key_file and str(api_key_file.resolve()),
         }
@@ -117,6 +120,7 @@ def serve(
         write(write_config, models, settings, (host, port), how, force)
         out.print(f"{write_config}: serve.yaml for Ray Serve, rayservice.yaml for KubeRay")
         return
+    err.print("opening the models; one that is new to this machine is converted first")
     opened = open_models(models, runtime, precision, device, threads, verify=not no_verify)
     for name, model in opened.items():
         err.print(f"{name}: {model.runtime.describe}")

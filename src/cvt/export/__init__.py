@@ -7,9 +7,10 @@
 | torch-export | `model.pt2` | fp32, bf16, fp16 (slow on a CPU) |
 | saved-model | the folder `model` | fp32 |
 | litert | `model.tflite` | fp32; fp16: weights in 16 bits; int8: weights in 8 bits, activations rounded as they come |
+| web | `model.onnx`, and a page that runs it in the visitor's browser | fp32, fp16, int8 |
 
 Beside it lie `config.json` (with the labels), `preprocessor_config.json`, and `export.json`, which records how it was
-checked, and for the last two `labels.txt`; `cvt.runtime.open_runtime` takes the folder. `model.pt2` holds tensors, JSON,
+checked, and for saved-model and litert `labels.txt`; `cvt.runtime.open_runtime` takes the folder. `model.pt2` holds tensors, JSON,
 and the example that the graph was traced with, which needs no more than `weights_only` to read. `open_runtime` refuses a
 `model.pt2` or a SavedModel that holds anything but weights and arithmetic.
 """  # noqa: E501
@@ -25,6 +26,7 @@ import torch
 
 from cvt.checkpoints import image_size_of, load_classifier, load_processor, model_source
 from cvt.export.parity import (
+    Check,
     LoadedProgram,
     compare,
     features_difference,
@@ -38,6 +40,7 @@ from cvt.export.tensorflow import (
     write_litert,
     write_saved_model,
 )
+from cvt.export.web import LANGUAGES, check_page, runtime_folder, write_page
 from cvt.files import check_path, staged, sums_of
 from cvt.libraries import require, version_of
 from cvt.modeling import CvtForImageClassification
@@ -55,6 +58,7 @@ FILES = {
     "torch-export": "model.pt2",
     "saved-model": "model",
     "litert": "model.tflite",
+    "web": "model.onnx",
 }
 LIBRARIES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -62,10 +66,12 @@ LIBRARIES = {
     "torch-export": (),
     "saved-model": ("keras", "tensorflow"),
     "litert": ("keras", "tensorflow", "ai_edge_litert"),
+    "web": ("onnx", "onnxscript", "onnxruntime"),
 }
 BY_KERAS = ("saved-model", "litert")
 INSTEAD = {
     ("onnx", "bf16"): "ONNX Runtime has no bf16 convolution on a CPU; use fp16, or openvino",
+    ("web", "bf16"): "browsers have no bf16; use fp16",
     ("saved-model", "bf16"): "a SavedModel is in fp32; use openvino or torch-export",
     ("saved-model", "fp16"): "a SavedModel is in fp32; use litert, onnx or openvino",
     ("litert", "bf16"): "LiteRT has no weights in bf16; use fp16, or openvino",
@@ -87,6 +93,8 @@ def export(
     calibration: str | Path | None = None,
     min_agreement: float = 0.99,
     calibration_images: int = 300,
+    language: str = "en",
+    runtime_files: str | Path | None = None,
     verify: bool = True,
     overwrite: bool = False,
     progress: Callable[[str], object] = lambda step: None,
@@ -113,6 +121,9 @@ def export(
             none to calibrate with, and is checked with them alone.
         min_agreement: for int8, the share of images, from 0 to 1, that must get the same class.
         calibration_images: from that folder at most, and as many others to check with.
+        language: of the page of `web`: `en` or `zh`; the visitor can change it.
+        runtime_files: for `web`, a folder with the unpacked npm package of ONNX Runtime Web; by
+            default npm fetches it once, into the user's cache.
         verify: compare the source with its `checksums.json`, where it has one.
         overwrite: replace files in `output`.
         progress: called with a description of every step.
@@ -124,7 +135,8 @@ def export(
         ValueError: an argument is illegal, or the export fails a check. Nothing is written.
         ImageError: a calibration image cannot be decoded. Nothing is written.
         FileExistsError: `output` exists and may not be overwritten.
-        FileNotFoundError: `source` is no model, or the calibration folder has no images.
+        FileNotFoundError: `source` is no model, the calibration folder has no images, or the files
+            of ONNX Runtime Web cannot be had.
         ImportError: a library is missing; names what to install.
 
     Example:
@@ -138,7 +150,7 @@ def export(
         >>> cvt.Classifier("exported").runtime.name
         'torch'
     """
-    _check_arguments(to, precision, dynamic, calibration, min_agreement)
+    _check_arguments(to, precision, dynamic, calibration, min_agreement, language)
     libraries = LIBRARIES[to] + (("nncf",) if precision == "int8" and to not in BY_KERAS else ())
     extra = "tensorflow" if to in BY_KERAS else "export"
     require(f"an export to {to} in {precision}", *libraries, extra=extra)
@@ -148,6 +160,7 @@ def export(
     with staged(output, overwrite=overwrite) as folder:
         if to in BY_KERAS:
             demand_backend(to)
+        runtime = runtime_folder(runtime_files, progress) if to == "web" else None
         calibrating, held_out = (
             ([], []) if calibration is None else two_splits(Path(calibration), calibration_images)
         )
@@ -160,6 +173,7 @@ def export(
                 "a regression has none"
             )
         processor = load_processor(named, model.config, image_size)
+        preprocessing = check_page(model, processor) if to == "web" else None
         size = (image_size_of(processor),) * 2
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -199,6 +213,8 @@ def export(
             files=sums_of(folder, [path.name for path in folder.iterdir() if path.name != NAME]),
         )
         manifest.write(folder)
+        if preprocessing and runtime:
+            write_page(folder, source, model, preprocessing, manifest, language, runtime)
     return manifest
 
 
@@ -226,7 +242,8 @@ def _parity(
     runtime = open_runtime(folder, device="cpu")
     if manifest.format == "torch-export":  # its graph as it is; others load what may refuse a size
         runtime = LoadedProgram(folder / manifest.file, runtime)
-    checks, of_features = [], {}
+    checks: list[Check] = []
+    of_features: dict[str, float] = {}
     for batch in pixels:
         checks.append(check := compare(model, runtime, batch))
         if not check.passed:
@@ -257,8 +274,13 @@ def _check_arguments(
     dynamic: Collection[str],
     calibration: str | Path | None,
     min_agreement: float,
+    language: str,
 ) -> None:
-    for name, value, choices in (("to", to, FORMATS), ("precision", precision, PRECISIONS)):
+    for name, value, choices in (
+        ("to", to, FORMATS),
+        ("precision", precision, PRECISIONS),
+        ("language", language, LANGUAGES),
+    ):
         if value not in choices:
             raise ValueError(f"{name} = {value!r}: must be one of {', '.join(choices)}")
     if (to, precision) in INSTEAD:
@@ -303,7 +325,7 @@ def _write_graph(
         archive = io.BytesIO()  # given a path on a full disk, PyTorch aborts the process
         torch.export.save(program, archive)
         file.write_bytes(archive.getbuffer())
-    elif to == "onnx":
+    elif to in ("onnx", "web"):
         import onnx
 
         graph = onnx_graph(program, names)

@@ -57,7 +57,7 @@ def write_saved_model(
     from cvt.keras.weights import assign, named_variables
 
     config = model.config
-    network = TFCvtForImageClassification(config, dtype="float32")
+    network: Any = TFCvtForImageClassification(config, dtype="float32")
     assign(
         network, {name: weight.numpy() for name, weight in model.state_dict().items()}, "the model"
     )

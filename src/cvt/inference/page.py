@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
+from cvt.checkpoints import model_source
 from cvt.data.decoding import Source, decode
 from cvt.text import printable
 
@@ -34,6 +35,19 @@ def render(template: str, **values: Any) -> str:
 def write_page(path: Path, page: str) -> None:
     """Write a page as UTF-8; what has no place in it, such as half a pair of UTF-16, is escaped."""
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def page_name(model: str) -> str:
+    """What the page calls a model: the last words of a path, without the folders before them.
+
+    `runs/photos/best` becomes `photos/best`, since every run has a `best`.
+    """
+    source = model_source(model)
+    if source.hub_id or source.kind == "variant":
+        return printable(source.name)
+    path = source.path.resolve()
+    parts = [path.parent.name, path.name] if path.name in ("best", "last") else [path.name]
+    return printable("/".join(filter(None, parts)))
 
 
 def thumbnail(source: Source) -> Image.Image:

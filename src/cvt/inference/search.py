@@ -100,11 +100,11 @@ class Index:
         rows, self.width = embeddings.values.shape
         directions = normalised(embeddings.values)
         flat = faiss.IndexFlatIP(self.width)
-        self._index: Any = flat
         self.recall = 1.0
         self.exact = rows <= EXACT_ROWS if exact is None else exact
         if self.exact:
             flat.add(directions)
+            self._index: Any = flat
             return
         clusters = max(1, int(rows**0.5))
         self._index = faiss.IndexIVFFlat(flat, self.width, clusters, faiss.METRIC_INNER_PRODUCT)

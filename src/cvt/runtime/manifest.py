@@ -17,6 +17,7 @@ FORMATS = {  # → runtime
     "torch-export": "torch",
     "saved-model": "tensorflow",
     "litert": "litert",
+    "web": "onnxruntime",
 }
 DYNAMIC = ("batch", "size")
 

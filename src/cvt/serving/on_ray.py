@@ -29,7 +29,7 @@ def application(args: Mapping[str, Any]) -> serve.Application:
     def build() -> FastAPI:
         return replica(args)
 
-    return serve.deployment(serve.ingress(build)(), name=DEPLOYMENT).bind()
+    return serve.deployment(name=DEPLOYMENT)(serve.ingress(build)()).bind()
 
 
 def replica(args: Mapping[str, Any]) -> FastAPI:

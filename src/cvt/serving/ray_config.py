@@ -18,7 +18,8 @@ THREADS = 2  # of a replica, unless they are given
 HEADER = """\
 # The service `cvt serve` on Ray Serve. On one machine, reachable from it alone:
 #
-#   export RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
+#   export RAY_USAGE_STATS_ENABLED=0 RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_AUTH_MODE=token
+#   ray get-auth-token --generate
 #   ray start --head --node-ip-address 127.0.0.1
 #   serve deploy {name}
 #

@@ -46,7 +46,7 @@ def open_models(
         source = model_source(model)
         features = None if source.is_export else FeatureSettings()  # an export has its own
         how = (runtime, precision, device, threads)
-        running = open_runtime(source, *how, MANY, verify=verify, features=features)
+        running = open_runtime(source, *how, images=MANY, verify=verify, features=features)
         opened[name] = OpenedModel(
             running, load_preprocessing(source, running.config), source.sha256
         )
