@@ -134,7 +134,9 @@ def _sheets(images: Sequence[Source]) -> list[str]:
                 small = decode(image, least=THUMBNAIL, least_of_large=THUMBNAIL)
             except ImageError:  # it is no file any more
                 continue
-            sheet.paste(ImageOps.pad(small, (THUMBNAIL, THUMBNAIL), color="white"), place)
+            tiny = min(small.size) < THUMBNAIL / 2
+            method = Image.Resampling.NEAREST if tiny else Image.Resampling.LANCZOS
+            sheet.paste(ImageOps.pad(small, (THUMBNAIL,) * 2, method, color="white"), place)
         file = io.BytesIO()
         sheet.save(file, "WEBP", quality=QUALITY)
         sheets.append("data:image/webp;base64," + base64.b64encode(file.getvalue()).decode())
