@@ -1,7 +1,7 @@
 # Serves a model:
 #
-#   docker build -t cvt .
-#   docker run --rm -p 127.0.0.1:8000:8000 -v ./runs/photos/best:/model:ro cvt /model
+#   docker build -t cvt-vision .
+#   docker run --rm -p 127.0.0.1:8000:8000 -v ./runs/photos/best:/model:ro cvt-vision
 #
 # Whoever reaches the port can use the service: see docs/en/serving.md.
 FROM debian:trixie-slim

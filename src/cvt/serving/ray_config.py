@@ -88,7 +88,7 @@ def kuberay_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "spec": {
                 "containers": [
-                    {"name": name, "image": "cvt:latest", "resources": limits, **container}
+                    {"name": name, "image": "cvt-vision:latest", "resources": limits, **container}
                 ]
             }
         }
