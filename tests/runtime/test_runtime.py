@@ -232,7 +232,7 @@ def test_auto_takes_a_runtime_that_computes_in_bf16(model, monkeypatch, capabili
 def test_auto_is_the_fastest_that_is_installed(model, monkeypatch):
     monkeypatch.setattr(OpenVinoRuntime, "from_model", lambda *arguments: arguments[1:])
     assert open_runtime(model, device="cpu").describe == "fused fp32 on cpu"
-    assert open_runtime(model, device="cpu", threads=2, images=MANY) == ("fp32", 2)
+    assert open_runtime(model, device="cpu", threads=2, images=MANY) == ("fp32", 2, None)
     assert open_runtime(model, device="cpu", images=MANY - 1).describe == "fused fp32 on cpu"
     assert open_runtime(model, device="cpu", precision="fp16").describe == "fused fp16 on cpu"
     without(monkeypatch, "openvino")
