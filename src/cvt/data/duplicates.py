@@ -156,8 +156,8 @@ def most_similar(
         >>> from cvt.data.duplicates import most_similar
         >>> values = np.array([[1.0, 0.0], [0.0, 1.0], [4.0, 3.0]])
         >>> nearest, cosines, groups = most_similar(values, np.arange(3), 0.7)
-        >>> nearest.tolist(), cosines.round(2).tolist(), len(set(groups.tolist()))
-        ([2, -1, 0], [0.8, 0.6, 0.8], 2)
+        >>> nearest.tolist(), (100 * cosines).round().tolist(), len(set(groups.tolist()))
+        ([2, -1, 0], [80.0, 60.0, 80.0], 2)
     """
     values = np.asarray(values, np.float32)
     lengths = np.linalg.norm(values, axis=1, keepdims=True)
