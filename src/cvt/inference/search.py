@@ -26,7 +26,7 @@ EXACT_ROWS = 100_000  # up to here, queries are compared with all rows
 RECALL = 0.95  # of a clustered index, at least
 SAMPLE = 100  # rows, on which its recall is measured
 TRAINING_ROWS = 64  # of each cluster
-FEW = 100  # queries, for which clusters are not worth their time
+FEW = 250  # queries, for which clusters are not worth their time
 TOP = 12  # neighbours
 SUFFIXES = (".png", ".html", ".csv", ".json")  # of what `write_answers` writes
 WIDTH = 18  # characters above a picture
@@ -64,7 +64,7 @@ class Index:
 
     With `exact`, by comparing with every row. Else rows are in clusters (`IndexIVFFlat` of faiss),
     of which the nearest are searched: as many as give 95 % of the right neighbours of a sample.
-    Building clusters takes as long as about 100 exact queries.
+    Building clusters takes as long as about 250 exact queries.
 
     Args:
         embeddings: at least one row.
