@@ -267,7 +267,7 @@ def test_the_page_names_the_classes_that_predict_names(tmp_path, fields):
 
     class Fixed(Runtime):
         def _run(self, pixels):
-            return np.repeat(logits[None], len(pixels), axis=0)
+            return (np.repeat(logits[None], len(pixels), axis=0),)
 
     settings = {
         "labels": config.class_names,
