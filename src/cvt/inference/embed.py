@@ -30,9 +30,14 @@ def open_images(data: Sequence[str], **how_labelled: Any) -> Iterator[tuple[Sour
         ValueError: the data set is malformed, or images are read as labelled.
 
     Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
         >>> from cvt.inference.embed import open_images
-        >>> [label for _, label in open_images(["digits"])][:3]
-        ['1', '2', '8']
+        >>> for label in ("cat", "dog"):
+        ...     Path("to-embed", label).mkdir(parents=True)
+        ...     Image.new("RGB", (8, 8)).save(f"to-embed/{label}/0.png")
+        >>> [label for _, label in open_images(["to-embed"])]
+        ['cat', 'dog']
     """
     if len(data) == 1 and _is_data_set(data[0]):
         splits = open_splits(data[0], **how_labelled).values()
