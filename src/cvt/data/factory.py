@@ -408,8 +408,7 @@ def _renamed(splits: SplitReaders, names: list[str] | None, path: Path) -> Split
                 f"{path} has labels that are none of the classes: {', '.join(unknown)}"
             )
         labels = [
-            task.separator.join(sorted(known[name] for name in task.classes_of(label)))
-            for label in images.labels
+            task.joined([known[name] for name in task.classes_of(label)]) for label in images.labels
         ]
         return LabelledImages(images.sources, labels, names, task, images.groups)
 

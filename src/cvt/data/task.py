@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from cvt.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL
@@ -56,7 +56,7 @@ class Task:
             )
         return [name.strip() for name in chosen.split(",")]
 
-    def joined(self, names: Iterable[str]) -> str:
+    def joined(self, names: Collection[str]) -> str:
         """The label of an image that has these classes.
 
         Raises:
