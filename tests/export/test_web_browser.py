@@ -90,9 +90,9 @@ class Tab:
         return self.answer()
 
     def answer(self):
-        card = self.tab.locator("#results > li").first
-        card.locator(".classes li").or_(self.tab.locator(".failed .note")).first.wait_for()
-        return card.inner_text()
+        card = "#results > li:first-child"
+        self.tab.locator(f"{card} .classes li, {card}.failed .note").first.wait_for()
+        return self.tab.locator(card).inner_text()
 
     def logits(self, engine, *files):
         folder = self.address.partition("?")[0]
