@@ -7,9 +7,9 @@
 **Pictures.** Milliseconds of one core for each step of a picture's way, all with one thread, in
 turns: decoding a JPEG of 640 x 427, of 1024 x 768 and of 12 megapixels as `cvt predict` does;
 resizing, cropping and normalising; the model, by variant and precision, in the runtime that
-`auto` takes, in batches of 32; and what a row of 20 kB costs in Ray Data that is read, goes
-through `map_batches` without a model, and is written. From these follow core-hours: the sum, for
-10^6 and 10^9 pictures of 1024 x 768, and the share of the model in it.
+`auto` takes, in batches of 32, of 4 at 384; and what a row of 20 kB costs in Ray Data that is read,
+goes through `map_batches` without a model, and is written. From these follow core-hours: the sum,
+for 10^6 and 10^9 pictures of 1024 x 768, and the share of the model in it.
 
 **Processes.** One step of the paper's batch, 2048 images, divided among N processes that hold all
 weights each. Its time is that of counted operations (three times the forward pass) at `--rate`
@@ -67,9 +67,10 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, float]:
     for variant, size in options.models.items():
         for precision in options.precisions:
             runtime = opened(variant, size, precision, options, work)
-            pixels = np.random.default_rng(0).standard_normal((BATCH, 3, size, size), "float32")
+            batch = BATCH if size <= 224 else BATCH // 8
+            pixels = np.random.default_rng(0).standard_normal((batch, 3, size, size), "float32")
             name = f"{variant} {size} {runtime.precision}"
-            runs[name] = BATCH, partial(runtime, pixels, preprocessed=True)
+            runs[name] = batch, partial(runtime, pixels, preprocessed=True)
     times = in_turns({name: run for name, (_, run) in runs.items()}, least=options.turns, turn=0)
     found = {name: 1000 * middle(turns) / runs[name][0] for name, turns in times.items()}
     return found | {"Ray Data": 1000 * ray_seconds(options.ray_rows, work)}

@@ -5,11 +5,12 @@
     python benchmarks/serving.py --engines "cvt serve"
     python benchmarks/serving.py --quick        # a tiny model, few requests
 
-Engines, each a process of its own on the loopback, one after the other: `cvt serve`; its
-application on a local Ray Serve with one replica; LitServe around `cvt.Classifier`; LitServe around
-transformers' CvT and image processor. All have the same shape and weights, batches of up to 32,
-images waiting 5 ms for others, and as many threads as the machine has processors. LitServe takes
-pictures in base64, the others as they are. The load is made by httpx in this process.
+Engines, each a process of its own on the loopback, one after the other: `cvt serve`; what its
+`--write-config` writes, on a local Ray Serve, with one replica; LitServe around `cvt.Classifier`;
+LitServe around transformers' CvT and image processor. All have the same shape and weights, batches
+of up to 32, images waiting 5 ms for others, and as many threads as the machine has processors. Ours
+run the runtime that `auto` takes for many images. LitServe takes pictures in base64, the others as
+they are. The load is made by httpx in this process.
 
 For each engine: seconds until it answers; the median of one client's requests, one after the other;
 throughput with 32 clients, and its ratio to `Classifier.stream`, which is what `cvt predict` runs,
@@ -58,19 +59,10 @@ from peers import shape
 
 import cvt
 from cvt.inference.benchmark import device_name, timed, versions
+from cvt.runtime.factory import MANY, fastest
+from cvt.serving.ray_config import write_config
+from cvt.serving.settings import Settings
 
-RAY = """
-import sys, time
-from ray import serve
-import ray
-from cvt.serving.on_ray import application
-folder, port, threads, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-serve.start(http_options={"host": "127.0.0.1", "port": port})
-args = {"models": {"model": folder}, "threads": threads, "settings": {"max_batch": batch}}
-deployed = application(args)
-serve.run(deployed, name="cvt", route_prefix="/", blocking=True)
-"""
 LIT = """
 import base64, io, sys
 import litserve
@@ -87,7 +79,7 @@ class Api(litserve.LitAPI):
 class Own(Api):
     def setup(self, device):
         import cvt
-        self.classifier = cvt.Classifier(folder, threads=threads, batch_size=batch)
+        self.classifier = cvt.Classifier(folder, sys.argv[6], threads=threads, batch_size=batch)
 
     def predict(self, images):
         return self.classifier(images, top_k=5)
@@ -110,14 +102,16 @@ if __name__ == "__main__":
     server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="error")
 """
 ENGINES = {
-    "cvt serve": ["-m", "cvt", "serve", "{model}", "--port", "{port}", "--threads", "{threads}"],
-    "cvt on Ray Serve": ["-c", RAY, "{model}", "{port}", "{threads}", "{batch}"],
-    "LitServe: cvt": ["{lit}", "{model}", "{port}", "{threads}", "{batch}", "own"],
+    "cvt serve": [
+        *("-m", "cvt", "serve", "{model}", "--port", "{port}", "--runtime", "{runtime}"),
+        *("--threads", "{threads}", "--max-batch", "{batch}", "--timeout", "120"),
+    ],
+    "cvt on Ray Serve": ["-m", "ray.serve.scripts", "run", "{ray}/serve.yaml"],
+    "LitServe: cvt": ["{lit}", "{model}", "{port}", "{threads}", "{batch}", "own", "{runtime}"],
     "LitServe: transformers": [
         *("{lit}", "{transformers}", "{port}", "{threads}", "{batch}", "transformers")
     ],
 }
-ENGINES["cvt serve"] += ["--max-batch", "{batch}", "--timeout", "120"]
 START_SECONDS = 240
 
 
@@ -132,15 +126,21 @@ def engine(name: str, work: Path, options: argparse.Namespace) -> Iterator[tuple
         "model": work / "model",
         "transformers": work / "transformers",
         "lit": work / "lit.py",
+        "ray": work / "ray",
         "port": port,
         "threads": options.threads,
         "batch": options.batch_size,
+        "runtime": options.runtime,
     }
-    words = [word if "\n" in word else word.format(**places) for word in ENGINES[name]]
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    settings = Settings(max_batch=options.batch_size, timeout=120)
+    how = {"runtime": options.runtime, "threads": options.threads}
+    address = "127.0.0.1", port
+    write_config(work / "ray", [f"model={work / 'model'}"], settings, address, how, overwrite=True)
+    words = [word.format(**places) for word in ENGINES[name]]
+    of_ray = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     with (work / f"{name}.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, *words], stdout=log, stderr=log, env=environment, cwd=work
+            [sys.executable, *words], stdout=log, stderr=log, env=os.environ | of_ray, cwd=work
         )
     try:
         yield process.pid, port
@@ -251,6 +251,7 @@ async def measured(
     p50, p99 = np.percentile(seconds, (50, 99))
     before = memory(pid)
     statuses = await client.burst(options.burst)
+    print(f"{name}: {dict(statuses)} (statuses of the burst; 0 for no answer)", flush=True)
     await asyncio.sleep(min(10, options.burst / 100))
     after = memory(pid)
     await client.http.aclose()
@@ -271,9 +272,9 @@ async def measured(
     }
 
 
-def rate_of_files(model: Path, folder: Path, threads: int) -> float:
+def rate_of_files(model: Path, folder: Path, runtime: str, threads: int) -> float:
     """Images of a folder per second by `Classifier.stream`, after a first pass."""
-    classifier = cvt.Classifier(model, threads=threads)
+    classifier = cvt.Classifier(model, runtime, threads=threads)
     list(classifier.stream(folder))
     found = list(folder.iterdir())
     return len(found) / timed(lambda: list(classifier.stream(folder)))
@@ -291,7 +292,7 @@ def measure(options: argparse.Namespace, work: Path) -> Iterator[Row]:
     peer.save_pretrained(work / "transformers")
     for name in ("model", "transformers"):
         processor.save_pretrained(work / name)
-    pictures = (work / "model", work / "pictures", options.threads)
+    pictures = (work / "model", work / "pictures", options.runtime, options.threads)
     files_rate = in_fresh_process(rate_of_files, *pictures)
     print(f"cvt predict: {files_rate:.1f} images/s", flush=True)
     for name in options.engines:
@@ -313,6 +314,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=count, default=os.cpu_count())
     parser.add_argument("--quick", action="store_true", help="a tiny model, few requests")
     options = parser.parse_args(arguments)
+    # What `cvt predict` takes for a large folder, and `cvt serve` always.
+    options.runtime = fastest("cpu", "fp32", MANY)
     if options.quick:
         options.variant, options.image_size, options.requests = "tiny", 64, 40
         options.pictures, options.burst = 16, 50
