@@ -13,9 +13,9 @@ tiny model, into a folder of parquet files. Ray Data keeps which rows are writte
 2. With a third written, the job and its Ray get SIGKILL, as by a power cut.
 3. The same job is started again, and runs to its end.
 
-Then every number is counted in the results, and the labels are compared with those of one call of
-`cvt.Classifier` for each digit. The memory of the workers is read every second; its growth is from
-their first to their last hundred thousand rows each.
+Then every number is counted in the results, and the labels, with `--embed` the features too, are
+compared with those of one call of `cvt.Classifier` for each digit. The memory of the workers is
+read every second; the table has its median in the first and in the last fifth of the time.
 
 Prints a table and writes it to `results/large-job-<processor>-torch<version>-<date>.csv`.
 """
@@ -102,7 +102,7 @@ def write_inputs(folder: Path, rows: int) -> None:
 def start(folder: Path, options: argparse.Namespace) -> subprocess.Popen:
     """The job, in a session of its own."""
     arguments = (str(folder), str(folder / "labels"), str(options.batch_size))
-    kind = {"output": "features"} if options.embed else {}
+    kind = {"features": True} if options.embed else {}
     return subprocess.Popen(
         [sys.executable, "-c", JOB, *arguments, json.dumps(kind)],
         env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"},
@@ -192,7 +192,8 @@ def checked(folder: Path, options: argparse.Namespace) -> Row:
     table = dataset.dataset(folder / "labels").to_table()
     numbers = table["number"].to_numpy()
     times = np.bincount(numbers, minlength=options.rows)
-    differing = 0 if options.embed else differing_labels(folder, table)
+    differing = differing_features(folder, table) if options.embed else 0
+    differing += differing_labels(folder, table)
     return {
         "rows": options.rows,
         "once": int((times == 1).sum()),
@@ -210,6 +211,19 @@ def differing_labels(folder: Path, table: pyarrow.Table) -> int:
     own = [classifier(image["bytes"], top_k=1)[0]["label"] for image in first[:DIGITS]]
     expected = pyarrow.array(own).take(table["number"].to_numpy() % DIGITS)
     return pc.sum(pc.not_equal(table["label"].combine_chunks(), expected)).as_py()
+
+
+def differing_features(folder: Path, table: pyarrow.Table) -> int:
+    """How many features differ by more than rounding from those of one call."""
+    classifier = cvt.Classifier(folder / "model", "torch", threads=1, features=True)
+    first = dataset.dataset(folder / "pictures").head(DIGITS)["image"].to_pylist()
+    own = classifier.embed([image["bytes"] for image in first])
+    differing = 0
+    for batch in table.select(["number", "features"]).to_batches(max_chunksize=10_000):
+        found = batch["features"].flatten().to_numpy().reshape(len(batch), -1)
+        expected = own[batch["number"].to_numpy() % DIGITS]
+        differing += int((~np.isclose(found, expected, atol=1e-4).all(axis=1)).sum())
+    return differing
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -69,6 +69,16 @@ def test_views_differ_and_follow_each_other(recipe, tmp_path):
     assert not (run / "features").exists()
 
 
+def test_the_first_view_is_that_of_validation(recipe, photos, tmp_path):
+    settings = {"data": str(photos), "val_data": str(photos), "crop_scale": 0.1, "workers": 1}
+    with pytest.raises(Stopped):
+        train(recipe(head_only=True, views=2, **settings), tmp_path / "run", Watcher(stop_after=10))
+    files = (f"features/{name}/features.npy" for name in ("view-0", "view-1", "validation"))
+    first, second, held_out = (np.load(tmp_path / "run" / file) for file in files)
+    np.testing.assert_allclose(first, held_out, atol=1e-5)
+    assert not np.isclose(first, second).all(axis=(1, 2)).any()
+
+
 @pytest.mark.parametrize("during", ["epoch", "frozen stages", "validation"])
 @pytest.mark.parametrize("frozen", [{"head_only": True}, {"freeze_stages": 1}], ids=str)
 def test_a_run_on_kept_features_resumes_to_the_bit(recipe, tmp_path, frozen, during):
@@ -116,7 +126,7 @@ def test_images_that_cannot_be_read_are_skipped_and_reported(recipe, photos, tmp
 
 def test_by_default_a_head_is_trained_on_three_views_unless_batches_are_mixed(recipe, tmp_path):
     for changes, expected in (
-        ({"head_only": True}, "3 random views"),
+        ({"head_only": True}, "3 views"),
         ({"head_only": True, "mixup": 0.2}, "mixup=0 cutmix=0"),
         ({"freeze_stages": 1}, ""),
     ):

@@ -1,9 +1,10 @@
 """Training on the features of frozen stages, which are computed once for each view of an image.
 
 With `head_only` or `freeze_stages`, the first stages give the same output whenever they see the
-same view. So they run once, in their fused form, for each of `views` random views of every training
-image and for every validation image. Epoch after epoch, only the trained stages run then, on the
-stored features; epoch e has view e mod `views`.
+same view. So they run once, in their fused form, for each of `views` views of every training image
+and for every validation image. Epoch after epoch, only the trained stages run then, on the stored
+features; epoch e has view e mod `views`. View 0 is the image as in validation, since a random one
+that never changes is only farther from what the model is for; the others are random.
 
 The features are in `features/` of the run folder, so that a resumed run has the same ones. They are
 deleted when the run is complete.
@@ -120,8 +121,8 @@ class FrozenFeatures:
         size = recipe.image_size
         zeros = torch.zeros(1, model.config.num_channels, size, size, device=self.device)
         self.shape = tuple(self.stages.features(zeros, self.frozen).shape[1:])
-        self.training_views = training_views(augment, recipe, cache)
-        self.validation_views = Views(
+        self.random_views = training_views(augment, recipe, cache)
+        self.plain_views = Views(
             partial(preprocessed, preprocessing_of(processor)),
             reader(processor, exact=True, max_pixels=recipe.max_pixels),
         )
@@ -157,7 +158,8 @@ class FrozenFeatures:
         """
         seed = self.recipe.seed
         draws = [Draw(image, i, (seed, view, i), i) for i, (image, _) in enumerate(self.training)]
-        self._compute(f"view-{view}", draws, self.training_views, progress)
+        views = self.random_views if view else self.plain_views
+        self._compute(f"view-{view}", draws, views, progress)
 
     def _compute(
         self, name: str, draws: list[Draw], views: Views, progress: Callable[[], Any]
@@ -232,7 +234,7 @@ class FrozenFeatures:
             Interrupted: as in `compute_view`.
         """
         draws = [Draw(image, i, (i,)) for i, (image, _) in enumerate(images)]
-        self._compute(VALIDATION, draws, self.validation_views, progress)
+        self._compute(VALIDATION, draws, self.plain_views, progress)
         results = self._results(model, images)
         pairs = zip(results, images.labels, strict=True)
         return evaluation_of(pairs, model.config, images.task)

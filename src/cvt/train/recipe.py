@@ -136,8 +136,9 @@ class Recipe:
     head_only: bool = setting(False, "Train only the final norm and the classifier.")
     views: int | None = setting(
         None,
-        "Random views of an image that the frozen stages see once, and whose features are kept; "
-        "0: a new view in every epoch (default 3 with head_only and without mixing, else 0).",
+        "Views of an image that the frozen stages see once, and whose features are kept: the first "
+        "as in validation, the others random; 0: a new random view in every epoch (default 3 with "
+        "head_only and without mixing, else 0).",
         ge=0,
         le=1024,
         advanced=True,

@@ -435,8 +435,8 @@ def _summarise(setup: Setup, progress: Progress) -> None:
     plan, recipe = setup.plan, setup.recipe
     if setup.features:
         progress.log(
-            f"the frozen stages run once for {recipe.views} random views of each image; views=0 "
-            "draws a new view in every epoch"
+            f"the frozen stages run once for {recipe.views} views of each image; views=0 draws a "
+            "new view in every epoch"
         )
     elif recipe.head_only and recipe.mixes:
         progress.log(
