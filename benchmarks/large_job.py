@@ -15,7 +15,8 @@ tiny model, into a folder of parquet files. Ray Data keeps which rows are writte
 
 Then every number is counted in the results, and the labels, with `--embed` the features too, are
 compared with those of one call of `cvt.Classifier` for each digit. The memory of the workers is
-read every second; the table has its median in the first and in the last fifth of the time.
+read every second from the first results on; the table has its median in the first and in the last
+fifth of the time.
 
 Prints a table and writes it to `results/large-job-<processor>-torch<version>-<date>.csv`.
 """
@@ -47,6 +48,8 @@ from cvt.inference.benchmark import device_name, versions
 
 FILES = 20  # of pictures
 GROUP = 1000  # rows of a row group
+BLOCKS = 40  # of the job, about: each is computed by one worker and written at its end
+ROW = 400  # bytes, about, of a picture in a block
 DIGITS = 1797  # of the data set
 SIZE = 32  # pixels of a side that the model takes
 JOB = """
@@ -57,10 +60,12 @@ import cvt
 
 folder, output, batch_size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 ray.init(num_cpus=6, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
-ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(
+context = ray.data.DataContext.get_current()
+context.target_max_block_size = int(sys.argv[5])
+context.checkpoint_config = CheckpointConfig(
     id_column="number", checkpoint_path=f"{folder}/done", delete_checkpoint_on_success=False
 )
-rows = ray.data.read_parquet(f"{folder}/pictures", override_num_blocks=20).map_batches(
+rows = ray.data.read_parquet(f"{folder}/pictures").map_batches(
     cvt.Classifier,
     fn_constructor_args=(f"{folder}/model", "torch"),
     fn_constructor_kwargs={"threads": 1} | json.loads(sys.argv[4]),
@@ -103,8 +108,9 @@ def start(folder: Path, options: argparse.Namespace) -> subprocess.Popen:
     """The job, in a session of its own."""
     arguments = (str(folder), str(folder / "labels"), str(options.batch_size))
     kind = {"features": True} if options.embed else {}
+    block = options.rows // BLOCKS * ROW
     return subprocess.Popen(
-        [sys.executable, "-c", JOB, *arguments, json.dumps(kind)],
+        [sys.executable, "-c", JOB, *arguments, json.dumps(kind), str(block)],
         env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=(folder / "stderr").open("ab"),
@@ -157,6 +163,8 @@ def run_job(folder: Path, options: argparse.Namespace) -> Row:
     memory: list[int] = []
     begin = time.perf_counter()
     job = start(folder, options)
+    for _ in watch(job, folder, 1):
+        pass  # until the workers have all they need in memory
     for found in watch(job, folder, options.rows / 6):
         memory += found.values()
     victim = next(iter(workers(job)))
