@@ -86,7 +86,7 @@ FREE = frozenset(
         *("native_layer_norm", "native_batch_norm", "_native_batch_norm_legit"),
         *("_native_batch_norm_legit_no_training", "batch_norm", "cudnn_batch_norm"),
         *("_batch_norm_with_update", "_batch_norm_no_update", "native_group_norm"),
-        *("avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d", "_softmax"),
+        *("upsample_bilinear2d", "avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d", "_softmax"),
         *("_safe_softmax", "_log_softmax", "logsumexp", "sum", "mean", "amax", "max", "var_mean"),
         *("_softmax_backward_data", "_log_softmax_backward_data", "nll_loss_forward"),
         *("nll_loss", "cat", "stack", "constant_pad_nd", "roll", "index", "index_put", "embedding"),

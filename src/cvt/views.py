@@ -1,8 +1,9 @@
-"""Tokens and images, which are views of each other.
+"""Tokens and images, which are views of each other, and a grid of tokens at another size.
 
 B batch, C channels, H W grid, N tokens (H·W, one more with a class token), h heads, d head width.
 """
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,3 +36,10 @@ def split_tokens(x: Tensor, grid: tuple[int, int]) -> tuple[Tensor | None, Tenso
     """The class token (B, 1, C), None where there is none, and the tokens (B, H·W, C) of `x`."""
     H, W = grid
     return (None, x) if x.shape[1] == H * W else x.split((1, H * W), dim=1)
+
+
+def resize_tokens(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Tokens of a grid, (B, H·W, C), interpolated linearly to those of another, (B, H'·W', C)."""
+    if all(isinstance(side, int) for side in size) and size == grid:  # not symbols of a graph
+        return tokens
+    return to_tokens(F.interpolate(to_image(tokens, grid), size, mode="bilinear"))

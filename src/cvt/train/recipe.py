@@ -242,7 +242,7 @@ class Recipe:
         256, "Images in a step that LR_BASE is given for.", ge=1, advanced=True
     )
     weight_decay: float = setting(
-        0.05, "Weight decay; none on norms, biases and class tokens.", ge=0
+        0.05, "Weight decay; none on norms, biases, class tokens and positions.", ge=0
     )
     momentum: float = setting(0.9, "Momentum of SGD.", ge=0, le=0.9999, advanced=True)
     layer_decay: float = setting(
