@@ -91,7 +91,9 @@ def _is_image_size(value: Any) -> bool:
 _IMAGE_SIZE = _Kind(
     f"None, an integer from 1 to {MAX_SIDE}, or two: height and width",
     _is_image_size,
-    lambda value: list(map(int, value)) if isinstance(value, list | tuple) else value and int(value),
+    lambda value: (
+        list(map(int, value)) if isinstance(value, list | tuple) else value and int(value)
+    ),
 )
 _FLAG = _Kind("True or False", lambda value: value in (0, 1), bool)
 _RATIO = _Kind("a number above 0", lambda v: isinstance(v, Real) and 0 < float(v) < math.inf, float)
@@ -421,7 +423,8 @@ class Architecture:
             )
         if min(self.image_sides or ()) < (least := self.minimum_image_size):
             raise ValueError(
-                f"image_size = {self.image_size}: this model needs at least {least} x {least} pixels"
+                f"image_size = {self.image_size}: this model needs at least {least} x {least} "
+                "pixels"
             )
 
     @property
