@@ -287,9 +287,7 @@ def accuracies(model: nn.Module, pictures: Pictures, fold: int, processor: Any) 
 Rows = list[dict[str, str]]
 
 
-def measured(
-    jobs: list[Job], measure: "Measure", path: Path, processes: int
-) -> Rows:
+def measured(jobs: list[Job], measure: "Measure", path: Path, processes: int) -> Rows:
     """The rows of the jobs in a csv file: those that are there, and those that are measured now.
 
     Args:
@@ -395,7 +393,9 @@ def parser_of(about: str) -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=count, help="if not the recipe's")
     parser.add_argument("--processes", type=count, default=2, help="trainings at a time")
     parser.add_argument("--prepared", type=Path, help="folder that keeps the cleaned pictures")
-    parser.add_argument("--quick", action="store_true", help="an epoch of two folds of few pictures")
+    parser.add_argument(
+        "--quick", action="store_true", help="an epoch of two folds of few pictures"
+    )
     return parser
 
 

@@ -373,11 +373,14 @@ def test_pictures_are_moved_scaled_and_turned(load):
     invariance = load("invariance")
     picture = Image.new("RGB", (80, 80), "black")
     right = np.asarray(invariance.shifted(picture, 64, 5, 0))[..., 0]
-    assert (right[:, :5] == 255).all() and (right[:, 5:] == 0).all()
+    assert (right[:, :5] == 255).all()
+    assert (right[:, 5:] == 0).all()
     up = np.asarray(invariance.shifted(picture, 64, 0, -2))[..., 0]
-    assert (up[-2:] == 255).all() and (up[:-2] == 0).all()
+    assert (up[-2:] == 255).all()
+    assert (up[:-2] == 0).all()
     half = np.asarray(invariance.scaled(picture, 64, 0.5))[..., 0]
-    assert (half[16:48, 16:48] == 0).all() and (half == 0).sum() == 32 * 32
+    assert (half[16:48, 16:48] == 0).all()
+    assert (half == 0).sum() == 32 * 32
     assert (np.asarray(invariance.scaled(picture, 64, 1.5)) == 0).all()
     drawn = Image.effect_noise((80, 80), 90).convert("RGB")
     plain = np.asarray(invariance.resized(drawn, 64))

@@ -47,7 +47,12 @@ def test_of_pets_with_the_list_of_all_alone_a_fifth_validates(tmp_path):
     [
         ("test.txt", None, ValueError, "is not all of Oxford-IIIT Pet: no annotations/test.txt"),
         ("test.txt", "", ValueError, "test.txt lists no images"),
-        ("test.txt", "Bengal_3 3 1 3\nBengal 4\n", ValueError, "line 2: must be an image.*Bengal 4"),
+        (
+            "test.txt",
+            "Bengal_3 3 1 3\nBengal 4\n",
+            ValueError,
+            "line 2: must be an image.*Bengal 4",
+        ),
         ("test.txt", "Bengal_3 1 1 1\n", ValueError, "line 1: class 1 is Abyssinian on another"),
         ("test.txt", "Bengal_9 3 1 3\n", FileNotFoundError, "lists 1 images .*: Bengal_9.jpg"),
     ],

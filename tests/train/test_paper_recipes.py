@@ -32,7 +32,7 @@ SMALL = {"image_size": 32, "batch_size": 4, "accumulate": 1, "steps": 3, "warmup
          "workers": 0, "precision": "fp32", "device": "cpu", "track": None}  # fmt: skip
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -44,7 +44,7 @@ class After(Callback):
 
     def on_step_end(self, run):
         if run.step == self.step:
-            raise Stop
+            raise StoppedError
 
 
 def small_recipe(name, tmp_path):
@@ -75,7 +75,7 @@ def small_recipe(name, tmp_path):
 def test_the_recipe_runs_and_resumes(tmp_path, name):
     recipe = small_recipe(name, tmp_path)
     train(recipe, tmp_path / "whole")
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         train(recipe, tmp_path / "stopped", callbacks=[After(2)])
     resume(tmp_path / "stopped")
     whole, resumed = (

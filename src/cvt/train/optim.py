@@ -17,9 +17,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters, grouped for an optimizer.
 
-    Norms, biases, class tokens and position embeddings do not decay. With a layer decay, the learning rate falls by that
-    factor from block to block, from the head, at 1, down to the embedding of the first stage; the
-    product is the group's `lr_scale`.
+    Norms, biases, class tokens and position embeddings do not decay. With a layer decay, the
+    learning rate falls by that factor from block to block, from the head, at 1, down to the
+    embedding of the first stage; the product is the group's `lr_scale`.
     """
     places = {name: _place(name) for name, _ in model.named_parameters()}
     order = sorted(set(places.values()), reverse=True)
