@@ -184,7 +184,7 @@ def train(job: Job, build: Build, work: Path, recipe: Recipe) -> tuple[nn.Module
     schedule = Schedule(recipe, plan)
     optimizer = optimizer_for(model, recipe, schedule.peak)
     evaluated = average.module if average else model
-    ends = {round(plan.steps * (i + 1) / CURVE) for i in range(CURVE - 1)}
+    ends = [max(1, round(plan.steps * (i + 1) / CURVE)) for i in range(CURVE - 1)]
     curve: list[float] = []
     start = time.process_time()  # of one thread: other work on the machine changes little
     model.train()
@@ -203,8 +203,11 @@ def train(job: Job, build: Build, work: Path, recipe: Recipe) -> tuple[nn.Module
         if average:
             average.update(model, step)
         if step + 1 in ends:
-            curve.append(accuracies(evaluated, pictures, job.fold, processor)["top1"])
+            paused = time.process_time()
+            top1 = accuracies(evaluated, pictures, job.fold, processor)["top1"]
+            curve += [top1] * ends.count(step + 1)
             model.train()
+            start += time.process_time() - paused
     seconds = time.process_time() - start
     found = accuracies(evaluated, pictures, job.fold, processor)
     return evaluated, {

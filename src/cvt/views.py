@@ -42,4 +42,4 @@ def resize_tokens(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int]) 
     """Tokens of a grid, (B, H·W, C), interpolated linearly to those of another, (B, H'·W', C)."""
     if all(isinstance(side, int) for side in size) and size == grid:  # not symbols of a graph
         return tokens
-    return to_tokens(F.interpolate(to_image(tokens, grid), size, mode="bilinear"))
+    return to_tokens(F.interpolate(to_image(tokens, grid), list(size), mode="bilinear"))
