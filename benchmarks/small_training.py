@@ -28,7 +28,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import cvt
-from cvt.data import check, decode, open_splits
+from cvt.data import LabelledImages, check, decode, open_splits
 from cvt.inference.benchmark import device_name, versions
 from cvt.macs import MacCounter
 from cvt.train import Recipe
@@ -72,8 +72,12 @@ class Pictures(NamedTuple):
         return Pictures(*(array[rows] for array in self))
 
 
-def clip_art(path: Path | None, least_images: int) -> Pictures:
+def clip_art(path: Path | None, quick: bool) -> Pictures:
     """The cleaned pictures of a folder, as small squares on white.
+
+    Args:
+        path: of the folder.
+        quick: a part of them, in smaller classes.
 
     Raises:
         SystemExit: there is no folder.
@@ -82,7 +86,15 @@ def clip_art(path: Path | None, least_images: int) -> Pictures:
 
     if path is None:
         raise SystemExit("name the folder of the clip art, or one with --prepared arrays")
-    found = check(open_splits(path), workers=2)
+    splits, least_images = open_splits(path), LEAST_IMAGES
+    if quick:
+        least_images = 6
+        splits = {
+            name: images.select(range(0, len(images), max(1, len(images) // (2 * QUICK_IMAGES))))
+            for name, images in splits.items()
+            if isinstance(images, LabelledImages)
+        }
+    found = check(splits, workers=2)
     labels = defaultdict(set)
     for image, group in zip(found.images, found.groups, strict=True):
         labels[group].add(image.label)
@@ -139,7 +151,7 @@ def folder_of_clip_art(options: argparse.Namespace, temporary: Path) -> Path:
     """The folder with the arrays of the clip art, which are prepared unless they are there."""
     folder = options.prepared or temporary / "clipart"
     if not (folder / "folds.npy").exists():
-        clip_art(options.pictures, 6 if options.quick else LEAST_IMAGES).save(folder)
+        clip_art(options.pictures, options.quick).save(folder)
     if options.quick:
         pictures, folder = Pictures.load(folder).some(QUICK_IMAGES), temporary / "quick"
         pictures.save(folder)

@@ -238,7 +238,7 @@ def small_training(load, monkeypatch):
 
 def test_clip_art_is_cleaned_and_divided(small_training, tmp_path, capsys):
     write_clipart(tmp_path / "pictures")
-    pictures = small_training.clip_art(tmp_path / "pictures", 6)
+    pictures = small_training.clip_art(tmp_path / "pictures", quick=True)
     assert np.bincount(pictures.classes).tolist() == [13, 14]
     assert pictures.pixels.shape == (27, 80, 80, 3)
     assert sorted(set(pictures.folds)) == list(range(6))
