@@ -14,9 +14,7 @@ from cvt import (
     image_processor,
 )
 from cvt.checkpoints import CheckpointError, convert, load_authors, transformers_to_authors
-from cvt.export import export
 from cvt.profile import profile
-from cvt.runtime import open_runtime
 from cvt.train.optim import parameter_groups
 from cvt.views import resize_tokens
 
@@ -99,7 +97,7 @@ def test_positions_are_drawn_as_class_tokens_are_and_do_not_decay():
     torch.manual_seed(0)
     model = CvtForImageClassification(config)
     for stage in stages(model):
-        assert stage.position_embedding.std() == pytest.approx(0.02, rel=0.1)
+        assert stage.position_embedding.std().item() == pytest.approx(0.02, rel=0.1)
     decaying = {
         id(p) for g in parameter_groups(model, 0.1) for p in g["params"] if g["weight_decay"]
     }
@@ -137,15 +135,20 @@ def test_a_folder_gives_the_model_back(tmp_path, fields):
 
 
 @every_model
-def test_they_are_counted(fields):
+def test_their_parameters_are_counted(fields):
     config = tiny(**fields)
     with torch.device("meta"):
         model = CvtForImageClassification(config)
-    found = profile(config, 48)
-    assert config.parameters == found.parameters == sum(p.numel() for p in model.parameters())
-    plain = profile(tiny(**{n: v for n, v in fields.items() if n != "position_embedding"}), 48)
+    assert config.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_their_cost_is_counted():
+    small = {"depth": [1, 1, 1]}
+    found, plain = (profile(tiny(**small, **fields), 48) for fields in (EVERYWHERE, {}))
+    positions = sum(stage.position_embedding.numel() for stage in stages(make(tiny(**EVERYWHERE))))
+    assert found.parameters - plain.parameters == positions
     assert found.macs == plain.macs  # an addition
-    assert profile(config, 64).training_bytes > 0
+    assert found.training_bytes > plain.training_bytes
 
 
 # ------------------------------------------------------------------------------ patches
@@ -180,24 +183,12 @@ def test_the_fused_form_computes_the_same_at_every_size(fields):
 
 @torch.no_grad()
 def test_a_trace_takes_every_size():
-    model = make(tiny(**PATCHES | SOME))
+    model = make(tiny(**PATCHES | SOME, depth=[1, 1, 1]))
     for traced in (model, fuse(model)):
         run = onnx_of_trace(traced, images(2, 48, 32))
         for size in SIZES:
             expected = model(images(2, *size)).logits
             torch.testing.assert_close(run(images(2, *size)), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("to", ["onnx", "openvino", "torch-export"])
-def test_an_export_computes_the_same_at_every_size(tmp_path, to):
-    """`export` compares it with the model at the own size, at odd ones and at the smallest."""
-    model = make(tiny(**PATCHES | SOME))
-    model.save_pretrained(tmp_path / "model")
-    image_processor(model.config, 40).save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "out", to, dynamic=("batch", "size"))
-    runtime, pixels = open_runtime(tmp_path / "out"), images(2, 48, 32)
-    expected = model(pixels).logits.detach()
-    torch.testing.assert_close(runtime(pixels), expected, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------ authors' files

@@ -43,9 +43,9 @@ def write_cifar(root):
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
         pixels = generator.integers(0, 256, (10, 3072), dtype=np.uint8)
         batch = {"data": pixels, "labels": list(range(10))}
-        (root / name).write_bytes(pickle.dumps(batch, protocol=2))
+        (root / name).write_bytes(pickle.dumps(batch, protocol=4))
     names = {"label_names": [f"class {i}" for i in range(10)]}
-    (root / "batches.meta").write_bytes(pickle.dumps(names, protocol=2))
+    (root / "batches.meta").write_bytes(pickle.dumps(names, protocol=4))
     return root
 
 

@@ -65,11 +65,11 @@ def small_recipe(name, tmp_path):
         changes["data"] = write_imagenet(tmp_path / "1k")
     changes["model"] = tmp_path / "model"
     if name.startswith("finetune"):
-        model = make(tiny(num_labels=7, hidden_act="quick_gelu"))
+        model = make(tiny(num_labels=7, hidden_act="quick_gelu", depth=[1, 1, 1]))
         model.save_pretrained(tmp_path / "model")
         image_processor(model.config, 32).save_pretrained(tmp_path / "model")
     else:
-        tiny().save_pretrained(tmp_path / "model")
+        tiny(depth=[1, 1, 1]).save_pretrained(tmp_path / "model")
     return load_recipe(name, changes)
 
 
