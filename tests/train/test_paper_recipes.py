@@ -18,10 +18,7 @@ from cvt.train.recipe import packaged_recipes
 
 OURS = ("digits", "few-pictures", "photos")
 WRITERS = {"cifar": write_cifar, "pets": write_pets, "flowers": write_flowers}
-OFTEN = (
-    *("cvt-13-224x224", "cvt-w24-384x384", "ablations/patches-positions"),
-    *("finetune-cifar", "finetune-pets", "finetune-flowers"),
-)
+OFTEN = ("ablations/patches-positions", "finetune-cifar", "finetune-pets", "finetune-flowers")
 NAMES = [
     pytest.param(name, marks=[] if name in OFTEN or "-imagenet" in name else pytest.mark.slow)
     for name in packaged_recipes()
