@@ -87,24 +87,14 @@ FREE = frozenset(
         *("_native_batch_norm_legit_no_training", "batch_norm", "cudnn_batch_norm"),
         *("_batch_norm_with_update", "_batch_norm_no_update", "native_group_norm"),
         *("avg_pool2d", "max_pool2d_with_indices", "_adaptive_avg_pool2d", "_softmax"),
-        *(
-            "_safe_softmax",
-            "_log_softmax",
-            "logsumexp",
-            "sum",
-            "cumsum",
-            "mean",
-            "amax",
-            "max",
-            "var_mean",
-        ),
+        *("_safe_softmax", "_log_softmax", "logsumexp", "sum", "mean", "amax", "max", "var_mean"),
         *("_softmax_backward_data", "_log_softmax_backward_data", "nll_loss_forward"),
         *("nll_loss", "cat", "stack", "constant_pad_nd", "roll", "index", "index_put", "embedding"),
         *("select", "slice", "_unsafe_view", "clone", "copy_", "_to_copy", "fill_", "zero_"),
         *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros"),
         *("zeros_like", "new_zeros", "ones", "ones_like", "full", "full_like", "scalar_tensor"),
         *("arange", "rand", "randn", "bernoulli_", "native_dropout", "uniform_", "normal_"),
-        *("_fused_adamw_", "_local_scalar_dense", "resize_", "set_", "as_strided_"),
+        *("_fused_adamw_", "_local_scalar_dense", "resize_", "set_", "as_strided_", "cumsum"),
     )
 )
 
