@@ -24,6 +24,7 @@ from cvt.strict_loading import COUNTER
 SEEDS, SEEDS_OF_TRAINING = range(50), range(12)
 BACKEND = keras.config.backend()
 ALL = {"output_hidden_states": True, "output_attentions": True}
+POSITIONS = {"position_embedding": ["learned"] * 3, "image_size": [16, 24]}
 
 
 # ------------------------------------------------------------------------------ models
@@ -205,8 +206,7 @@ def test_published_variants_have_pytorchs_weights(variant):
 @pytest.fixture(scope="module")
 def small():
     """A PyTorch and a Keras model of the same weights, and images for them."""
-    positions = {"position_embedding": ["learned"] * 3, "image_size": [16, 24]}
-    return *pair(mixed(**positions)), images(batch=2, height=16, width=20)
+    return *pair(mixed(**POSITIONS)), images(batch=2, height=16, width=20)
 
 
 def equal(found, expected):
@@ -485,7 +485,7 @@ def test_every_layer_that_draws_acts_alone_too(site):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.01), ("bfloat16", 0.1)])
 def test_mixed_precision_is_close_to_single(small, dtype, tolerance):
     theirs, _, pixels = small
-    _, ours = pair(mixed(), dtype=f"mixed_{dtype}")
+    _, ours = pair(mixed(**POSITIONS), dtype=f"mixed_{dtype}")
     output = compiled(ours, lambda pixels: ours(pixels, **ALL))(pixels.numpy())
     assert keras.backend.standardize_dtype(output.logits.dtype) == dtype
     assert {keras.backend.standardize_dtype(v.dtype) for v in ours.trainable_variables} == {
