@@ -145,7 +145,7 @@ def test_the_help_of_a_command_names_every_parameter(cvt, command):
     code, out, _ = cvt(command, "--help")
     assert code == 0
     rows = re.findall(r"^  (?:-v, )?(\S+)", out.replace("[no-]", ""), re.MULTILINE)
-    options = re.findall(r"--[a-z-]+(?=,| FILE|$)", out, re.MULTILINE)
+    options = re.findall(r"--[a-z-]+(?=,| PATH|$)", out, re.MULTILINE)
     rows = {row.strip("[].") for row in rows} | set(options)
     shown = ["data" if name == "words" else name for name in COMMANDS[command]]
     assert {name if name.startswith("-") else name.upper() for name in shown} <= rows
