@@ -85,6 +85,14 @@ def test_at_another_size_the_positions_are_interpolated_linearly(size):
     np.testing.assert_allclose(resize_tokens(tokens, grid, size).numpy(), expected, atol=1e-12)
 
 
+def test_autocast_interpolates_large_grids_too():
+    tokens = torch.randn(1, 40 * 3, 4, generator=torch.Generator().manual_seed(0))
+    expected = resize_tokens(tokens, (3, 40), (5, 600))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = resize_tokens(tokens, (3, 40), (5, 600))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
+
+
 def test_models_without_positions_have_the_weights_that_they_had():
     with torch.device("meta"):
         names = CvtForImageClassification(CvtConfig(image_size=64)).state_dict().keys()

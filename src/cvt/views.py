@@ -55,6 +55,7 @@ def resize_tokens(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int]) 
         return tokens
     (H, W), (rows, columns), C = grid, size, tokens.shape[2]
     image = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).view(H, W * C)
-    image = (interpolation(H, rows, image) @ image).view(rows, W, C)
-    image = interpolation(W, columns, image) @ image  # (H', W', C)
+    # Both in float32: autocast gives the first product in 16 bits, which count to 256 only.
+    down, across = interpolation(H, rows, image), interpolation(W, columns, image)
+    image = across @ (down @ image).view(rows, W, C)  # (H', W', C)
     return image.view(1, rows * columns, C).to(tokens.dtype)
