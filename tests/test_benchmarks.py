@@ -19,6 +19,7 @@ import numpy as np
 import openvino
 import pytest
 import torch
+from helpers.pictures import photo
 from PIL import Image
 
 from cvt import CvtConfig, CvtForImageClassification, image_processor
@@ -227,34 +228,44 @@ def write_clipart(folder):
     Image.effect_noise((90, 70), 90).save(folder / "rare" / "alone.png")
 
 
-def test_clip_art_is_cleaned_and_divided(load, tmp_path, capsys):
-    clipart = load("clipart")
+@pytest.fixture
+def small_training(load, monkeypatch):
+    """What trains small models, in threads: a process would take seconds to start."""
+    module = load("small_training")
+    threads = SimpleNamespace(Pool=ThreadPool)
+    monkeypatch.setattr(module.multiprocessing, "get_context", lambda _: threads)
+    return module
+
+
+def test_clip_art_is_cleaned_and_divided(small_training, tmp_path, capsys):
     write_clipart(tmp_path / "pictures")
-    pictures = clipart.prepare(tmp_path / "pictures", 6)
+    pictures = small_training.clip_art(tmp_path / "pictures", quick=True)
     assert np.bincount(pictures.classes).tolist() == [13, 14]
     assert pictures.pixels.shape == (27, 80, 80, 3)
     assert sorted(set(pictures.folds)) == list(range(6))
     assert capsys.readouterr().out.startswith("27 of 34 pictures, 2 classes, 27 series; ")
+    few = pictures.some(9)
+    assert few.pixels.shape == (9, 80, 80, 3)
+    assert few.classes.tolist() == [0] * 5 + [1] * 4
 
 
 def test_the_models_for_clip_art_are_compared_with_cvt_on_the_same_folds(
-    load, tmp_path, monkeypatch, capsys
+    load, small_training, tmp_path, monkeypatch, capsys
 ):
     clipart = load("clipart")
-    monkeypatch.setattr(clipart, "RATES", (1e-3, 2e-3))
-    threads = SimpleNamespace(Pool=ThreadPool)  # a process would take seconds to start
-    monkeypatch.setattr(clipart.multiprocessing, "get_context", lambda _: threads)
     write_clipart(tmp_path / "pictures")
     arguments = [str(tmp_path / "pictures"), "--quick", "--peers=cvt,resnet", "--processes=1"]
     arguments += [f"--results={tmp_path / 'csv'}", f"--prepared={tmp_path / 'prepared'}"]
     clipart.run(clipart.parse(arguments))
     printed = capsys.readouterr().out
     (path,) = (tmp_path / "csv").iterdir()
-    rows = clipart.rows_of(path)
+    rows = small_training.rows_of(path)
     assert [(row["peer"], row["fold"]) for row in rows] == [
-        *(("cvt", "0"), ("cvt", "0"), ("resnet", "0"), ("resnet", "0")),
+        *(("cvt", "0"), ("resnet", "0")),
         *(("cvt", "1"), ("resnet", "1"), ("cvt", "2"), ("resnet", "2")),
     ]
+    assert all(len(row["top1_curve"].split()) == 5 for row in rows)
+    assert all(row["top1_curve"].endswith(row["top1"]) for row in rows)
     monkeypatch.setattr(clipart, "train", None)  # what the file has is not trained again
     clipart.run(clipart.parse(arguments))
     again = capsys.readouterr().out
@@ -263,6 +274,152 @@ def test_the_models_for_clip_art_are_compared_with_cvt_on_the_same_folds(
     gaps = [figures["resnet", fold] - figures["cvt", fold] for fold in "12"]
     mean, error = sum(gaps) / 2, abs(gaps[0] - gaps[1]) / 2
     assert f"{mean:+.1f} ± {error:.1f}" in printed
+    path.write_text("peer,fold\n")  # of another version
+    with pytest.raises(SystemExit, match="has other columns, peer,fold; pass --overwrite"):
+        small_training.add_rows(path, rows)
+
+
+def test_of_the_rates_the_best_on_the_kept_fold_is_taken(small_training, tmp_path):
+    seen = []
+
+    def measure(job):
+        seen.append((job.peer, job.fold, job.settings["lr"]))
+        top1 = {("a", 0.1): 50, ("a", 0.2): 60, ("b", 0.1): 70, ("b", 0.2): 70}
+        found = {"top1": top1[job.peer, job.settings["lr"]], "lr": job.settings["lr"]}
+        return [{"peer": job.peer, "fold": job.fold, "recipe": job.name} | found]
+
+    options = SimpleNamespace(quick=False, folds=[3, 1], processes=1)
+    path = tmp_path / "rows.csv"
+    rows = small_training.compared(["a", "b"], (0.1, 0.2), measure, path, options)
+    assert seen[:4] == [("a", 0, 0.1), ("a", 0, 0.2), ("b", 0, 0.1), ("b", 0, 0.2)]
+    assert seen[4:] == [("a", 3, 0.2), ("b", 3, 0.1), ("a", 1, 0.2), ("b", 1, 0.1)]
+    found = [(row["peer"], row["fold"]) for row in rows]
+    assert found == [("a", "3"), ("b", "3"), ("a", "1"), ("b", "1")]
+
+
+# ------------------------------------------------------------------------------ ablations
+
+
+def test_each_ablation_changes_what_it_names(load):
+    ablations = load("ablations")
+    for variant, side in (("cvt-13", 224), ("cvt-7", 64), ("cvt-digits", 16)):
+        of = {name: ablations.config_of(name, variant, 5, side) for name in ablations.NAMES}
+        plain = of[ablations.BASE]
+        assert plain.to_dict() | {"image_size": None} == CvtConfig.from_variant(
+            variant, num_labels=5
+        ).to_dict() | {"image_size": None}
+        every, first, last = (of[f"positions-{place}"] for place in ("every", "first", "last"))
+        assert every.position_embedding == ["learned"] * 3
+        assert first.position_embedding == ["learned", "none", "none"]
+        assert last.position_embedding == ["none", "none", "learned"]
+        for name in ("patches", "patches-positions"):
+            assert of[name].patch_sizes == of[name].patch_stride == plain.patch_stride
+            assert of[name].patch_padding == [0] * 3
+        assert of["patches-positions"].position_embedding == ["learned"] * 3
+        convolved = {name: config.qkv_projection_method for name, config in of.items()}
+        assert convolved["projection-linear"] == ["linear"] * 3
+        assert convolved["projection-stage-1"] == ["dw_bn", "linear", "linear"]
+        assert convolved["projection-stages-1-2"] == ["dw_bn", "dw_bn", "linear"]
+        assert convolved["stride-1"] == ["dw_bn"] * 3
+        for name in ("projection-stage-1", "projection-stages-1-2", "stride-1"):
+            assert of[name].stride_kv == [1] * 3
+
+
+def test_ablations_are_compared_fold_by_fold_and_drawn(
+    load, small_training, tmp_path, monkeypatch, capsys
+):
+    ablations = load("ablations")
+    monkeypatch.setattr(ablations, "at_the_papers_size", lambda: None)
+    monkeypatch.setattr(ablations, "QUICK_IMAGES", 60)
+    kept = {
+        name: (models[0], models[-1])
+        for name, models in ablations.ABLATIONS.items()
+        if name != "token embedding"
+    }
+    names = list(dict.fromkeys(model.name for models in kept.values() for model in models))
+    monkeypatch.setattr(ablations, "ABLATIONS", kept)
+    monkeypatch.setattr(ablations, "NAMES", names)
+    arguments = ["--data=digits", "--quick", "--processes=1"]
+    arguments += [f"--results={tmp_path / 'csv'}", f"--figure={tmp_path / 'figure.png'}"]
+    ablations.run(ablations.parse(arguments))
+    printed = capsys.readouterr().out
+    assert Image.open(tmp_path / "figure.png").format == "PNG"
+    (path,) = (tmp_path / "csv").iterdir()
+    assert path.name.startswith("ablations-digits-quick-")
+    rows = small_training.rows_of(path)
+    assert len(rows) == 3 * len(ablations.NAMES)
+    top1 = {(row["peer"], row["fold"]): float(row["top1"]) for row in rows}
+    for name, reference in (("positions-every", ablations.BASE), ("projection-linear", "stride-1")):
+        gaps = [top1[name, fold] - top1[reference, fold] for fold in "12"]
+        assert f"{sum(gaps) / 2:+.1f} ± {abs(gaps[0] - gaps[1]) / 2:.1f}" in printed
+    macs = {row["peer"]: int(row["macs"]) for row in rows}
+    assert macs["stride-1"] > macs[ablations.BASE] > 0
+    assert macs["positions-every"] == macs[ablations.BASE]
+    parameters = {row["peer"]: int(row["parameters"]) for row in rows}
+    assert parameters["positions-every"] > parameters[ablations.BASE]
+
+
+@pytest.mark.parametrize(
+    ("paper", "mean", "margin", "expected"),
+    [
+        ("loss", -3.0, 1.0, "agrees"),
+        ("loss", -1.0, 2.0, "cannot tell"),
+        ("loss", 3.0, 1.0, "disagrees"),
+        ("no gain", -1.0, 2.0, "no gain seen"),
+        ("no gain", 1.0, 2.0, "cannot tell"),
+        ("no gain", 3.0, 1.0, "disagrees"),
+        ("loss", -3.0, float("nan"), "cannot tell"),
+    ],
+)
+def test_a_claim_is_seen_only_beyond_the_error(load, paper, mean, margin, expected):
+    assert load("ablations").verdict(paper, mean, margin) == expected
+
+
+# ------------------------------------------------------------------------------ invariance
+
+
+def test_pictures_are_moved_scaled_and_turned(load):
+    invariance = load("invariance")
+    picture = Image.new("RGB", (80, 80), "black")
+    right = np.asarray(invariance.shifted(picture, 64, 5, 0))[..., 0]
+    assert (right[:, :5] == 255).all()
+    assert (right[:, 5:] == 0).all()
+    up = np.asarray(invariance.shifted(picture, 64, 0, -2))[..., 0]
+    assert (up[-2:] == 255).all()
+    assert (up[:-2] == 0).all()
+    half = np.asarray(invariance.scaled(picture, 64, 0.5))[..., 0]
+    assert (half[16:48, 16:48] == 0).all()
+    assert (half == 0).sum() == 32 * 32
+    assert (np.asarray(invariance.scaled(picture, 64, 1.5)) == 0).all()
+    drawn = Image.fromarray(photo(80, 80))
+    plain = np.asarray(invariance.resized(drawn, 64))
+    turned = np.asarray(invariance.rotated(drawn, 64, 90))
+    np.testing.assert_allclose(turned, np.rot90(plain), atol=3)
+    for question, value, side, changes in invariance.cases(64):
+        assert all(change(drawn).size == (side, side) for change in changes), (question, value)
+
+
+def test_models_are_evaluated_on_changed_pictures(load, small_training, tmp_path, monkeypatch):
+    invariance = load("invariance")
+    monkeypatch.setattr(invariance, "SIDES", (48, 64, 96))
+    for name, values in {"SHIFTS": (0, 4), "SCALES": (1.0, 0.5), "ANGLES": (0, 90)}.items():
+        monkeypatch.setattr(invariance, name, values)
+    write_clipart(tmp_path / "pictures")
+    arguments = [str(tmp_path / "pictures"), "--quick", "--processes=1"]
+    arguments += [f"--results={tmp_path / 'csv'}", f"--figure={tmp_path / 'figure.png'}"]
+    invariance.run(invariance.parse(arguments))
+    assert Image.open(tmp_path / "figure.png").format == "PNG"
+    (path,) = (tmp_path / "csv").iterdir()
+    rows = [row for row in small_training.rows_of(path) if row["question"] != "choice"]
+    assert len(rows) == 3 * 2 * 9
+    assert {row["peer"] for row in rows} == {"cvt", "vit", "resnet"}
+    as_it_is = {"resolution": "64", "shift": "0", "scale": "1.0", "rotation": "0"}
+    for peer, fold in {(row["peer"], row["fold"]) for row in rows}:
+        of_model = [row for row in rows if (row["peer"], row["fold"]) == (peer, fold)]
+        kept = [row for row in of_model if row["value"] == as_it_is[row["question"]]]
+        assert len(kept) == 4
+        assert {row["unchanged"] for row in kept} == {"100.0"}
+        assert len({row["top1"] for row in kept}) == 1
 
 
 # ------------------------------------------------------------------------------ scale

@@ -28,6 +28,7 @@ NO_RATE = [-0.1, 1, 1.0, 1.5, "0.1", None, NAN, INF, [0.1]]
 NO_FLAG = [2, -1, 0.5, "True", "", None, NAN, [True]]
 BAD_VALUES = {
     "num_channels": NO_COUNT,
+    "image_size": [*(value for value in NO_COUNT if value is not None), [4, 4, 4], [4, 0]],
     "patch_sizes": NO_COUNT,
     "patch_stride": NO_COUNT,
     "patch_padding": NO_PADDING,
@@ -40,6 +41,7 @@ BAD_VALUES = {
     "drop_path_rate": NO_RATE,
     "qkv_bias": NO_FLAG,
     "cls_token": NO_FLAG,
+    "position_embedding": ["sine", "Learned", "", True, 3, None, NAN, ["learned"]],
     "qkv_projection_method": ["conv", "DW_BN", "", 3, None, NAN, ["avg"]],
     "kernel_qkv": NO_COUNT,
     "padding_kv": NO_PADDING,
@@ -92,6 +94,9 @@ def test_what_is_no_list_of_a_value_per_stage_is_named(name, value):
 @pytest.mark.parametrize("name", PER_STAGE)
 def test_a_list_of_the_wrong_length_is_named_with_its_length(name, length):
     values = (DEFAULTS[name] * 2)[:length]
+    if name == "position_embedding":
+        assert CvtConfig(**{name: values}).position_embedding == ["none"] * 3  # fits any number
+        values = ["learned"] * length
     message = (
         rf"depth = \[.*\] lists {length} stages" if name == "depth" else rf"{name} \({length}\)"
     )
@@ -307,6 +312,8 @@ BASE = {
     "drop_path_rate": [0.0, 0.0],
     "qkv_bias": [True, True],
     "cls_token": [False, False],
+    "position_embedding": ["none", "none"],
+    "image_size": 6,
     "qkv_projection_method": ["dw_bn", "dw_bn"],
     "kernel_qkv": [3, 3],
     "padding_kv": [1, 1],
@@ -331,6 +338,8 @@ EFFECTS = {
     "drop_path_rate": (0.5, "training"),
     "qkv_bias": (False, "shapes"),
     "cls_token": (True, "shapes"),
+    "position_embedding": ("learned", "shapes"),
+    "image_size": ([6, 9], "shapes"),
     "qkv_projection_method": ("avg", "shapes"),
     "kernel_qkv": (5, "shapes"),
     "padding_kv": (0, "evaluation"),
@@ -374,7 +383,8 @@ def test_every_field_changes_what_it_should(name, stage):
     value, expected = EFFECTS[name]
     if name in PER_STAGE:
         value = [value if i == stage else BASE[name][i] for i in range(2)]
-    assert first_difference(BASE, BASE | {name: value}) == expected
+    base = BASE | {"position_embedding": ["learned"] * 2} if name == "image_size" else BASE
+    assert first_difference(base, base | {name: value}) == expected
 
 
 def test_equal_configs_have_equal_effects():

@@ -14,7 +14,10 @@ from cvt import CvtConfig, CvtForImageClassification, CvtModel
 from cvt.architecture import VARIANTS
 
 SEEDS = range(100)
-OWN_FIELDS = {"hidden_act", "init", "out_features", "out_indices", "thresholds"}
+OWN_FIELDS = {
+    *("hidden_act", "image_size", "init", "out_features", "out_indices", "position_embedding"),
+    "thresholds",
+}
 
 
 # ------------------------------------------------------------------------------ random models

@@ -19,6 +19,7 @@ from cvt.files import read_json
 MODEL_TYPE = "cvt"  # in config.json
 ACTIVATIONS = ("gelu", "quick_gelu")
 PROJECTION_METHODS = ("dw_bn", "avg", "linear")
+POSITION_EMBEDDINGS = ("none", "learned")
 INITIALISATIONS = ("trunc_norm", "xavier")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -27,6 +28,7 @@ MAX_BLOCKS = 1000  # in all stages together
 MAX_CLASSES = 1_000_000
 MAX_KERNEL = 1000  # of kernels, strides and paddings, in pixels
 MAX_WIDTH = 1_000_000
+MAX_SIDE = 65_536  # of an image, in pixels
 
 # What differs from the defaults of `CvtConfig`: table 1 of the paper and the authors' yaml files;
 # `cvt-7` and `cvt-digits` are ours, of 2.3 M and 1.0 M parameters: for pictures of 64 x 64 pixels,
@@ -81,6 +83,18 @@ def _one_of(choices: tuple[str, ...]) -> _Kind:
     return _Kind("one of " + ", ".join(choices), lambda value: value in choices, str)
 
 
+def _is_image_size(value: Any) -> bool:
+    sides = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    return value is None or all(map(_integer(1, MAX_SIDE).accepts, sides))
+
+
+_IMAGE_SIZE = _Kind(
+    f"None, an integer from 1 to {MAX_SIDE}, or two: height and width",
+    _is_image_size,
+    lambda value: (
+        list(map(int, value)) if isinstance(value, list | tuple) else value and int(value)
+    ),
+)
 _FLAG = _Kind("True or False", lambda value: value in (0, 1), bool)
 _RATIO = _Kind("a number above 0", lambda v: isinstance(v, Real) and 0 < float(v) < math.inf, float)
 _SHARE = _Kind("from 0 to 1", lambda v: isinstance(v, Real) and 0 <= float(v) <= 1, float)
@@ -99,6 +113,7 @@ PER_STAGE = {
     "drop_path_rate": _RATE,
     "qkv_bias": _FLAG,
     "cls_token": _FLAG,
+    "position_embedding": _one_of(POSITION_EMBEDDINGS),
     "qkv_projection_method": _one_of(PROJECTION_METHODS),
     "kernel_qkv": _integer(1, MAX_KERNEL),
     "padding_kv": _integer(0, MAX_KERNEL),
@@ -108,6 +123,7 @@ PER_STAGE = {
 }
 WHOLE = {
     "num_channels": _integer(1, MAX_WIDTH),
+    "image_size": _IMAGE_SIZE,
     "hidden_act": _one_of(ACTIVATIONS),
     "init": _one_of(INITIALISATIONS),
     "initializer_range": _RATIO,
@@ -120,9 +136,16 @@ FIELDS = (*PER_STAGE, *WHOLE)
 
 @dataclass(frozen=True)
 class StageConfig:
-    """The settings of one stage, under the names they have in `CvtConfig`."""
+    """The settings of one stage, under the names they have in `CvtConfig`.
+
+    Attributes:
+        in_channels: of its input.
+        in_size: height and width of its input, in pixels, for images of the configuration's
+            `image_size`; None without one.
+    """
 
     in_channels: int
+    in_size: tuple[int, int] | None
     patch_sizes: int
     patch_stride: int
     patch_padding: int
@@ -135,6 +158,7 @@ class StageConfig:
     drop_path_rate: float
     qkv_bias: bool
     cls_token: bool
+    position_embedding: str
     qkv_projection_method: str
     kernel_qkv: int
     padding_kv: int
@@ -153,9 +177,22 @@ class StageConfig:
         method = self.qkv_projection_method
         return {"query": "linear" if method == "avg" else method, "key": method, "value": method}
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of its tokens, for an input of so many pixels."""
+        margin = 2 * self.patch_padding - self.patch_sizes
+        rows, columns = ((size + margin) // self.patch_stride + 1 for size in (height, width))
+        return rows, columns
+
+    @property
+    def position_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of its position embedding; None where it has none."""
+        if self.position_embedding == "none" or self.in_size is None:
+            return None
+        return self.grid(*self.in_size)
+
     @property
     def parameters(self) -> int:
-        """Trainable numbers in the token embedding, the class token and the blocks."""
+        """Trainable numbers in the token and position embedding, class token and blocks."""
         width, hidden = self.embed_dim, int(self.embed_dim * self.mlp_ratio)
         embedding = width * self.in_channels * self.patch_sizes**2 + 3 * width
         convolved = sum(method == "dw_bn" for method in self.projection_methods.values())
@@ -163,7 +200,8 @@ class StageConfig:
         attention = 4 * width**2 + width + 3 * width * self.qkv_bias
         mlp = 2 * width * hidden + hidden + width
         block = projections + attention + mlp + 4 * width
-        return embedding + width * self.cls_token + self.depth * block
+        positions = math.prod(self.position_grid or (0,))
+        return embedding + width * (self.cls_token + positions) + self.depth * block
 
     def minimum_size(self, grid: int = 1) -> int:
         """The smallest height and width of its input, in pixels, that leave a token everywhere.
@@ -178,6 +216,12 @@ class StageConfig:
                 needed -= (self.stride_q if query else self.stride_kv) - 1
             grid = grid if method == "linear" else max(grid, needed)
         return max(1, (grid - 1) * self.patch_stride + self.patch_sizes - 2 * self.patch_padding)
+
+
+def _is_none_everywhere(values: Any) -> bool:
+    """Whether `position_embedding` lists `none` alone."""
+    is_list = isinstance(values, list | tuple) and len(values) > 0
+    return is_list and all(value == "none" for value in values)
 
 
 def check_lengths(lists: Mapping[str, Any]) -> None:
@@ -305,6 +349,7 @@ class Architecture:
         problem_type: Any = field(init=False)
 
     num_channels: int = 3
+    image_size: int | list[int] | tuple[int, ...] | None = None
     patch_sizes: list[int] | tuple[int, ...] = (7, 3, 3)
     patch_stride: list[int] | tuple[int, ...] = (4, 2, 2)
     patch_padding: list[int] | tuple[int, ...] = (2, 1, 1)
@@ -317,6 +362,7 @@ class Architecture:
     drop_path_rate: list[float] | tuple[float, ...] = (0.0, 0.0, 0.1)
     qkv_bias: list[bool] | tuple[bool, ...] = (True, True, True)
     cls_token: list[bool] | tuple[bool, ...] = (False, False, True)
+    position_embedding: list[str] | tuple[str, ...] = ("none", "none", "none")
     qkv_projection_method: list[str] | tuple[str, ...] = ("dw_bn", "dw_bn", "dw_bn")
     kernel_qkv: list[int] | tuple[int, ...] = (3, 3, 3)
     padding_kv: list[int] | tuple[int, ...] = (1, 1, 1)
@@ -337,6 +383,9 @@ class Architecture:
         """
         for name, kind in WHOLE.items():
             setattr(self, name, kind.check(name, getattr(self, name)))
+        if _is_none_everywhere(self.position_embedding) and isinstance(self.depth, list | tuple):
+            # Files and calls that do not know the field may have any number of stages.
+            self.position_embedding = ["none"] * len(self.depth)
         check_lengths({name: getattr(self, name) for name in PER_STAGE})
         for name, kind in PER_STAGE.items():
             values = enumerate(getattr(self, name))
@@ -360,6 +409,23 @@ class Architecture:
             self.thresholds = [_SHARE.check("thresholds", value) for value in self.thresholds]
         for i, stage in enumerate(self.stages):
             check_stage(stage, i)
+        self._check_positions()
+
+    def _check_positions(self) -> None:
+        """Raise a ValueError where the grid of a position embedding is not known, or empty."""
+        if _is_none_everywhere(self.position_embedding):
+            return
+        if self.image_size is None:
+            i = self.position_embedding.index("learned")
+            raise ValueError(
+                f"stage {i + 1}: position_embedding[{i}] = 'learned': needs image_size, the height "
+                "and width of the images that its grid is for, in pixels"
+            )
+        if min(self.image_sides or ()) < (least := self.minimum_image_size):
+            raise ValueError(
+                f"image_size = {self.image_size}: this model needs at least {least} x {least} "
+                "pixels"
+            )
 
     @property
     def num_labels(self) -> Any:
@@ -389,14 +455,24 @@ class Architecture:
         super().__setattr__(name, value)
 
     @property
+    def image_sides(self) -> tuple[int, int] | None:
+        """`image_size` as height and width."""
+        if self.image_size is None:
+            return None
+        sides = self.image_size if isinstance(self.image_size, list | tuple) else [self.image_size]
+        return sides[0], sides[-1]
+
+    @property
     def stages(self) -> list[StageConfig]:
         """The settings, stage by stage."""
-        widths = [self.num_channels, *self.embed_dim]
-        stages = zip(*(getattr(self, name) for name in PER_STAGE), strict=True)
-        return [
-            StageConfig(width, **dict(zip(PER_STAGE, stage, strict=True)))
-            for width, stage in zip(widths, stages, strict=False)
-        ]
+        widths, size = [self.num_channels, *self.embed_dim], self.image_sides
+        found = []
+        values = zip(*(getattr(self, name) for name in PER_STAGE), strict=True)
+        for width, of_stage in zip(widths, values, strict=False):
+            stage = StageConfig(width, size, **dict(zip(PER_STAGE, of_stage, strict=True)))
+            found.append(stage)
+            size = stage.grid(*size) if size else None
+        return found
 
     @property
     def stage_names(self) -> list[str]:

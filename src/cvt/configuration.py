@@ -28,6 +28,8 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         num_channels: channels of the image.
+        image_size: height and width, in pixels, of the images that a learned position embedding is
+            for, as a number or two; nothing else needs it, and any other size works too.
         patch_sizes: kernel of the convolutional token embedding, in pixels of the stage's input.
         patch_stride: its stride.
         patch_padding: its padding.
@@ -41,6 +43,9 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate: stochastic depth of the stage's last block; it rises linearly from 0.
         qkv_bias: whether the query, key and value Linears have a bias.
         cls_token: whether the stage has a class token.
+        position_embedding: `none`, as in the paper's models, or `learned`: a vector added to each
+            token of the image, as its ablations vary; at other sizes than `image_size` it is
+            interpolated. `none` alone fits any number of stages.
         qkv_projection_method: `dw_bn` (depthwise convolution and BatchNorm), `avg` (average pooling
             of key and value) or `linear` (none).
         kernel_qkv: kernel of the projection, for query, key and value.

@@ -94,7 +94,7 @@ FREE = frozenset(
         *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "zeros"),
         *("zeros_like", "new_zeros", "ones", "ones_like", "full", "full_like", "scalar_tensor"),
         *("arange", "rand", "randn", "bernoulli_", "native_dropout", "uniform_", "normal_"),
-        *("_fused_adamw_", "_local_scalar_dense", "resize_", "set_", "as_strided_"),
+        *("_fused_adamw_", "_local_scalar_dense", "resize_", "set_", "as_strided_", "cumsum"),
     )
 )
 

@@ -28,7 +28,7 @@ from cvt.architecture import StageConfig, check_memory, check_queries, checked_p
 from cvt.configuration import CvtConfig
 from cvt.losses import classification_loss
 from cvt.strict_loading import COUNTER, load_pretrained, save_readable
-from cvt.views import channels_last, split_tokens, to_heads, to_image, to_tokens
+from cvt.views import channels_last, resize_tokens, split_tokens, to_heads, to_image, to_tokens
 
 
 class LayerNorm(nn.LayerNorm):
@@ -249,12 +249,17 @@ class Block(GradientCheckpointingLayer):
 
 
 class Stage(nn.Module):
-    """Token embedding, class token where the stage has one, blocks."""
+    """Token embedding, class token and position embedding where the stage has one, blocks."""
 
     def __init__(self, config: CvtConfig, stage: StageConfig) -> None:
         super().__init__()
         self.cls_token = (
             nn.Parameter(torch.zeros(1, 1, stage.embed_dim)) if stage.cls_token else None
+        )
+        # None in the paper's own models; its ablations have one in some stages.
+        self.position_grid = H, W = stage.position_grid or (0, 0)
+        self.position_embedding = (
+            nn.Parameter(torch.zeros(1, H * W, stage.embed_dim)) if stage.position_grid else None
         )
         embedding = ConvEmbedding(stage, config.layer_norm_eps)
         self.embedding = nn.Sequential(OrderedDict(convolution_embeddings=embedding))
@@ -265,6 +270,8 @@ class Stage(nn.Module):
         self, image: Tensor, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
         x, (H, W) = self.embedding(image)  # (B, H·W, C)
+        if self.position_embedding is not None:
+            x = x + resize_tokens(self.position_embedding, self.position_grid, (H, W)).to(x.dtype)
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
         x = self.dropout(x)
@@ -381,8 +388,10 @@ class CvtPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 bound = module.weight[0].numel() ** -0.5
                 init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, Stage) and module.cls_token is not None:
-            init.trunc_normal_(module.cls_token, std=std)
+        elif isinstance(module, Stage):
+            for tokens in (module.cls_token, module.position_embedding):
+                if tokens is not None:
+                    init.trunc_normal_(tokens, std=std)
         elif isinstance(module, LayerNorm | nn.BatchNorm2d):
             super()._init_weights(module)
 

@@ -36,7 +36,7 @@ class StageProfile:
         width: channels of a token.
         depth: number of blocks.
         heads: attention heads.
-        parameters: of the token embedding, the class token and the blocks.
+        parameters: of the token embedding, the class token, the position embedding and the blocks.
         macs: per image; see `Profile`.
     """
 
@@ -186,8 +186,7 @@ def _grids(config: CvtConfig, height: int, width: int) -> list[tuple[int, int]]:
     """Rows and columns of the tokens of each stage, for images of this size."""
     grids = []
     for stage in config.stages:
-        margin = 2 * stage.patch_padding - stage.patch_sizes
-        height, width = ((size + margin) // stage.patch_stride + 1 for size in (height, width))
+        height, width = stage.grid(height, width)
         grids.append((height, width))
     return grids
 

@@ -31,6 +31,7 @@ def saved(tmp_path, **changes):
         {"hidden_act": "gelu"},
         {"qkv_projection_method": ["avg", "linear", "dw_bn"], "stride_kv": [2, 1, 2]},
         {"cls_token": [False, False, False]},
+        {"position_embedding": ["learned", "none", "learned"], "image_size": 40},
         {"qkv_bias": [False, True, False], "num_labels": 1},
     ],
     ids=str,

@@ -45,7 +45,8 @@ TWO_STAGES = {
 def small(tmp_path_factory):
     """The folder of a classifier of two stages, with random weights."""
     torch.manual_seed(0)
-    config = CvtConfig(embed_dim=[8, 16], depth=[1, 1], **TWO_STAGES)
+    positions = {"position_embedding": ["learned", "learned"], "image_size": 24}
+    config = CvtConfig(embed_dim=[8, 16], depth=[1, 1], **TWO_STAGES, **positions)
     config.class_names = ["blue", "green", "light red"]
     folder = tmp_path_factory.mktemp("small")
     CvtForImageClassification(config).save_pretrained(folder)

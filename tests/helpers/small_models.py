@@ -174,6 +174,8 @@ def random_case(seed, portable=True):
     if not portable:
         config["hidden_act"] = rng.choice(["gelu", "quick_gelu"])
         config["layer_norm_eps"] = rng.choice([1e-6, 1e-5, 1e-2])
+        config["position_embedding"] = [rng.choice(["none", "learned"]) for _ in rows]
+        config["image_size"] = [side + rng.choice([0, 0, 1, 9]) for side in shape[2:]]
     return config, shape
 
 
@@ -187,6 +189,8 @@ def randomise(model, seed):
             tensor.fill_(seed + 1)
         elif name.endswith("running_var"):
             tensor.copy_(0.5 + noise.abs())
+        elif name.endswith("position_embedding"):
+            tensor.copy_(0.5 * noise)
         elif tensor.ndim > 1:
             tensor.copy_(noise / tensor[0].numel() ** 0.5)
         elif name.endswith("weight"):

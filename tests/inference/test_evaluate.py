@@ -572,8 +572,10 @@ def test_real_labels_are_timms(imagenet, tmp_path):
         model, processor, images, real_labels=read_real_labels(tmp_path / "real.json")
     )
     assert 100 * evaluation.real_top1 == pytest.approx(theirs.get_accuracy(1))
+    assert 100 * evaluation.real_top5 == pytest.approx(theirs.get_accuracy(5))
     assert 0.5 < evaluation.real_top1 < 1
     assert evaluation.metrics["real_top1"] == evaluation.real_top1
+    assert evaluation.metrics["real_top5"] == evaluation.real_top5
     reversed_images = images.select(range(11, -1, -1))
     again = evaluate(model, processor, reversed_images, real_labels=real)
     assert again.real_top1 == evaluation.real_top1
@@ -595,7 +597,7 @@ def test_without_real_labels_there_is_no_such_figure(imagenet):
     for labels in (None, [[]] * 12):
         evaluation = evaluate(model, processor, images, real_labels=labels)
         assert evaluation.real_top1 is None
-        assert "real_top1" not in evaluation.metrics
+        assert not {"real_top1", "real_top5"} & evaluation.metrics.keys()
 
 
 def test_an_image_without_a_place_in_the_real_labels_is_named(imagenet, photos):
@@ -729,5 +731,6 @@ def test_the_command_reports_real_labels(cli, imagenet, tmp_path):
     processor.save_pretrained(tmp_path / "model")
     (tmp_path / "real.json").write_text(json.dumps([[1]] * 12))
     data = Path(images.sources[0]).parent.parent
-    answer = cli(tmp_path / "model", data, "--real-labels", tmp_path / "real.json")
-    assert "top-1 by real labels 0.00 %" in answer.output
+    for option in ("--real", "--real-labels"):
+        answer = cli(tmp_path / "model", data, option, tmp_path / "real.json")
+        assert "top-1 by real labels 0.00 %  top-5 " in answer.output

@@ -24,6 +24,7 @@ from cvt.strict_loading import COUNTER
 SEEDS, SEEDS_OF_TRAINING = range(50), range(12)
 BACKEND = keras.config.backend()
 ALL = {"output_hidden_states": True, "output_attentions": True}
+POSITIONS = {"position_embedding": ["learned"] * 3, "image_size": [16, 24]}
 
 
 # ------------------------------------------------------------------------------ models
@@ -173,7 +174,8 @@ def test_gradients_and_batch_statistics_of_three_steps_equal_pytorchs(seed):
 def test_the_random_configs_vary_in_all_that_matters():
     configs = [case(seed)[0] for seed in SEEDS]
     assert {len(config.depth) for config in configs} == {1, 2, 3, 4}
-    for name in ("qkv_projection_method", "cls_token", "qkv_bias", "embed_dim", "stride_q"):
+    names = ("qkv_projection_method", "cls_token", "position_embedding", "qkv_bias", "embed_dim")
+    for name in (*names, "stride_q"):
         assert len({value for config in configs for value in getattr(config, name)}) > 1, name
     assert {config.hidden_act for config in configs} == {"gelu", "quick_gelu"}
     trained = [case(seed)[0] for seed in SEEDS_OF_TRAINING]
@@ -204,7 +206,7 @@ def test_published_variants_have_pytorchs_weights(variant):
 @pytest.fixture(scope="module")
 def small():
     """A PyTorch and a Keras model of the same weights, and images for them."""
-    return *pair(mixed()), images(batch=2, height=16, width=20)
+    return *pair(mixed(**POSITIONS)), images(batch=2, height=16, width=20)
 
 
 def equal(found, expected):
@@ -483,7 +485,7 @@ def test_every_layer_that_draws_acts_alone_too(site):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.01), ("bfloat16", 0.1)])
 def test_mixed_precision_is_close_to_single(small, dtype, tolerance):
     theirs, _, pixels = small
-    _, ours = pair(mixed(), dtype=f"mixed_{dtype}")
+    _, ours = pair(mixed(**POSITIONS), dtype=f"mixed_{dtype}")
     output = compiled(ours, lambda pixels: ours(pixels, **ALL))(pixels.numpy())
     assert keras.backend.standardize_dtype(output.logits.dtype) == dtype
     assert {keras.backend.standardize_dtype(v.dtype) for v in ours.trainable_variables} == {

@@ -39,7 +39,8 @@ BESIDE = {"config.json", "preprocessor_config.json", "export.json", "labels.txt"
 
 
 def save(folder, activation, names=NAMES):
-    model = make(mixed(num_labels=3, hidden_act=activation))
+    positions = {"position_embedding": ["learned", "none", "learned"], "image_size": 24}
+    model = make(mixed(num_labels=3, hidden_act=activation, **positions))
     model.config.class_names = names
     model.save_pretrained(folder)
     image_processor(model.config, image_size=32).save_pretrained(folder)

@@ -123,6 +123,7 @@ def test_what_the_card_claims_of_transformers_is_so(run, hidden_act):
     [
         {"qkv_projection_method": ["avg"] * 3},
         {"cls_token": [True, False, True]},
+        {"position_embedding": ["none", "learned", "none"], "image_size": 64},
         {"depth": [1, 1, 2]},
     ],
 )

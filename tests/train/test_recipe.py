@@ -5,6 +5,7 @@ import jsonschema
 import pytest
 import yaml
 
+from cvt import CvtConfig
 from cvt.train import Recipe, load_recipe
 from cvt.train.recipe import (
     FIELDS,
@@ -231,3 +232,39 @@ def test_a_resolved_recipe_is_a_recipe_again(tmp_path):
 
 def test_every_setting_is_described():
     assert all(spec.metadata["help"].endswith(".") for spec in FIELDS.values())
+
+
+# ------------------------------------------------------------------------------ architecture
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        (None, {}),
+        ("stride_kv=1", {"stride_kv": [1, 1, 1]}),
+        ("patch_sizes=4,2,2  mlp_ratio=2.5", {"patch_sizes": [4, 2, 2], "mlp_ratio": [2.5] * 3}),
+        ("qkv_bias=true,False,true", {"qkv_bias": [True, False, True]}),
+        (
+            "position_embedding=learned,none,none hidden_act=gelu",
+            {"position_embedding": ["learned", "none", "none"], "hidden_act": "gelu"},
+        ),
+        ("image_size=64,32 num_channels=1", {"image_size": [64, 32], "num_channels": 1}),
+    ],
+)
+def test_an_architecture_is_fields_and_their_values(text, changes):
+    assert Recipe(architecture=text).config_changes(3) == changes
+    CvtConfig(**{"image_size": 64, **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("stride=1", "a configuration has no field stride; is it stride_"),
+        ("zzz=1", "a configuration has no field zzz$"),
+        ("stride_kv", "stride_kv is given without a value"),
+        ("stride_kv=1 stride_kv=2", "stride_kv is given twice"),
+    ],
+)
+def test_what_is_no_architecture_is_refused(text, fault):
+    with pytest.raises(ValueError, match=f"^architecture = {text}: {fault}"):
+        Recipe(architecture=text)

@@ -1027,6 +1027,22 @@ def test_training_leaves_the_callers_state_alone(recipe, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def test_an_architecture_changes_random_weights(model_folder):
+    recipe = Recipe(architecture="position_embedding=learned stride_kv=1", image_size=48)
+    model, _ = classifier_for("cvt-digits", ["ant", "bee"], recipe=recipe)
+    assert model.config.stride_kv == [1, 1, 1]
+    assert model.config.image_size == 48  # the recipe's
+    assert model.cvt.encoder.stages[0].position_embedding.shape == (1, 24 * 24, 32)
+    given = Recipe(architecture="position_embedding=learned image_size=64", image_size=48)
+    assert classifier_for("cvt-digits", ["ant", "bee"], recipe=given)[0].config.image_size == 64
+    with pytest.raises(ValueError, match=r"has trained weights, .* add from_scratch=true"):
+        classifier_for(model_folder, ["ant", "bee"], recipe=recipe)
+    scratch, _ = classifier_for(model_folder, ["ant", "bee"], from_scratch=True, recipe=recipe)
+    assert scratch.config.stride_kv == [1, 1, 1]
+    with pytest.raises(ValueError, match=r"architecture = num_heads=5: stage 1: embed_dim\[0\]"):
+        classifier_for("cvt-digits", ["a", "b"], recipe=Recipe(architecture="num_heads=5"))
+
+
 def test_a_variant_starts_from_scratch():
     model, _ = classifier_for("cvt-13", ["ant", "bee"], from_scratch=True)
     assert model.config.depth == [1, 2, 10]

@@ -86,6 +86,8 @@ def read_file(
         except ValueError as error:
             unknown = f"; unexpected {', '.join(unexpected)}" if unexpected else ""
             raise CheckpointError(f"{path}: {error}{unknown}") from error
+    if by_authors:
+        refuse_positions(config, path)
     config.hidden_act = hidden_act or config.hidden_act
     imagenet = list(imagenet_classes().values())
     if len(config.class_names) == len(imagenet) and config.class_names[0] == "LABEL_0":
@@ -176,6 +178,15 @@ def _check(
         raise CheckpointError(f"the weights in {path} do not fit:{faults}")
 
 
+def refuse_positions(config: CvtConfig, path: str | Path) -> None:
+    """Raise a CheckpointError where an authors' file has no place for what a config describes."""
+    if stages := [i + 1 for i, kind in enumerate(config.position_embedding) if kind != "none"]:
+        raise CheckpointError(
+            f"{path}: an authors' file has no place for the position embedding that the "
+            f"configuration describes in stage {', '.join(map(str, stages))}"
+        )
+
+
 def headless(path: str | Path) -> CheckpointError:
     """The error for a file without a classifier, where one is needed."""
     return CheckpointError(
@@ -217,6 +228,11 @@ def recognise(weights: Mapping[str, Tensor]) -> CvtConfig:
     def has(s: int, name: str) -> bool:
         return any(key.startswith(f"{stages}.{s}.") and key.endswith(name) for key in weights)
 
+    if any(name.endswith(".position_embedding") for name in weights):
+        raise ValueError(
+            "the grid of its position embedding does not follow from the weights; name its "
+            "config.json with --config"
+        )
     everywhere = range(len(depth))
     convolved = [has(s, "convolution_projection.convolution.weight") for s in everywhere]
     if not all(convolved):

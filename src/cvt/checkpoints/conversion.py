@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cvt.checkpoints.authors import nonfinite
+from cvt.checkpoints.authors import nonfinite, refuse_positions
 from cvt.checkpoints.errors import CheckpointError
 from cvt.checkpoints.loading import image_size_of, load_classifier, load_processor
 from cvt.checkpoints.names import authors_to_transformers, transformers_to_authors
@@ -108,6 +108,7 @@ def convert(
             image_size = image_size_of(processor)
             again = _write_folder(model, processor, written)
         else:
+            refuse_positions(model.config, dest)
             again = _write_authors(model, written)
         difference = largest_difference(model, again)
         if not difference <= TOLERANCE and not allow_nonfinite:

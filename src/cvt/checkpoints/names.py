@@ -34,6 +34,9 @@ _TABLE = {
     "layernorm": "norm",
     "classifier": "head",
 }
+_POSITIONS = "cvt.encoder.stages.{s}.position_embedding"
+_OURS = _TABLE | {_POSITIONS: _POSITIONS}  # the authors' models have none
+_PARAMETERS = ("cls_token", "position_embedding")  # the names that hold a tensor themselves
 # A weight of a Keras model: its path is our name with slashes and hyphens for dots.
 _KERAS = re.compile(r"(encoder[/.]stages[-.]\d+[/.].+|(?:layernorm|classifier)/[^/]+)$")
 _KERAS_TENSORS = {
@@ -71,7 +74,8 @@ def transformers_to_authors(state_dict: Mapping[str, Weight]) -> dict[str, Weigh
     """Rename the weights of a `CvtForImageClassification` or `CvtModel` to the authors' names.
 
     Raises:
-        ValueError: names that no CvT of transformers has; lists all of them.
+        ValueError: names that no CvT of transformers has, as position embeddings; lists all of
+            them.
 
     Example:
         >>> from cvt.checkpoints import transformers_to_authors
@@ -96,7 +100,7 @@ def keras_to_transformers(path: str) -> str | None:
     module, _, tensor = re.sub("[/-]", ".", found[1]).rpartition(".")
     name = f"{module}.{_KERAS_TENSORS.get(tensor, tensor)}"
     name = f"cvt.{name}" if name.startswith("encoder.") else name
-    return name if not _renamed({name: None}, _TABLE)[1] else None
+    return name if not _renamed({name: None}, _OURS)[1] else None
 
 
 def rename_known(state_dict: Mapping[str, Weight]) -> tuple[dict[str, Weight], list[str]]:
@@ -113,7 +117,7 @@ def known_to_transformers(
         state_dict: of a `CvtForImageClassification` or a `CvtModel`, ours or transformers'.
     """
     prefixed = _prefixed(state_dict)
-    unknown = set(_renamed(prefixed, _TABLE)[1])
+    unknown = set(_renamed(prefixed, _OURS)[1])
     return {name: w for name, w in prefixed.items() if name not in unknown}, sorted(unknown)
 
 
@@ -145,7 +149,7 @@ def _renamed(
     patterns = {}
     for source, target in table.items():
         module = re.escape(source).replace(r"\{s\}", r"(?P<s>\d+)").replace(r"\{b\}", r"(?P<b>\d+)")
-        tensor = "" if source.endswith("cls_token") else _TENSOR
+        tensor = "" if source.endswith(_PARAMETERS) else _TENSOR
         patterns[re.compile(f"{module}(?P<tensor>{tensor})")] = target + "{tensor}"
     renamed, unknown = {}, []
     for name, weight in state_dict.items():

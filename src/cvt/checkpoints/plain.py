@@ -1,6 +1,7 @@
 """The weights of a model folder, without transformers, where nothing is unusual in it."""
 
 from collections.abc import Iterable, Iterator
+from math import prod
 
 from torch import Tensor
 
@@ -60,6 +61,8 @@ def shapes(config: ClassifierConfig) -> Shapes:
         name, C, P = f"cvt.encoder.stages.{i}", stage.embed_dim, stage.patch_sizes
         if stage.cls_token:
             yield f"{name}.cls_token", (1, 1, C)
+        if grid := stage.position_grid:
+            yield f"{name}.position_embedding", (1, prod(grid), C)
         embedding = f"{name}.embedding.convolution_embeddings"
         yield from _pair(f"{embedding}.projection", C, stage.in_channels, P, P)
         yield from _pair(f"{embedding}.normalization", C)

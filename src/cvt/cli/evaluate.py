@@ -57,7 +57,13 @@ if TYPE_CHECKING:
     "model; nothing for classes to leave out.",
 )
 @click.option("--subset", is_flag=True, help="Predict only classes that occur in the data.")
-@click.option("--real-labels", type=FILE, help="ImageNet-ReaL's real.json, to compare with it too.")
+@click.option(
+    "--real",
+    "--real-labels",
+    "real_labels",
+    type=FILE,
+    help="ImageNet-ReaL's real.json, to compare with it too.",
+)
 @data_options
 @no_verify_option
 @verbose_option
@@ -229,7 +235,10 @@ def print_classes(result: "Evaluation", subset: bool) -> None:
     out.print("  ".join(of_classes))
     out.print("  ".join([top1, top5, loss, error, f"{result.images} images"]))
     if result.real_top1 is not None:
-        out.print(f"top-1 by real labels {100 * result.real_top1:.2f} %")
+        out.print(
+            f"top-1 by real labels {100 * result.real_top1:.2f} %  "
+            f"top-5 {100 * (result.real_top5 or 0.0):.2f} %"
+        )
 
 
 def not_trained_on(images: "Images", model: str) -> "Images":

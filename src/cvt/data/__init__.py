@@ -9,6 +9,8 @@ What `data` may be, wherever this package asks for it:
 | folder with `train/` and `val/` or `test/` | image folders | `val/`, else `test/` | the folders, sorted |
 | `FILE.csv` | lines of path and label; the path is relative to the csv file | its column `split`, else a fifth by `seed` | the labels, sorted |
 | folder or `.tar.gz` of CIFAR-10 or CIFAR-100 | python or binary version | its test images | its own order; fine labels |
+| folder of Oxford-IIIT Pet | `images/`, and `annotations/` with `trainval.txt` and `test.txt` | its test images | the breeds, by their numbers |
+| folder of Flowers-102 | `jpg/`, `imagelabels.mat`, `setid.mat` | its own | their numbers, or the file `classes` |
 | folder written by `save_to_disk` | a `Dataset` or `DatasetDict` of the library `datasets` | its split `validation`, else `test`, else a fifth | of the `ClassLabel`, else the labels, sorted |
 | `FILE.parquet`, folder of parquet files | tables of encoded images; `train-*` and `validation-*` or `test-*` name the splits | likewise | likewise |
 | `hub:OWNER/NAME`, and `:CONFIG` or `@SPLIT` behind it | a data set of the Hugging Face hub | likewise | likewise |

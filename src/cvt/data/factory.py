@@ -1,5 +1,6 @@
 """From the name of a data set to its splits, by the reader of its kind."""
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from cvt.data.class_names import read_labels
 from cvt.data.columns import find_columns
 from cvt.data.csv_file import csv_splits
 from cvt.data.digits import digits_splits
+from cvt.data.flowers import flowers_splits, is_flowers
 from cvt.data.folder import folder_splits
 from cvt.data.folds import fold as fold_of
 from cvt.data.huggingface import (
@@ -34,10 +36,13 @@ from cvt.data.labelled import (
     label_map,
     split,
 )
+from cvt.data.pets import is_pets, pets_splits
 from cvt.data.split_file import recorded_split
 from cvt.data.task import NEEDS_SEPARATOR, Task, other_task
 from cvt.files import check_path
 from cvt.problem_type import MULTI_LABEL, PROBLEMS, REGRESSION, SINGLE_LABEL
+
+logger = logging.getLogger(__name__)
 
 
 def open_training(
@@ -62,6 +67,7 @@ def open_training(
         val_data: what to validate with, if it is not a split of `data`.
         seed: draws the validation images where the data has no split for them.
         classes: a text file of class names, one per line, in the order of the classifier's outputs.
+            With it, `val_data` may lack classes.
         image_column: the column of a table or csv file with the images, where it is not plain.
         label_column: the column with the labels, likewise; with `problem_type` several, with commas
             between: one of 0 and 1 for each class, or one for each value.
@@ -140,12 +146,18 @@ def open_training(
     ]
     test = held_out[0]() if held_out else None
     where = str(data) if val_data is None else f"{data} and {val_data}"
-    _check(where, train, validation, test)
+    _check(where, train, validation, test, may_lack=bool(classes and val_data))
     return Splits(train, validation, test)
 
 
-def _check(where: str, train: Images, validation: Images, test: Images | None) -> None:
-    """Raise a ValueError if the splits differ in their classes, or one has no images of a class."""
+def _check(
+    where: str, train: Images, validation: Images, test: Images | None, may_lack: bool
+) -> None:
+    """Raise a ValueError if the splits differ in their classes, or one has no images of a class.
+
+    Validation images of their own may lack classes where all are listed in a file: those of
+    ImageNet-1k validate ImageNet-22k. It is logged.
+    """
     if differing := sorted(set(train.classes) ^ set(validation.classes)):
         raise ValueError(
             f"of the training and the validation split of {where} only one has the class "
@@ -163,7 +175,12 @@ def _check(where: str, train: Images, validation: Images, test: Images | None) -
             raise ValueError(f"{where} has no {name} images")
         used = {name for label in set(images.labels) for name in images.task.classes_of(label)}
         if train.task.problem_type != REGRESSION and (empty := sorted(set(images.classes) - used)):
-            raise ValueError(f"{where} has classes without {name} images: {', '.join(empty)}")
+            if not (may_lack and images is validation):
+                raise ValueError(f"{where} has classes without {name} images: {', '.join(empty)}")
+            logger.warning(
+                "%s: %d of the %d classes have validation images",
+                *(where, len(used), len(train.classes)),
+            )
     named = [set(getattr(images, "groups", None) or ()) for images in (train, validation)]
     if shared := sorted(set.intersection(*named)):
         raise ValueError(
@@ -365,10 +382,10 @@ def _splits(data: str | Path, options: _Options) -> SplitReaders:
             f"{data} has no columns to choose from: leave image_column, label_column and "
             f"group_column out; `cvt check {data} --groups FILE.csv` writes a csv file with groups"
         )
-    return _renamed(_plain_splits(name), options.names, path)
+    return _renamed(_plain_splits(name, options.names), options.names, path)
 
 
-def _plain_splits(name: str) -> SplitReaders:
+def _plain_splits(name: str, classes: list[str] | None) -> SplitReaders:
     path = Path(name)
     if name == "digits":
         if path.is_dir():
@@ -378,6 +395,10 @@ def _plain_splits(name: str) -> SplitReaders:
             )
         return digits_splits()
     if path.is_dir():
+        if is_pets(path):
+            return pets_splits(path)
+        if is_flowers(path):
+            return flowers_splits(path, classes)
         is_packed = is_cifar([file.name for file in path.iterdir() if file.is_file()])
         return cifar_splits(path) if is_packed else folder_splits(path)
     if path.is_file() and name.endswith((".tar.gz", ".tgz")):

@@ -64,6 +64,16 @@ class Files(Sequence[Path]):
         return self.text[self.ends[index] : self.ends[index + 1]]
 
 
+def refuse_missing(source: Path, files: Files) -> None:
+    """Raise a FileNotFoundError if images that a file lists are not there."""
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{source} lists {len(missing)} images that are not in {files.folder}: "
+            f"{', '.join(missing[:SHOWN])}{', ...' if missing[SHOWN:] else ''}"
+        )
+
+
 class Skipped:
     """Files that may be images and are not read, by the reason, to be logged in one line.
 

@@ -230,7 +230,7 @@ class _Collected:
         loss = cross_entropy(logits, true)
         real = nan
         if self.real_labels and (right := real_labels_of(str(source), self.real_labels)):
-            real = best[0] in right
+            real = next((float(k) for k, index in enumerate(best) if index in right), inf)
         self.rows.append((position, str(source), true, best[0], score, true in best, loss, real))
         if self.scores is not None:
             self.scores.append(of_classes)

@@ -40,7 +40,9 @@ COUNTED = np.dtype(
         ),  # of the predicted class, as `inference.predict.predict` gives it
         ("in_top5", np.bool_),
         ("loss", np.float64),  # cross-entropy
-        ("real", np.float64),  # whether ImageNet-ReaL agrees; nan where it is not asked or mute
+        # How many classes are better than the best one that ImageNet-ReaL has, inf for none of the
+        # best five; nan where it is not asked or has no label.
+        ("real", np.float64),
     ]
 )
 
@@ -197,8 +199,17 @@ class Evaluation:
 
         Source: Beyer et al., Are we done with ImageNet?, arXiv 2006.07159.
         """
+        return self._real_share(1)
+
+    @property
+    def real_top5(self) -> float | None:
+        """Share of images of which one ImageNet-ReaL label is among the best five classes."""
+        return self._real_share(5)
+
+    def _real_share(self, classes: int) -> float | None:
+        """Of the images that have ImageNet-ReaL labels, those with one among the best classes."""
         real = self.counted["real"][~np.isnan(self.counted["real"])]
-        return float(real.mean()) if len(real) else None
+        return float((real < classes).mean()) if len(real) else None
 
     @property
     def reliability(self) -> Reliability:
@@ -224,7 +235,7 @@ class Evaluation:
     @property
     def metrics(self) -> dict[str, float]:
         """The figures by their names."""
-        names = ("images", *self.METRICS, "calibration_error", "real_top1")
+        names = ("images", *self.METRICS, "calibration_error", "real_top1", "real_top5")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property

@@ -7,6 +7,7 @@ Layers have the names of the modules in `cvt.modeling`, with a hyphen for a dot,
 a weight gives its name in a state dict (`cvt.checkpoints.names`).
 """
 
+import math
 from typing import Any
 
 import keras
@@ -237,6 +238,28 @@ class ConvEmbedding(CvtLayer):
         return self.normalization(self.projection(pad(image, self.stage.patch_padding)))
 
 
+def interpolation(size: int, new_size: Any) -> Any:
+    """Return the weights, (new_size, size), that interpolate linearly along an axis.
+
+    They are those of PyTorch's `interpolate(mode="bilinear")` along it.
+    """
+    places = ops.arange(size, dtype="float32")
+    scale = size / ops.cast(new_size, "float32")
+    centers = (ops.arange(new_size, dtype="float32") + 0.5) * scale - 0.5
+    centers = ops.clip(centers, 0, size - 1)
+    return ops.maximum(1 - ops.abs(centers[:, None] - places), 0)
+
+
+def resize_tokens(tokens: Any, grid: tuple[int, int], size: tuple) -> Any:
+    """Interpolate the tokens of a grid, (1, H·W, C), to those of another size, (1, H'·W', C)."""
+    if all(isinstance(side, int) for side in size) and size == grid:
+        return tokens
+    (H, W), (rows, columns), C = grid, size, tokens.shape[-1]
+    image = ops.matmul(interpolation(H, rows), ops.reshape(tokens, (H, W * C)))  # (H', W·C)
+    image = ops.matmul(interpolation(W, columns), ops.reshape(image, (rows, W, C)))  # (H', W', C)
+    return ops.reshape(image, (1, rows * columns, C))
+
+
 # -------------------------------------------- convolutional projection for attention, section 3.2
 
 
@@ -447,7 +470,7 @@ class Block(CvtLayer):
 
 @register
 class Stage(CvtLayer):
-    """Token embedding, an optional class token, and blocks."""
+    """Token embedding, an optional class token and position embedding, and blocks."""
 
     def __init__(self, config: CvtConfig | dict[str, Any], stage: int, **kwargs: Any) -> None:
         super().__init__(config, stage, **kwargs)
@@ -466,6 +489,12 @@ class Stage(CvtLayer):
             self.cls_token = self.add_weight(
                 name="cls_token", shape=(1, 1, width), initializer=normal(self.config)
             )
+        if grid := self.stage.position_grid:
+            self.position_embedding = self.add_weight(
+                name="position_embedding",
+                shape=(1, math.prod(grid), width),
+                initializer=normal(self.config),
+            )
         self.embedding.build(shape)
         for block in self.blocks:
             block.build((None, None, width))
@@ -480,6 +509,9 @@ class Stage(CvtLayer):
         image = self.embedding(image)
         B, H, W, C = ops.shape(image)
         x = ops.reshape(image, (-1, H * W, C))
+        if grid := self.stage.position_grid:
+            positions = ops.convert_to_tensor(self.position_embedding)
+            x = x + ops.cast(resize_tokens(positions, grid, (H, W)), x.dtype)
         if self.stage.cls_token:
             class_token = ops.cast(ops.convert_to_tensor(self.cls_token), x.dtype)
             x = ops.concatenate((ops.broadcast_to(class_token, (B, 1, C)), x), axis=1)

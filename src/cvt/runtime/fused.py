@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from cvt.architecture import Architecture, StageConfig, check_queries, checked_pixels
 from cvt.runtime.features import LOGITS, FeatureSettings, output_names, pooled
-from cvt.views import channels_last, split_tokens, to_heads, to_image, to_tokens
+from cvt.views import channels_last, resize_tokens, split_tokens, to_heads, to_image, to_tokens
 
 if TYPE_CHECKING:
     from cvt.backbone import CvtBackbone
@@ -273,6 +273,7 @@ class FusedStage(nn.Module):
     """A `Stage`, from an image to its tokens, class token included."""
 
     cls_token: Tensor | None
+    position_embedding: Tensor | None
 
     def __init__(
         self, weights: Weights, stage: StageConfig, config: Architecture, dtype: torch.dtype
@@ -285,6 +286,10 @@ class FusedStage(nn.Module):
         self.norm = LayerNorm(embedding.part("normalization"), dtype, config.layer_norm_eps)
         token = weights["cls_token"].to(dtype, copy=True) if stage.cls_token else None
         self.register_buffer("cls_token", token, persistent=False)
+        self.position_grid = stage.position_grid or (0, 0)
+        positions = weights.get("position_embedding")
+        positions = None if positions is None else positions.to(dtype, copy=True)
+        self.register_buffer("position_embedding", positions, persistent=False)
         parts = (weights.part(f"layers.{i}") for i in range(stage.depth))
         blocks = [FusedBlock(part, stage, config, dtype) for part in parts]
         self.hidden = blocks[0].fc1.weight.shape[0]
@@ -301,6 +306,8 @@ class FusedStage(nn.Module):
         """Tokens (B, N, C) or the class token (B, 1, C), then the attentions of every block."""
         grid = self.grid(image)
         x = self.norm(to_tokens(self.embed(image)))  # (B, H·W, C)
+        if self.position_embedding is not None:
+            x = x + resize_tokens(self.position_embedding, self.position_grid, grid)
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
         weights = []

@@ -18,13 +18,14 @@ FILES = re.compile(
 # The operators of exported classifiers, and what other versions of Keras write for the same; others
 # of TensorFlow read and write files, or run Python.
 OPERATORS = {
-    "AddV2", "AvgPool", "BatchMatMulV2", "BiasAdd", "BroadcastTo", "Cast", "ConcatV2", "Const",
-    "Conv2D", "DepthwiseConv2dNative", "Einsum", "Erf", "Erfc", "Exp", "ExpandDims", "FloorDiv",
-    "FusedBatchNormV3", "GatherV2", "Identity", "MatMul", "Max", "Maximum", "Mean", "Mul", "Neg",
-    "NoOp", "OnesLike", "Pack", "Pad", "PadV2", "PartitionedCall", "Prod", "ReadVariableOp",
-    "RealDiv", "Reshape", "Rsqrt", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt",
-    "Square", "SquaredDifference", "Squeeze", "StatefulPartitionedCall", "StopGradient",
-    "StridedSlice", "Sub", "Sum", "Tile", "Transpose",
+    "Abs", "AddV2", "AvgPool", "BatchMatMulV2", "BiasAdd", "BroadcastTo", "Cast", "ConcatV2",
+    "Const", "Conv2D", "DepthwiseConv2dNative", "Einsum", "Erf", "Erfc", "Exp", "ExpandDims",
+    "FloorDiv", "FusedBatchNormV3", "GatherV2", "Identity", "MatMul", "Max", "Maximum", "Mean",
+    "Minimum", "Mul", "Neg", "NoOp", "OnesLike", "Pack", "Pad", "PadV2", "PartitionedCall",
+    "Prod", "Range", "ReadVariableOp", "RealDiv", "Reshape", "Rsqrt", "Shape", "Sigmoid",
+    "Slice", "Softmax", "Split", "Sqrt", "Square", "SquaredDifference", "Squeeze",
+    "StatefulPartitionedCall", "StopGradient", "StridedSlice", "Sub", "Sum", "Tile",
+    "Transpose",
 }  # fmt: skip
 # Attributes of a function; with any other, TensorFlow could run another in its place.
 ATTRIBUTES = {"_input_shapes", "_construction_context"}

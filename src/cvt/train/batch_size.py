@@ -15,7 +15,7 @@ from cvt.configuration import CvtConfig
 from cvt.modeling import CvtForImageClassification
 from cvt.profile import profile, step_peak
 from cvt.train.memory import free_memory
-from cvt.train.models import DTYPES, as_trained, regularised, set_training
+from cvt.train.models import DTYPES, as_trained, changed_config, regularised, set_training
 from cvt.train.optim import optimizer_for
 from cvt.train.recipe import Recipe
 
@@ -46,7 +46,7 @@ def chosen_batch_size(
     Raises:
         ValueError: not even two images fit.
     """
-    config = load_config(model_source(recipe.model))
+    config = changed_config(load_config(model_source(recipe.model)), recipe)
     config.class_names = classes
     batches = recipe.accumulate * accelerator.num_processes
     largest = max(2, min(recipe.lr_base_size, images // STEPS) // batches)

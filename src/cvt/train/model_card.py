@@ -163,7 +163,8 @@ def in_transformers(config: CvtConfig, kind: str, base_model: str | None) -> str
     depthwise convolutions only.
     """
     blocks = all(depth > stage for stage, depth in enumerate(config.depth))
-    if not blocks or {*config.qkv_projection_method} != {"dw_bn"} or any(config.cls_token[:-1]):
+    kinds = {*config.qkv_projection_method, *config.position_embedding}
+    if not blocks or kinds != {"dw_bn", "none"} or any(config.cls_token[:-1]):
         return (
             "## In transformers\n\nIts own CvT has no such stages; after "
             "`cvt.register_auto_classes()` its Auto classes and `pipeline` use this package's."

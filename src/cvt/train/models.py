@@ -33,6 +33,7 @@ def classifier_for(
     classes: list[str],
     from_scratch: bool = False,
     problem_type: str = SINGLE_LABEL,
+    recipe: Recipe | None = None,
 ) -> tuple[CvtForImageClassification, str]:
     """A classifier of these classes: trained weights where `name` has some, else random ones.
 
@@ -43,6 +44,7 @@ def classifier_for(
         from_scratch: random weights in any case.
         problem_type: what it is to predict. The head of a regression is kept for the same values
             alone.
+        recipe: whose `architecture` changes the configuration of random weights.
 
     Returns:
         The classifier, in fp32 whatever its weights were saved in; and what became of the head that
@@ -50,9 +52,15 @@ def classifier_for(
 
     Raises:
         FileNotFoundError: the name means none of these.
+        ValueError: `architecture` does not fit, or the weights are trained ones.
     """
     source = model_source(name)
     if source.has_weights and not from_scratch:
+        if recipe and recipe.architecture:
+            raise ValueError(
+                f"architecture = {recipe.architecture}: {source.name} has trained weights, which "
+                "are of its own; add from_scratch=true to start from random ones"
+            )
         own = None  # an adapter brings the head that it was trained with
         if source.kind != "adapter":
             own = load_config(source).num_labels or len(classes)
@@ -65,7 +73,7 @@ def classifier_for(
         if reuses and is_regression:
             sentence = KEPT_VALUES
     else:
-        config = load_config(source)
+        config = changed_config(load_config(source), recipe)
         config.name_or_path = ""  # where the weights are from
         config.class_names = classes
         model, sentence = CvtForImageClassification(config), ""
@@ -73,6 +81,25 @@ def classifier_for(
     model.config.problem_type = None if problem_type == SINGLE_LABEL else problem_type
     model.config.thresholds = None
     return model, sentence
+
+
+def changed_config(config: CvtConfig, recipe: Recipe | None) -> CvtConfig:
+    """The configuration with the fields that the recipe's `architecture` changes.
+
+    A position embedding is for the recipe's images, unless an image size is given.
+
+    Raises:
+        ValueError: a value is illegal.
+    """
+    changes = recipe.config_changes(len(config.depth)) if recipe else {}
+    if not recipe or not changes:
+        return config
+    if "learned" in changes.get("position_embedding", ()):
+        changes = {"image_size": recipe.image_size, **changes}
+    try:
+        return CvtConfig.from_dict(config.to_dict(), **changes)
+    except ValueError as error:
+        raise ValueError(f"architecture = {recipe.architecture}: {error}") from None
 
 
 def adapt_head(model: Any, classes: list[str], reuses: bool = True) -> str:

@@ -17,16 +17,17 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters, grouped for an optimizer.
 
-    Norms, biases and class tokens do not decay. With a layer decay, the learning rate falls by that
-    factor from block to block, from the head, at 1, down to the embedding of the first stage; the
-    product is the group's `lr_scale`.
+    Norms, biases, class tokens and position embeddings do not decay. With a layer decay, the
+    learning rate falls by that factor from block to block, from the head, at 1, down to the
+    embedding of the first stage; the product is the group's `lr_scale`.
     """
     places = {name: _place(name) for name, _ in model.named_parameters()}
     order = sorted(set(places.values()), reverse=True)
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = 0.0 if parameter.ndim == 1 or name.endswith("cls_token") else weight_decay
+            is_kept = parameter.ndim == 1 or name.endswith(("cls_token", "position_embedding"))
+            decay = 0.0 if is_kept else weight_decay
             scale = layer_decay ** order.index(places[name])
             groups.setdefault((decay, scale), []).append(parameter)
     return [

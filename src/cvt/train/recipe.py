@@ -10,12 +10,15 @@ import reprlib
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from cvt.architecture import FIELDS as FIELDS_OF_MODEL
+from cvt.architecture import PER_STAGE
 from cvt.limits import MOST_AT_ONCE, MOST_IMAGES
 from cvt.problem_type import MULTI_LABEL, PROBLEMS, REGRESSION, SINGLE_LABEL
 
@@ -126,6 +129,12 @@ class Recipe:
         "cvt-13", "MODEL to start from, a variant, or a folder with a config.json.", group="Model"
     )
     from_scratch: bool = setting(False, "Start from random weights even if MODEL has trained ones.")
+    architecture: str | None = setting(
+        None,
+        "Fields of the configuration to change, of random weights, as patch_sizes=4,2,2 "
+        "stride_kv=1; a single value is that of every stage.",
+        advanced=True,
+    )
     drop_rate: float | None = setting(
         None, "Dropout rate, if not the model's.", ge=0, le=0.99, advanced=True
     )
@@ -243,7 +252,7 @@ class Recipe:
         256, "Images in a step that LR_BASE is given for.", ge=1, advanced=True
     )
     weight_decay: float = setting(
-        0.05, "Weight decay; none on norms, biases and class tokens.", ge=0
+        0.05, "Weight decay; none on norms, biases, class tokens and positions.", ge=0
     )
     momentum: float = setting(0.9, "Momentum of SGD.", ge=0, le=0.9999, advanced=True)
     layer_decay: float = setting(
@@ -337,6 +346,10 @@ class Recipe:
     def contradictions(self) -> list[str]:
         """A sentence for each pair of settings that exclude each other."""
         faults = []
+        try:
+            self.config_changes()
+        except ValueError as error:
+            faults.append(f"architecture = {self.architecture}: {error}")
         if self.fold and self.fold > (self.folds or 0):
             faults.append(f"fold = {self.fold}: must be at most folds, which is {self.folds}")
         if self.folds and self.val_data:
@@ -390,6 +403,27 @@ class Recipe:
             faults.append(f"track = {self.track}: must be of {', '.join(TRACKERS)}")
         return faults
 
+    def config_changes(self, stages: int = 1) -> dict[str, Any]:
+        """What `architecture` changes in the configuration of a model of so many stages.
+
+        Raises:
+            ValueError: it is no list of fields and values, or names a field twice.
+        """
+        changes: dict[str, Any] = {}
+        for word in (self.architecture or "").split():
+            name, equals, text = word.partition("=")
+            if name not in FIELDS_OF_MODEL:
+                near = get_close_matches(name, FIELDS_OF_MODEL, n=1)
+                hint = f"; is it {near[0]}?" if near else ""
+                raise ValueError(f"a configuration has no field {name}{hint}")
+            if not equals or name in changes:
+                raise ValueError(f"{name} is given {'twice' if equals else 'without a value'}")
+            values = [_value_of(value) for value in text.split(",")]
+            if len(values) == 1:
+                values = values * stages if name in PER_STAGE else values[0]
+            changes[name] = values
+        return changes
+
     @property
     def problem(self) -> str:
         """What the model predicts, one of `cvt.problem_type.PROBLEMS`."""
@@ -410,6 +444,14 @@ class Recipe:
         """The learning rate after the warm-up, for so many images a step."""
         assert self.lr != "find"
         return self.lr_base * images / self.lr_base_size if self.lr is None else self.lr
+
+
+def _value_of(text: str) -> Any:
+    """A number, True or False where the text is one, else the text."""
+    for read in (int, float):
+        with suppress(ValueError):
+            return read(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 # Settings that may change when a run is resumed: the result does not depend on them, or, for the
@@ -527,7 +569,11 @@ def json_schema() -> dict[str, Any]:
 
 def packaged_recipes() -> dict[str, Path]:
     """The recipes that come with this package: name to yaml file, sorted by name."""
-    return {file.stem: file for file in sorted(PACKAGED.glob("*.yaml"))}
+    files = {
+        file.relative_to(PACKAGED).with_suffix("").as_posix(): file
+        for file in PACKAGED.rglob("*.yaml")
+    }
+    return dict(sorted(files.items()))
 
 
 def packaged_recipe(name: str | Path) -> Path:
@@ -539,7 +585,8 @@ def packaged_recipe(name: str | Path) -> Path:
     packaged = packaged_recipes()
     stem = str(name).removesuffix(".yaml")
     if stem not in packaged:
-        near = get_close_matches(Path(stem).name, packaged, n=1)
+        near = get_close_matches(stem, packaged, n=1)
+        near = near or get_close_matches(Path(stem).name, packaged, n=1)
         hint = f"; is it {near[0]}?" if near else ""
         raise FileNotFoundError(
             f"no packaged recipe is called {name}; there are {', '.join(packaged)}{hint}"

@@ -395,7 +395,7 @@ def _model(
     else:
         start = model_source(recipe.model)
         task = images.task.problem_type
-        model, sentence = classifier_for(start, images.classes, recipe.from_scratch, task)
+        model, sentence = classifier_for(start, images.classes, recipe.from_scratch, task, recipe)
         if sentence:
             progress.log(sentence)
         keeps_values = sentence == KEPT_VALUES

@@ -19,7 +19,7 @@ from cvt.inference.report import Cell, plot_sheet, short
 from cvt.problem_type import MULTI_LABEL, REGRESSION
 from cvt.train.augmentation import augmentation, mixing
 from cvt.train.loader import batches, seed_all
-from cvt.train.models import processor_for
+from cvt.train.models import changed_config, processor_for
 from cvt.train.plan import Plan
 from cvt.train.recipe import Recipe
 from cvt.train.setup import images_per_epoch, splits_for
@@ -60,7 +60,7 @@ def show(recipe: Recipe, output: str | Path, images: int = 30, overwrite: bool =
     with staged(output, overwrite) as folder:
         splits = splits_for(recipe)
         source = model_source(recipe.model)
-        config = load_config(source)
+        config = changed_config(load_config(source), recipe)
         processor = processor_for(source, recipe, config)
         views, failures = _training_cells(recipe, splits.train, processor, images)
         held_out, unread = _validation_cells(recipe, splits.validation, processor, images)
