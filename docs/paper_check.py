@@ -1,0 +1,128 @@
+"""Counts the parameters and multiply-adds of every model in the tables of pages, and compares.
+
+    PYTHONPATH=src python docs/paper_check.py    # exits with 1 where a page differs
+
+A table is checked if it has a column for multiply-adds. Its first column names a published model,
+or a variant and the fields of `CvtConfig` that differ: `cvt-13 stride_kv=1,1,1`. The column of the
+pixels has the height and width; the figures of other columns, such as the paper's, are not read.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cvt import CvtConfig
+from cvt.hub import PUBLISHED
+from cvt.profile import Profile, profile
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "README.zh-CN.md", "docs/en/paper.md", "docs/zh/paper.md")
+# How the header of a column begins, in English and in Chinese.
+PIXELS, PARAMETERS, MACS = ("pixels", "像素"), ("parameters", "参数"), ("multiply-adds", "乘加")
+MODEL = re.compile(r"`(\S+?)((?: \w+=\S+)*)`")
+
+
+class Row(NamedTuple):
+    """A model in a table, and the figures that the page gives for it."""
+
+    line: int
+    model: str
+    pixels: str
+    parameters: str
+    in_millions: bool
+    macs: str
+
+
+def rows(text: str) -> Iterator[Row]:
+    """The rows of the tables of a page that have a column for multiply-adds.
+
+    Raises:
+        ValueError: such a table has no column for the pixels or for the parameters.
+    """
+    header: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line[:1] == "|" else []
+        if not cells or not header:
+            header = cells
+            continue
+        if not any(cell.startswith(MACS) for cell in header) or set(line) <= set("|-: "):
+            continue
+        places = [column(header, word, number) for word in (PIXELS, PARAMETERS, MACS)]
+        pixels, parameters, macs = (cells[place] for place in places)
+        in_millions = header[places[1]].endswith("M")
+        yield Row(number, cells[0], pixels, parameters, in_millions, macs)
+
+
+def column(header: list[str], word: tuple[str, ...], line: int) -> int:
+    """The place of the column whose header begins with this word."""
+    for i, cell in enumerate(header):
+        if cell.startswith(word):
+            return i
+    raise ValueError(f"line {line}: a table of multiply-adds needs a column {word[0]}")
+
+
+def value(text: str) -> Any:
+    """The value of a field: numbers or words; those with commas between are a list."""
+    found = [int(word) if word.isdecimal() else word for word in text.split(",")]
+    return found if "," in text else found[0]
+
+
+def count(model: str, pixels: int) -> Profile:
+    """What a model costs, by its cell in a table.
+
+    Raises:
+        ValueError: it is no model, or is not published for so many pixels.
+    """
+    match = MODEL.fullmatch(model)
+    if match is None:
+        raise ValueError(f"{model} is no model: write `cvt-13` or `cvt-13 stride_kv=1,1,1`")
+    name, fields = match.groups()
+    published = PUBLISHED.get(name)
+    if published and name != published.variant:
+        if pixels != published.image_size:
+            raise ValueError(f"{name} is published for {published.image_size} pixels")
+        name = published.variant
+    return count_variant(name, fields, pixels)
+
+
+@cache
+def count_variant(name: str, fields: str, pixels: int) -> Profile:
+    """What a variant costs with some fields changed, as `count` reads them."""
+    changes = dict(word.split("=") for word in fields.split())
+    values = {key: value(text) for key, text in changes.items()}
+    return profile(CvtConfig.from_variant(name, **values), pixels)
+
+
+def fault(row: Row) -> str:
+    """What is wrong with the figures of a row; empty if nothing is."""
+    try:
+        found = count(row.model, int(row.pixels))
+    except ValueError as error:
+        return f"line {row.line}: {error}"
+    millions = f"{found.parameters / 1e6:.1f}"
+    parameters = millions if row.in_millions else f"{found.parameters:,}"
+    macs = f"{found.macs / 1e9:.{len(row.macs.partition('.')[2])}f}"
+    if (row.parameters, row.macs) == (parameters, macs):
+        return ""
+    return (
+        f"line {row.line}: {row.model} at {row.pixels} pixels has {parameters} parameters and "
+        f"{macs} G multiply-adds, not {row.parameters} and {row.macs}"
+    )
+
+
+def main() -> int:
+    """Print how many rows of each page were compared, and every fault."""
+    failed = False
+    for page in PAGES:
+        table = list(rows((ROOT / page).read_text(encoding="utf-8")))
+        faults = [text for row in table if (text := fault(row))]
+        print(f"{page}: {len(table)} models, {len(faults)} differ", *faults, sep="\n  ")
+        failed |= bool(faults) or not table
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

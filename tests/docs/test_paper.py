@@ -1,0 +1,114 @@
+"""The pages on the paper: the figures of the models, and the names and commands in their tables."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cvt.architecture import FIELDS as ARCHITECTURE
+from cvt.cli import verbs
+from cvt.hub import PUBLISHED
+from cvt.train.recipe import FIELDS as SETTINGS
+from cvt.train.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+PAPER = ("docs/en/paper.md", "docs/zh/paper.md")
+COMMANDS = {name: verbs.get_command(None, name) for name in verbs.list_commands(None)}
+TABLE = "| model | pixels | parameters | multiply-adds, G |\n|---|---|---|---|\n"
+ROW = "| `cvt-13` | 224 | 19,997,480 | 4.57 |\n"
+
+
+@pytest.fixture
+def check(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module("paper_check")
+
+
+def read(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def table_rows(text):
+    """The cells of each row of each table."""
+    for line in text.splitlines():
+        if line.startswith("|"):
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_figures_of_every_model_are_those_that_are_counted(check, capsys):
+    assert check.main() == 0, capsys.readouterr().out
+    found = {page: len(list(check.rows(read(page)))) for page in check.PAGES}
+    assert found["README.md"] == found["README.zh-CN.md"] == len(PUBLISHED)
+    assert found[PAPER[0]] == found[PAPER[1]] > 15
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("19,997,480", "19,997,481", "has 19,997,480 parameters and 4.57 G multiply-adds, not"),
+        ("| 4.57 |", "| 4.53 |", "not 19,997,480 and 4.53"),
+        ("| `cvt-13` |", "| CvT-13 |", "CvT-13 is no model"),
+        ("| `cvt-13` |", "| `cvt-13-384` |", "cvt-13-384 is published for 384 pixels"),
+        ("| `cvt-13` |", "| `cvt-13 stride_kv=1,1` |", "stride_kv"),
+        ("| 224 |", "| all |", "invalid literal"),
+    ],
+)
+def test_a_wrong_row_is_found(check, old, new, message):
+    (good,) = check.rows(TABLE + ROW)
+    assert check.fault(good) == ""
+    (bad,) = check.rows(TABLE + ROW.replace(old, new))
+    assert check.fault(bad).startswith("line 3: ")
+    assert message in check.fault(bad)
+
+
+def test_a_page_with_a_wrong_row_or_without_models_fails(check, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "PAGES", ("page.md",))
+    page = tmp_path / "page.md"
+    for text, code in [(TABLE + ROW, 0), (TABLE + ROW.replace("4.57", "4.58"), 1), ("", 1)]:
+        page.write_text(text)
+        assert check.main() == code
+    assert "page.md: 1 models, 1 differ" in capsys.readouterr().out
+
+
+def test_a_table_of_multiply_adds_has_pixels_and_parameters(check):
+    with pytest.raises(ValueError, match="line 3: a table of multiply-adds needs a column pixels"):
+        list(check.rows((TABLE + ROW).replace("pixels", "size")))
+
+
+@pytest.mark.parametrize("page", PAPER)
+def test_the_papers_accuracies_are_those_of_the_published_models(page):
+    accuracies = {
+        cells[0].strip("`"): cells[3]
+        for cells in table_rows(read(page))
+        if cells[0].strip("`") in PUBLISHED and len(cells) == 8
+    }
+    assert accuracies == {name: str(each.top1) for name, each in PUBLISHED.items()}
+
+
+def test_every_command_in_a_table_is_understood():
+    found = 0
+    for cells in table_rows(read(PAPER[0])):
+        for code in re.findall(r"`((?:torchrun [^`]*-m )?cvt [a-z][^`]*)`", " ".join(cells)):
+            words = shlex.split(code)
+            name, *words = words[words.index("cvt") + 1 :]
+            command = COMMANDS[name]
+            if words:  # else the cell names the command alone
+                given = command.make_context(name, words).params
+                pairs = [word.split("=", 1) for word in given.get("words", ()) if "=" in word]
+                load_recipe(given.get("config"), dict(pairs))
+                found += 1
+    assert found > 8
+
+
+def test_every_name_of_ours_beside_a_key_exists():
+    (keys,) = re.findall(r"^### Keys$(.*?)^## ", read(PAPER[0]), re.DOTALL | re.MULTILINE)
+    options = {option for c in COMMANDS.values() for p in c.params for option in p.opts}
+    known = {*ARCHITECTURE, *SETTINGS, *options, "train/", "val/"}
+    (_, _, *rows) = table_rows(keys)
+    assert len(rows) > 60
+    for *_, ours in rows:
+        named = {name.partition("=")[0] for name in re.findall(r"`([^` ]+)`", ours)}
+        assert named <= known, ours
