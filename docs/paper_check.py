@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cvt import CvtConfig
+from cvt.architecture import FIELDS
 from cvt.hub import PUBLISHED
 from cvt.profile import Profile, profile
 
@@ -92,6 +93,8 @@ def count(model: str, pixels: int) -> Profile:
 def count_variant(name: str, fields: str, pixels: int) -> Profile:
     """What a variant costs with some fields changed, as `count` reads them."""
     changes = dict(word.split("=") for word in fields.split())
+    if unknown := changes.keys() - {*FIELDS, "num_labels"}:
+        raise ValueError(f"CvtConfig has no field {', '.join(sorted(unknown))}")
     values = {key: value(text) for key, text in changes.items()}
     return profile(CvtConfig.from_variant(name, **values), pixels)
 

@@ -52,6 +52,7 @@ def test_the_figures_of_every_model_are_those_that_are_counted(check, capsys):
         ("| `cvt-13` |", "| CvT-13 |", "CvT-13 is no model"),
         ("| `cvt-13` |", "| `cvt-13-384` |", "cvt-13-384 is published for 384 pixels"),
         ("| `cvt-13` |", "| `cvt-13 stride_kv=1,1` |", "stride_kv"),
+        ("| `cvt-13` |", "| `cvt-13 stride=1,1,1` |", "CvtConfig has no field stride"),
         ("| 224 |", "| all |", "invalid literal"),
     ],
 )
