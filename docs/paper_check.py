@@ -3,8 +3,8 @@
     PYTHONPATH=src python docs/paper_check.py    # exits with 1 where a page differs
 
 A table is checked if it has a column for multiply-adds. Its first column names a published model,
-or a variant and the fields of `CvtConfig` that differ: `cvt-13 stride_kv=1,1,1`. The column of the
-pixels has the height and width; the figures of other columns, such as the paper's, are not read.
+or a variant and what the setting `architecture` of a recipe changes: `cvt-13 stride_kv=1`. The
+column of the pixels has the height and width; other columns, such as the paper's, are not read.
 """
 
 import re
@@ -12,12 +12,13 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cvt import CvtConfig
-from cvt.architecture import FIELDS
 from cvt.hub import PUBLISHED
 from cvt.profile import Profile, profile
+from cvt.train.models import changed_config
+from cvt.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "README.zh-CN.md", "docs/en/paper.md", "docs/zh/paper.md")
@@ -65,12 +66,6 @@ def column(header: list[str], word: tuple[str, ...], line: int) -> int:
     raise ValueError(f"line {line}: a table of multiply-adds needs a column {word[0]}")
 
 
-def value(text: str) -> Any:
-    """The value of a field: numbers or words; those with commas between are a list."""
-    found = [int(word) if word.isdecimal() else word for word in text.split(",")]
-    return found if "," in text else found[0]
-
-
 def count(model: str, pixels: int) -> Profile:
     """What a model costs, by its cell in a table.
 
@@ -79,24 +74,25 @@ def count(model: str, pixels: int) -> Profile:
     """
     match = MODEL.fullmatch(model)
     if match is None:
-        raise ValueError(f"{model} is no model: write `cvt-13` or `cvt-13 stride_kv=1,1,1`")
-    name, fields = match.groups()
+        raise ValueError(f"{model} is no model: write `cvt-13` or `cvt-13 stride_kv=1`")
+    name, changes = match.groups()
     published = PUBLISHED.get(name)
     if published and name != published.variant:
         if pixels != published.image_size:
             raise ValueError(f"{name} is published for {published.image_size} pixels")
         name = published.variant
-    return count_variant(name, fields, pixels)
+    return count_variant(name, changes, pixels)
 
 
 @cache
-def count_variant(name: str, fields: str, pixels: int) -> Profile:
-    """What a variant costs with some fields changed, as `count` reads them."""
-    changes = dict(word.split("=") for word in fields.split())
-    if unknown := changes.keys() - {*FIELDS, "num_labels"}:
-        raise ValueError(f"CvtConfig has no field {', '.join(sorted(unknown))}")
-    values = {key: value(text) for key, text in changes.items()}
-    return profile(CvtConfig.from_variant(name, **values), pixels)
+def count_variant(name: str, changes: str, pixels: int) -> Profile:
+    """What a variant costs with the changes of a recipe's `architecture`, and `num_labels`."""
+    classes = re.search(r" num_labels=(\d+)", changes)
+    architecture = changes.replace(classes[0], "") if classes else changes
+    recipe = Recipe(architecture=architecture.strip() or None, image_size=pixels)
+    config = changed_config(CvtConfig.from_variant(name), recipe)
+    config.num_labels = int(classes[1]) if classes else config.num_labels
+    return profile(config, pixels)
 
 
 def fault(row: Row) -> str:

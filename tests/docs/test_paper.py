@@ -11,7 +11,7 @@ from cvt.architecture import FIELDS as ARCHITECTURE
 from cvt.cli import verbs
 from cvt.hub import PUBLISHED
 from cvt.train.recipe import FIELDS as SETTINGS
-from cvt.train.recipe import load_recipe
+from cvt.train.recipe import load_recipe, packaged_recipes
 
 ROOT = Path(__file__).parents[2]
 PAPER = ("docs/en/paper.md", "docs/zh/paper.md")
@@ -52,7 +52,7 @@ def test_the_figures_of_every_model_are_those_that_are_counted(check, capsys):
         ("| `cvt-13` |", "| CvT-13 |", "CvT-13 is no model"),
         ("| `cvt-13` |", "| `cvt-13-384` |", "cvt-13-384 is published for 384 pixels"),
         ("| `cvt-13` |", "| `cvt-13 stride_kv=1,1` |", "stride_kv"),
-        ("| `cvt-13` |", "| `cvt-13 stride=1,1,1` |", "CvtConfig has no field stride"),
+        ("| `cvt-13` |", "| `cvt-13 stride=1,1,1` |", "has no field stride"),
         ("| 224 |", "| all |", "invalid literal"),
     ],
 )
@@ -77,6 +77,17 @@ def test_a_page_with_a_wrong_row_or_without_models_fails(check, tmp_path, monkey
 def test_a_table_of_multiply_adds_has_pixels_and_parameters(check):
     with pytest.raises(ValueError, match="line 3: a table of multiply-adds needs a column pixels"):
         list(check.rows((TABLE + ROW).replace("pixels", "size")))
+
+
+def test_a_row_with_the_recipe_of_an_ablation_has_its_changes():
+    ablations = {name for name in packaged_recipes() if name.startswith("ablations/")}
+    found = set()
+    for model, *cells in table_rows(read(PAPER[0])):
+        for name in {cell.strip("`") for cell in cells} & ablations:
+            recipe = load_recipe(name)
+            assert model == f"`{recipe.model} {recipe.architecture}`"
+            found.add(name)
+    assert found == ablations
 
 
 @pytest.mark.parametrize("page", PAPER)
