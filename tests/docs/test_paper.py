@@ -1,14 +1,21 @@
 """The pages on the paper: the figures of the models, and the names and commands in their tables."""
 
 import importlib
+import json
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
+from cvt import CvtConfig, CvtForImageClassification, image_processor
 from cvt.architecture import FIELDS as ARCHITECTURE
 from cvt.cli import verbs
+from cvt.data.class_names import imagenet_classes
 from cvt.hub import PUBLISHED
 from cvt.train.recipe import FIELDS as SETTINGS
 from cvt.train.recipe import load_recipe, packaged_recipes
@@ -124,3 +131,32 @@ def test_every_name_of_ours_beside_a_key_exists():
     for *_, ours in rows:
         named = {name.partition("=")[0] for name in re.findall(r"`([^` ]+)`", ours)}
         assert named <= known, ours
+
+
+@pytest.mark.skipif(not shutil.which("awk"), reason="awk is not installed")
+def test_the_folders_of_imagenet_v2_are_matched_by_the_commands_of_the_page(cvt, tmp_path):
+    (line,) = re.findall("^awk.*", read(PAPER[0]), re.MULTILINE)
+    command, _, name = line.partition(" > ")
+    (tmp_path / name).write_bytes(subprocess.check_output(shlex.split(command), cwd=ROOT))
+
+    torch.manual_seed(0)
+    config = CvtConfig(embed_dim=[8, 8, 16], num_heads=[1, 1, 2], depth=[1, 1, 1])
+    config.class_names = list(imagenet_classes().values())
+    model, processor = CvtForImageClassification(config).eval(), image_processor(config, 32)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    answers = {}  # class to picture
+    for red in range(0, 256, 51):
+        picture = Image.new("RGB", (32, 32), (red, 255 - red, 80))
+        logits = model(**processor(picture, return_tensors="pt")).logits
+        answers[logits.argmax().item()] = picture
+    first, other = list(answers)[:2]
+    for i in range(1000):  # the two classes alone have pictures that the model knows
+        folder = tmp_path / "v2" / str(i)
+        folder.mkdir(parents=True)
+        answers[first if i == first else other].save(folder / "a.png")
+
+    options = ("--class-map", tmp_path / name, "--output", tmp_path / "out", "--runtime", "torch")
+    code, _, errors = cvt("evaluate", tmp_path / "model", tmp_path / "v2", *options)
+    assert code == 0, errors
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["top1"] == 2 / 1000
