@@ -14,9 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from cvt import CvtConfig
+import torch
+
+from cvt import CvtConfig, CvtForImageClassification
 from cvt.hub import PUBLISHED
-from cvt.profile import Profile, profile
+from cvt.macs import MacCounter
+from cvt.profile import count_parameters
 from cvt.train.models import changed_config
 from cvt.train.recipe import Recipe
 
@@ -36,6 +39,13 @@ class Row(NamedTuple):
     parameters: str
     in_millions: bool
     macs: str
+
+
+class Cost(NamedTuple):
+    """What `cvt info` prints of a model, for one image."""
+
+    parameters: int
+    macs: int
 
 
 def rows(text: str) -> Iterator[Row]:
@@ -66,7 +76,7 @@ def column(header: list[str], word: tuple[str, ...], line: int) -> int:
     raise ValueError(f"line {line}: a table of multiply-adds needs a column {word[0]}")
 
 
-def count(model: str, pixels: int) -> Profile:
+def count(model: str, pixels: int) -> Cost:
     """What a model costs, by its cell in a table.
 
     Raises:
@@ -85,14 +95,18 @@ def count(model: str, pixels: int) -> Profile:
 
 
 @cache
-def count_variant(name: str, changes: str, pixels: int) -> Profile:
+def count_variant(name: str, changes: str, pixels: int) -> Cost:
     """What a variant costs with the changes of a recipe's `architecture`, and `num_labels`."""
     classes = re.search(r" num_labels=(\d+)", changes)
     architecture = changes.replace(classes[0], "") if classes else changes
     recipe = Recipe(architecture=architecture.strip() or None, image_size=pixels)
     config = changed_config(CvtConfig.from_variant(name), recipe)
     config.num_labels = int(classes[1]) if classes else config.num_labels
-    return profile(config, pixels)
+    with torch.device("meta"), torch.no_grad():
+        model = CvtForImageClassification(config).eval()
+        with MacCounter() as counter:
+            model(torch.empty(1, config.num_channels, pixels, pixels))
+    return Cost(count_parameters(model), counter.macs)
 
 
 def fault(row: Row) -> str:
