@@ -20,7 +20,8 @@ COMMANDS = "<!-- commands -->"
 DEMO = "<!-- demo -->"
 # A browser shows the end of a line as a space, which Chinese does not have.
 JOINED = re.compile(
-    r"(?<=[\u3000-\u9fff\uff00-\uffef])\n(?=[\u3000-\u9fff\uff00-\uffef])|(?<=[，。；：、）])\n(?=[\w`])"
+    r"(?<=[\u3000-\u9fff\uff00-\uffef])\n *(?=[\u3000-\u9fff\uff00-\uffef])"
+    r"|(?<=[，。；：、）])\n *(?=[\w`])"
 )
 
 

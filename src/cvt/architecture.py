@@ -30,7 +30,7 @@ MAX_KERNEL = 1000  # of kernels, strides and paddings, in pixels
 MAX_WIDTH = 1_000_000
 MAX_SIDE = 65_536  # of an image, in pixels
 
-# What differs from the defaults of `CvtConfig`: table 1 of the paper and the authors' yaml files;
+# What differs from the defaults of `CvtConfig`: table 2 of the paper and the authors' yaml files;
 # `cvt-7` and `cvt-digits` are ours, of 2.3 M and 1.0 M parameters: for pictures of 64 x 64 pixels,
 # and for the 16 x 16 of `cvt demo`.
 VARIANTS: dict[str, dict[str, Any]] = {

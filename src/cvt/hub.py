@@ -1,7 +1,7 @@
 """Models on the Hugging Face hub: the published CvT checkpoints, as data, and what names mean.
 
 Names and resolutions: github.com/microsoft/CvT, README. Hub ids: the `microsoft` organisation on
-the Hugging Face hub. Top-1 in percent, ImageNet-1k validation: table 2 of the paper.
+the Hugging Face hub. Top-1 in percent, ImageNet-1k validation: table 3 of the paper.
 """
 
 import os
