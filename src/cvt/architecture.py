@@ -14,7 +14,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cvt.files import read_json
+from .files import read_json
 
 MODEL_TYPE = "cvt"  # in config.json
 ACTIVATIONS = ("gelu", "quick_gelu")

@@ -7,8 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from cvt import hub
-from cvt.architecture import (
+from .architecture import (
     DTYPES,
     FIELDS,
     MODEL_TYPE,
@@ -17,6 +16,7 @@ from cvt.architecture import (
     refuse_code,
     with_epsilon,
 )
+from .hub import published, resolved
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers; short names work too, and published checkpoints carry QuickGELU."""
-        with hub.resolved(pretrained_model_name_or_path, kwargs) as source:
+        with resolved(pretrained_model_name_or_path, kwargs) as source:
             config_dict, kwargs = super().get_config_dict(source, **kwargs)
         if not config_dict:
             raise OSError(f"{pretrained_model_name_or_path} has no config.json")
@@ -136,7 +136,7 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
                 f"{pretrained_model_name_or_path} is a model of type {config_dict['model_type']}, "
                 "not cvt"
             )
-        if "hidden_act" not in config_dict and hub.published(pretrained_model_name_or_path):
+        if "hidden_act" not in config_dict and published(pretrained_model_name_or_path):
             config_dict["hidden_act"] = "quick_gelu"
             config_dict["layer_norm_eps"] = 1e-5
         return config_dict, kwargs
@@ -152,7 +152,7 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
         refuse_code(config_dict)
         config_dict = with_epsilon(config_dict)
         if "hidden_act" not in config_dict:
-            if hub.published(kwargs.get("name_or_path", "")):  # as AutoConfig passes it
+            if published(kwargs.get("name_or_path", "")):  # as AutoConfig passes it
                 config_dict["hidden_act"] = "quick_gelu"
             else:
                 logger.info(

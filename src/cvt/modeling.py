@@ -24,11 +24,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cvt.architecture import StageConfig, check_memory, check_queries, checked_pixels
-from cvt.configuration import CvtConfig
-from cvt.losses import classification_loss
-from cvt.strict_loading import COUNTER, load_pretrained, save_readable
-from cvt.views import channels_last, resize_tokens, split_tokens, to_heads, to_image, to_tokens
+from .architecture import StageConfig, check_memory, check_queries, checked_pixels
+from .configuration import CvtConfig
+from .losses import classification_loss
+from .strict_loading import COUNTER, load_pretrained, save_readable
+from .views import channels_last, resize_tokens, split_tokens, to_heads, to_image, to_tokens
 
 
 class LayerNorm(nn.LayerNorm):

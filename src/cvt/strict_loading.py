@@ -9,10 +9,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cvt import hub
-from cvt.architecture import check_file_size
-from cvt.configuration import CvtConfig
-from cvt.files import (
+from .architecture import check_file_size
+from .configuration import CvtConfig
+from .files import (
     ADAPTER,
     CHECKSUMS,
     check_checksums,
@@ -20,7 +19,8 @@ from cvt.files import (
     pointer_fault,
     weight_files,
 )
-from cvt.text import printable
+from .hub import resolved
+from .text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def load_strictly(
         ValueError: weights are missing, unexpected or of the wrong shape; lists all of them.
         OSError: there is no such model, or it cannot be reached.
     """
-    with hub.resolved(name, kwargs) as source:
+    with resolved(name, kwargs) as source:
         if kwargs.get("ignore_mismatched_sizes") or kwargs.get("output_loading_info"):
             return load(source, *args, **kwargs)
         kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
