@@ -403,9 +403,24 @@ class CvtPreTrainedModel(PreTrainedModel):
         load = super().from_pretrained
         return load_pretrained(load, pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; whoever may read the config may read the weights."""
-        save_readable(super().save_pretrained, save_directory, *args, **kwargs)
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        with_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers; whoever may read the config may read the weights.
+
+        Args:
+            save_directory: the folder.
+            args: as in transformers.
+            with_code: write this package's code into it, for `trust_remote_code=True` in
+                transformers without this package.
+            kwargs: as in transformers.
+        """
+        code_for = self.config if with_code else None
+        save_readable(super().save_pretrained, save_directory, *args, code_for=code_for, **kwargs)
 
 
 class CvtModel(CvtPreTrainedModel):

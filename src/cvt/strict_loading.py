@@ -20,6 +20,7 @@ from .files import (
     weight_files,
 )
 from .hub import resolved
+from .model_code import declared, write_code
 from .text import printable
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def load_pretrained(
         verify_folder(name)
     if files := local_files(name, kwargs):
         config = kwargs.get("config") or name
-        if not isinstance(config, CvtConfig):
+        if isinstance(config, str | os.PathLike):
             config = CvtConfig.from_pretrained(config, **kwargs | {"config": None})
         new_head = "num_labels" in kwargs or "id2label" in kwargs
         size = sum(file.stat().st_size for file in files if file.is_file())
@@ -138,9 +139,33 @@ def pickle_fault(path: Path) -> str:
 
 
 def save_readable(
-    save: Callable[..., None], folder: str | os.PathLike, *args: Any, **kwargs: Any
+    save: Callable[..., None],
+    folder: str | os.PathLike,
+    *args: Any,
+    code_for: CvtConfig | None = None,
+    **kwargs: Any,
 ) -> None:
-    """Call `PreTrainedModel.save_pretrained`, given as `save`; its weights follow the umask."""
+    """Call `PreTrainedModel.save_pretrained`, given as `save`; its weights follow the umask.
+
+    Args:
+        save: the method of the model.
+        folder: to write to.
+        args: further arguments of `save`.
+        code_for: the model's configuration, if the folder gets the code too.
+        kwargs: further arguments of `save`.
+
+    Raises:
+        FileExistsError: the folder has another file under the name of a module.
+        ValueError: the code is asked for, and `push_to_hub`, which would not upload it.
+    """
+    if code_for is not None:
+        if kwargs.get("push_to_hub"):
+            raise ValueError("with_code: push_to_hub leaves it out; `cvt push --with-code` uploads")
+        if (args or (kwargs.get("is_main_process", True),))[0]:
+            write_code(Path(folder))
+        with declared(code_for):
+            save_readable(save, folder, *args, **kwargs)
+        return
 
     def weights() -> dict[Path, tuple[int, int]]:
         files = ((path, path.stat()) for path in Path(folder).glob("*.safetensors"))

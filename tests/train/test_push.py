@@ -8,12 +8,14 @@ import pytest
 import torch
 import transformers
 from helpers.hub_server import HubServer, connect
+from helpers.without_cvt import run_without_cvt
 from huggingface_hub import ModelCard
 
 import cvt
 from cvt import CvtConfig, CvtForImageClassification, image_processor
-from cvt.checkpoints import load_classifier, model_source
-from cvt.files import write_checksums
+from cvt.checkpoints import convert, load_classifier, model_source
+from cvt.files import check_checksums, write_checksums
+from cvt.model_code import code_files
 from cvt.runtime.manifest import Manifest
 from cvt.train import Recipe
 from cvt.train.model_card import NO_LICENCE, PLACE, trained_card
@@ -242,6 +244,88 @@ def test_no_network_is_one_sentence(server, run, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"best was not pushed to .*offline mode is enabled"):
         push(run, "someone/colours")
+
+
+# ------------------------------------------------------------------------------ with the code
+
+LOGITS = """
+import sys
+import torch
+from transformers import AutoModelForImageClassification
+
+name, folder = sys.argv[1:]
+with torch.no_grad():
+    for place, options in ((name, {"trust_remote_code": True}), (folder, {})):
+        model = AutoModelForImageClassification.from_pretrained(place, **options).eval()
+        print(*model(torch.arange(3.0 * 32 * 32).sin().reshape(1, 3, 32, 32)).logits[0].tolist())
+"""
+
+
+def test_with_the_code_transformers_alone_gives_the_logits(server, run, cvt, tmp_path):
+    folder = tmp_path / "quick"
+    convert(run / "best", folder, hidden_act="quick_gelu")
+    before = (folder / "config.json").read_bytes()
+    code, out, err = cvt("push", folder, "someone/quick", "--with-code")
+    assert code == 0, err
+    assert f"{len(MODEL) + len(code_files())} files uploaded" in out
+    assert (folder / "config.json").read_bytes() == before
+    place = server.repositories["someone/quick"]
+    for name, module in code_files().items():
+        assert (place / name).read_bytes() == module.read_bytes()
+    check_checksums(place)
+    opened = load_classifier("someone/quick").eval()  # from the cache, which has no code
+    snapshot = model_source("someone/quick").path
+    assert {path.name for path in snapshot.iterdir()} == set(MODEL)
+    (tmp_path / "program.py").write_text(LOGITS)
+    variables = {"HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0"}
+    out = run_without_cvt(
+        tmp_path / "program.py", "someone/quick", folder, home=tmp_path / "home", **variables
+    )
+    ours, stock = (torch.tensor([float(x) for x in line.split()]) for line in out.splitlines()[-2:])
+    with torch.no_grad():
+        expected = opened(torch.arange(3.0 * 32 * 32).sin().reshape(1, 3, 32, 32)).logits[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    assert (stock - expected).abs().max() > 1e-3
+
+
+def test_the_card_says_how_transformers_runs_the_code(run):
+    card = push(run, "someone/colours", with_code=True, dry_run=True).card
+    call = 'pipeline("image-classification", model="someone/colours", trust_remote_code=True)'
+    assert card.count("## In transformers") == card.count(call) == 1
+    assert "it computes\n`gelu` and needs Python 3.11" in card
+    assert "val_top1 | 0.9100" in card
+    assert "The activation of its MLPs is `gelu`." in card
+    (run / "best/README.md").write_text("# Mine\n\nText.\n")
+    card = push(run, "someone/colours", with_code=True, dry_run=True).card
+    assert card.index("# Mine\n\nText.") < card.index("## In transformers") < card.index(call)
+    (run / "best/README.md").write_text("# Mine\n\nUse trust_remote_code.\n")
+    assert "## In tr" not in push(run, "someone/colours", with_code=True, dry_run=True).card
+
+
+def test_a_folder_with_the_code_is_pushed_with_it_and_with_no_other(server, run):
+    best = run / "best"
+    load_classifier(best).save_pretrained(best, with_code=True)
+    push(run, "someone/colours")
+    place = server.repositories["someone/colours"]
+    assert {path.name for path in place.glob("*.py")} == code_files().keys()
+    (best / "text.py").write_text("print('mine')")
+    with pytest.raises(ValueError, match=r"text\.py is not the code of this version of cvt"):
+        push(run, "someone/colours")
+    push(run, "someone/colours", with_code=True)
+    assert (place / "text.py").read_bytes() == code_files()["text.py"].read_bytes()
+    load_classifier(best).save_pretrained(best)
+    assert "text.py" in push(run, "someone/colours").deleted
+    assert not [*place.glob("*.py")]
+
+
+def test_an_adapter_and_an_export_have_no_code(run, tmp_path):
+    from cvt.export import export
+
+    adapter_of(run / "best", tmp_path / "adapter", "someone/base")
+    export(run / "best", tmp_path / "export", "torch-export", dynamic=())
+    for name in ("adapter", "export"):
+        with pytest.raises(ValueError, match=f"with_code: .*{name} is an {name}, which no code of"):
+            push(tmp_path / name, "someone/x", with_code=True, dry_run=True)
 
 
 # ------------------------------------------------------------------------------ what is no model
