@@ -232,8 +232,9 @@ def test_what_it_saves_there_carries_the_code_on_and_opens_here(stock, name):
 
 
 def test_stages_that_transformers_lacks_are_computed_there(tmp_path):
-    """Other projections, class tokens in early stages, fewer blocks than its own class takes."""
-    model = make(mixed(hidden_act="quick_gelu"))
+    """Other projections, positions, class tokens in early stages, fewer blocks than it takes."""
+    learned = {"position_embedding": ["learned", "none", "learned"], "image_size": 40}
+    model = make(mixed(hidden_act="quick_gelu", **learned))
     save(model, tmp_path / "model", with_code=True)
     save_file({"pixels": images()}, tmp_path / "pixels.safetensors")
     program = tmp_path / "program.py"

@@ -1,5 +1,6 @@
 """The code of a model, which a folder carries for transformers without this package."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -59,8 +60,18 @@ def write_code(folder: Path) -> None:
 
 
 @contextmanager
-def declared(config: Any) -> Iterator[None]:
-    """Let a configuration name the classes of the code, so that its file does."""
+def code_carried(config: Any, folder: str | os.PathLike | None) -> Iterator[None]:
+    """Write the code into a folder, and let the file of a configuration name its classes.
+
+    Args:
+        config: of a model that is saved in the `with` block.
+        folder: of the model; None where another process writes the files.
+
+    Raises:
+        FileExistsError: as in `write_code`.
+    """
+    if folder is not None:
+        write_code(Path(folder))
     before = getattr(config, "auto_map", None)
     config.auto_map = dict(AUTO_MAP)
     try:

@@ -20,7 +20,6 @@ from .files import (
     weight_files,
 )
 from .hub import resolved
-from .model_code import declared, write_code
 from .text import printable
 
 logger = logging.getLogger(__name__)
@@ -139,33 +138,9 @@ def pickle_fault(path: Path) -> str:
 
 
 def save_readable(
-    save: Callable[..., None],
-    folder: str | os.PathLike,
-    *args: Any,
-    code_for: CvtConfig | None = None,
-    **kwargs: Any,
+    save: Callable[..., None], folder: str | os.PathLike, *args: Any, **kwargs: Any
 ) -> None:
-    """Call `PreTrainedModel.save_pretrained`, given as `save`; its weights follow the umask.
-
-    Args:
-        save: the method of the model.
-        folder: to write to.
-        args: further arguments of `save`.
-        code_for: the model's configuration, if the folder gets the code too.
-        kwargs: further arguments of `save`.
-
-    Raises:
-        FileExistsError: the folder has another file under the name of a module.
-        ValueError: the code is asked for, and `push_to_hub`, which would not upload it.
-    """
-    if code_for is not None:
-        if kwargs.get("push_to_hub"):
-            raise ValueError("with_code: push_to_hub leaves it out; `cvt push --with-code` uploads")
-        if (args or (kwargs.get("is_main_process", True),))[0]:
-            write_code(Path(folder))
-        with declared(code_for):
-            save_readable(save, folder, *args, **kwargs)
-        return
+    """Call `PreTrainedModel.save_pretrained`, given as `save`; its weights follow the umask."""
 
     def weights() -> dict[Path, tuple[int, int]]:
         files = ((path, path.stat()) for path in Path(folder).glob("*.safetensors"))
