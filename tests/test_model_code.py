@@ -32,6 +32,10 @@ MODULES = [
     "architecture.py", "configuration.py", "files.py", "hub.py", "losses.py", "model_code.py",
     "modeling.py", "problem_type.py", "strict_loading.py", "text.py", "views.py",
 ]  # fmt: skip
+# Projections, positions, class tokens and numbers of blocks that transformers' own class lacks.
+MIXED = mixed(
+    hidden_act="quick_gelu", position_embedding=["learned", "none", "learned"], image_size=40
+)
 # Other interpreters to try, with transformers and without this package, separated as in PATH.
 PYTHONS = [sys.executable, *filter(None, os.environ.get("CVT_STOCK_PYTHON", "").split(os.pathsep))]
 
@@ -142,32 +146,16 @@ def test_registered_classes_come_before_the_code_of_a_folder(model, folder, tmp_
     program = """
 import sys
 import cvt
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoModelForImageClassification
 cvt.register_auto_classes()
 for options in ({}, {"trust_remote_code": True}):
     model = AutoModelForImageClassification.from_pretrained(sys.argv[1], **options)
     assert type(model) is cvt.CvtForImageClassification
-    classify = pipeline("image-classification", model=sys.argv[1], device="cpu", **options)
-    assert type(classify.model) is cvt.CvtForImageClassification
 """
     run_by_itself([sys.executable, "-c", program, str(folder)], tmp_path / "home")
 
 
 # ------------------------------------------------------------------------------ without ours
-
-LOGITS = """
-import sys
-from pathlib import Path
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification
-
-work = Path(sys.argv[1])
-model = AutoModelForImageClassification.from_pretrained(work / "model", trust_remote_code=True)
-with torch.no_grad():
-    logits = model.eval()(load_file(work / "pixels.safetensors")["pixels"]).logits
-save_file({"logits": logits}, work / "found.safetensors")
-"""
 
 
 @pytest.fixture(scope="module", params=PYTHONS)
@@ -176,6 +164,7 @@ def stock(request, tmp_path_factory):
     work = tmp_path_factory.mktemp("stock")
     model = make(tiny(hidden_act="quick_gelu"))
     save(model, work / "model", with_code=True)
+    save(make(MIXED), work / "mixed", with_code=True)
     shutil.copytree(work / "model", work / "lacking")
     weights = load_file(work / "lacking/model.safetensors")
     del weights["layernorm.bias"]
@@ -231,17 +220,9 @@ def test_what_it_saves_there_carries_the_code_on_and_opens_here(stock, name):
     close(opened(images()).logits, found["trained"])
 
 
-def test_stages_that_transformers_lacks_are_computed_there(tmp_path):
-    """Other projections, positions, class tokens in early stages, fewer blocks than it takes."""
-    learned = {"position_embedding": ["learned", "none", "learned"], "image_size": 40}
-    model = make(mixed(hidden_act="quick_gelu", **learned))
-    save(model, tmp_path / "model", with_code=True)
-    save_file({"pixels": images()}, tmp_path / "pixels.safetensors")
-    program = tmp_path / "program.py"
-    program.write_text(LOGITS)
-    run_without_cvt(program, tmp_path, home=tmp_path / "home")
-    with torch.no_grad():
-        close(load_file(tmp_path / "found.safetensors")["logits"], model(images()).logits)
+@torch.no_grad()
+def test_stages_that_transformers_lacks_are_computed_there(stock):
+    close(stock[2]["mixed"], make(MIXED)(images()).logits)
 
 
 # ------------------------------------------------------------------------------ which activation

@@ -532,8 +532,12 @@ class ClassifierConfig(Architecture):
         self.validate()
 
     @classmethod
-    def from_file(cls, path: Path) -> "ClassifierConfig":
+    def from_file(cls, path: Path, hidden_act: str | None = None) -> "ClassifierConfig":
         """Read a config.json.
+
+        Args:
+            path: the file.
+            hidden_act: the activation, where it is known or does not matter.
 
         Raises:
             OSError: it cannot be read.
@@ -547,7 +551,8 @@ class ClassifierConfig(Architecture):
                 raise ValueError(f"is of a model of type {saved['model_type']}, not {MODEL_TYPE}")
             refuse_code(saved)
             names = {each.name for each in fields(cls)}
-            return cls(**{n: value for n, value in with_activation(saved).items() if n in names})
+            saved = with_activation(saved, hidden_act)
+            return cls(**{n: value for n, value in saved.items() if n in names})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -2,9 +2,9 @@
 
     python stock_transformers.py WORK
 
-In the folder WORK are `model`, which carries the code, `lacking`, the same without a weight,
-`pixels.safetensors` and `picture.png`. It leaves `found.safetensors`, `found.json` and `again`, the
-model trained for a step and saved by transformers.
+In the folder WORK are `model` and `mixed`, which carry the code, `lacking`, `model` without a
+weight, `pixels.safetensors` and `picture.png`. It leaves `found.safetensors`,
+`found.json` and `again`, the model trained for a step and saved by transformers.
 """
 
 import json
@@ -30,6 +30,7 @@ def logits(name, **options):
 
 
 found = {"stock": logits(folder), "model": logits(folder, **TRUSTED)}
+found["mixed"] = logits(str(work / "mixed"), **TRUSTED)
 config = AutoConfig.from_pretrained(folder, **TRUSTED)
 features = AutoModel.from_pretrained(folder, **TRUSTED).eval()
 with torch.no_grad():
@@ -65,9 +66,7 @@ save_file({name: tensor.contiguous() for name, tensor in found.items()}, work / 
     json.dumps(
         {
             "transformers": transformers.__version__,
-            "classes": [
-                f"{type(each).__module__}.{type(each).__name__}" for each in (config, model)
-            ],
+            "modules": [type(each).__module__ for each in (config, model)],
             "is_one": type(model).config_class is type(model.config),
             "activation": config.hidden_act,
             "scores": {answer["label"]: answer["score"] for answer in scores},
