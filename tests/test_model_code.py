@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers.hub_server import HubServer
 from helpers.small_models import images, make, mixed, tiny
-from helpers.without_cvt import run_by_itself, run_without_cvt
+from helpers.without_cvt import run_without_cvt
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -140,21 +141,6 @@ def test_our_loaders_run_nothing_in_the_folder(model, folder, tmp_path, monkeypa
     assert "auto_map" not in config_of(tmp_path / "converted")
 
 
-def test_registered_classes_come_before_the_code_of_a_folder(model, folder, tmp_path):
-    for path in folder.glob("*.py"):
-        path.write_text("raise SystemExit('the code of the folder ran')")
-    program = """
-import sys
-import cvt
-from transformers import AutoModelForImageClassification
-cvt.register_auto_classes()
-for options in ({}, {"trust_remote_code": True}):
-    model = AutoModelForImageClassification.from_pretrained(sys.argv[1], **options)
-    assert type(model) is cvt.CvtForImageClassification
-"""
-    run_by_itself([sys.executable, "-c", program, str(folder)], tmp_path / "home")
-
-
 # ------------------------------------------------------------------------------ without ours
 
 
@@ -172,7 +158,9 @@ def stock(request, tmp_path_factory):
     save_file({"pixels": images()}, work / "pixels.safetensors")
     noise = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(work / "picture.png")
-    run_without_cvt(STOCK, work, home=work / "home", python=request.param)
+    with HubServer({"someone/model": work / "model"}) as server:
+        online = {"HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0"}
+        run_without_cvt(STOCK, work, home=work / "home", python=request.param, **online)
     return (
         work,
         model,
@@ -194,6 +182,7 @@ def test_transformers_without_this_package_gives_our_logits(stock):
     assert about["is_one"]
     expected = model(images())
     close(found["model"], expected.logits)
+    close(found["hub"], expected.logits)
     close(found["features"], model.cvt(images()).last_hidden_state)
     assert (found["stock"] - expected.logits).abs().max() > 1e-3  # its own class: another model
     scores = model(found["seen"]).logits[0].softmax(0)

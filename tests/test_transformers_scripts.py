@@ -71,7 +71,7 @@ def test_a_script_of_transformers_trains_our_folder(photos, tmp_path, script, cl
     (tmp_path / "stand-ins/evaluate.py").write_text(EVALUATE)
     command = [
         *(sys.executable, "-c", PROGRAM, path, "--model_name_or_path", tmp_path / "start"),
-        *("--train_dir", photos, "--output_dir", tmp_path / "out", *COMMON, *SCRIPTS[script]),
+        *("--dataset_name", photos, "--output_dir", tmp_path / "out", *COMMON, *SCRIPTS[script]),
         *(["--ignore_mismatched_sizes"] if classes != 3 else []),
     ]
     places = [str(tmp_path / "stand-ins"), os.environ.get("PYTHONPATH", "")]

@@ -3,8 +3,8 @@
     python stock_transformers.py WORK
 
 In the folder WORK are `model` and `mixed`, which carry the code, `lacking`, `model` without a
-weight, `pixels.safetensors` and `picture.png`. It leaves `found.safetensors`,
-`found.json` and `again`, the model trained for a step and saved by transformers.
+weight, `pixels.safetensors` and `picture.png`; a hub has `model` as someone/model. It leaves
+`found.safetensors`, `found.json` and `again`, the model trained for a step and saved there.
 """
 
 import json
@@ -30,6 +30,7 @@ def logits(name, **options):
 
 
 found = {"stock": logits(folder), "model": logits(folder, **TRUSTED)}
+found["hub"] = logits("someone/model", **TRUSTED)
 found["mixed"] = logits(str(work / "mixed"), **TRUSTED)
 config = AutoConfig.from_pretrained(folder, **TRUSTED)
 features = AutoModel.from_pretrained(folder, **TRUSTED).eval()

@@ -1,5 +1,7 @@
 """Uploads to a hub on this machine, and the model cards that go with them."""
 
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,13 +10,12 @@ import pytest
 import torch
 import transformers
 from helpers.hub_server import HubServer, connect
-from helpers.without_cvt import run_without_cvt
 from huggingface_hub import ModelCard
 
 import cvt
 from cvt import CvtConfig, CvtForImageClassification, image_processor
-from cvt.checkpoints import convert, load_classifier, model_source
-from cvt.files import check_checksums, write_checksums
+from cvt.checkpoints import load_classifier, model_source
+from cvt.files import write_checksums
 from cvt.model_code import code_files
 from cvt.runtime.manifest import Manifest
 from cvt.train import Recipe
@@ -248,44 +249,25 @@ def test_no_network_is_one_sentence(server, run, monkeypatch):
 
 # ------------------------------------------------------------------------------ with the code
 
-LOGITS = """
-import sys
-import torch
-from transformers import AutoModelForImageClassification
 
-name, folder = sys.argv[1:]
-with torch.no_grad():
-    for place, options in ((name, {"trust_remote_code": True}), (folder, {})):
-        model = AutoModelForImageClassification.from_pretrained(place, **options).eval()
-        print(*model(torch.arange(3.0 * 32 * 32).sin().reshape(1, 3, 32, 32)).logits[0].tolist())
-"""
-
-
-def test_with_the_code_transformers_alone_gives_the_logits(server, run, cvt, tmp_path):
-    folder = tmp_path / "quick"
-    convert(run / "best", folder, hidden_act="quick_gelu")
-    before = (folder / "config.json").read_bytes()
-    code, out, err = cvt("push", folder, "someone/quick", "--with-code")
+def test_with_the_code_a_repository_is_what_saving_with_it_writes(server, run, cvt, tmp_path):
+    best = run / "best"
+    before = (best / "config.json").read_bytes()
+    code, out, err = cvt("push", run, "someone/colours", "--with-code")
     assert code == 0, err
     assert f"{len(MODEL) + len(code_files())} files uploaded" in out
-    assert (folder / "config.json").read_bytes() == before
-    place = server.repositories["someone/quick"]
-    for name, module in code_files().items():
-        assert (place / name).read_bytes() == module.read_bytes()
-    check_checksums(place)
-    opened = load_classifier("someone/quick").eval()  # from the cache, which has no code
-    snapshot = model_source("someone/quick").path
-    assert {path.name for path in snapshot.iterdir()} == set(MODEL)
-    (tmp_path / "program.py").write_text(LOGITS)
-    variables = {"HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0"}
-    out = run_without_cvt(
-        tmp_path / "program.py", "someone/quick", folder, home=tmp_path / "home", **variables
+    assert (best / "config.json").read_bytes() == before
+    load_classifier(best).save_pretrained(tmp_path / "saved", with_code=True)
+    place = server.repositories["someone/colours"]
+    for path in (tmp_path / "saved").iterdir():
+        assert (place / path.name).read_bytes() == path.read_bytes()
+    sums = json.loads((place / "checksums.json").read_text())
+    assert (
+        sums["config.json"][1] == hashlib.sha256((place / "config.json").read_bytes()).hexdigest()
     )
-    ours, stock = (torch.tensor([float(x) for x in line.split()]) for line in out.splitlines()[-2:])
-    with torch.no_grad():
-        expected = opened(torch.arange(3.0 * 32 * 32).sin().reshape(1, 3, 32, 32)).logits[0]
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    assert (stock - expected).abs().max() > 1e-3
+    load_classifier("someone/colours")
+    snapshot = model_source("someone/colours").path
+    assert {path.name for path in snapshot.iterdir()} == set(MODEL)  # nothing of the code
 
 
 def test_the_card_says_how_transformers_runs_the_code(run):
@@ -316,16 +298,6 @@ def test_a_folder_with_the_code_is_pushed_with_it_and_with_no_other(server, run)
     load_classifier(best).save_pretrained(best)
     assert "text.py" in push(run, "someone/colours").deleted
     assert not [*place.glob("*.py")]
-
-
-def test_an_adapter_and_an_export_have_no_code(run, tmp_path):
-    from cvt.export import export
-
-    adapter_of(run / "best", tmp_path / "adapter", "someone/base")
-    export(run / "best", tmp_path / "export", "torch-export", dynamic=())
-    for name in ("adapter", "export"):
-        with pytest.raises(ValueError, match=f"with_code: .*{name} is an {name}, which no code of"):
-            push(tmp_path / name, "someone/x", with_code=True, dry_run=True)
 
 
 # ------------------------------------------------------------------------------ what is no model
@@ -424,6 +396,8 @@ def test_an_adapter_is_pushed_and_merged_with_its_base_of_the_hub(server, run, t
     expected = adapted.merge_and_unload().state_dict()
     for name, weight in load_classifier("someone/adapter").state_dict().items():
         torch.testing.assert_close(weight, expected[name])
+    with pytest.raises(ValueError, match="with_code: .*adapter is an adapter, which no code of a"):
+        push(tmp_path / "adapter", "someone/adapter", with_code=True, dry_run=True)
 
 
 def test_an_adapter_of_a_folder_of_this_machine_is_refused(run, tmp_path):
@@ -444,6 +418,8 @@ def test_an_export_is_pushed_whole_and_opens_from_the_hub(server, run, tmp_path)
     assert sorted(done.files) == files
     assert "`model.pt2`: torch-export, in fp32, for images of 32 x 32 pixels" in done.card
     assert "from transformers" not in done.card
+    with pytest.raises(ValueError, match="with_code: .*export is an export, which no code of a"):
+        push(tmp_path / "export", "someone/export", with_code=True, dry_run=True)
     source = model_source("someone/export")
     assert source.is_export
     Manifest.read(source.path).verify(source.path)
