@@ -165,7 +165,8 @@ backbone = AutoBackbone.from_config(config)
 processor = AutoImageProcessor.from_pretrained(folder)
 coded = AutoModelForImageClassification.from_pretrained(sys.argv[2], trust_remote_code=True)
 modules = [type(coded).__module__, type(backbone).__module__]
-print(json.dumps([before, after, *modules, backbone.channels, type(processor).__name__, processor.size["shortest_edge"]]))
+size = processor.size["shortest_edge"]
+print(json.dumps([before, after, *modules, backbone.channels, type(processor).__name__, size]))
 """
     before, after, *rest = python(code, folder, tmp_path / "coded")
     names = ["CvtConfig", "CvtModel", *["CvtForImageClassification"] * 2]

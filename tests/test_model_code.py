@@ -239,7 +239,7 @@ def test_what_transformers_trained_is_gelu(tmp_path):
 
 
 def saved_again_by_transformers(folder):
-    tiny(hidden_act="quick_gelu").save_pretrained(folder)
+    tiny(hidden_act="quick_gelu", layer_norm_eps=1e-3).save_pretrained(folder)
     transformers.CvtConfig.from_pretrained(folder).save_pretrained(folder)
 
 
@@ -277,6 +277,8 @@ def test_what_cannot_be_told_is_asked_for(cvt, tmp_path, write, message):
     for activation in ("gelu", "quick_gelu"):
         loaded = CvtForImageClassification.from_pretrained(folder, hidden_act=activation)
         assert loaded.config.hidden_act == activation
+        is_kept = write is saved_again_by_transformers and activation == "quick_gelu"
+        assert loaded.config.layer_norm_eps == (1e-3 if is_kept else 1e-5)
 
 
 def test_the_command_that_is_named_records_it(cvt, tmp_path):

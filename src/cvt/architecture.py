@@ -589,6 +589,8 @@ def with_activation(
             f"transformers' own CvT, which is of gelu, has saved a model of {recorded}; where it "
             "trained the weights, it is gelu"
         )
+        if known == "gelu":  # it trained them, with the one epsilon that it has
+            saved = {**saved, "layer_norm_eps": 1e-5}
     if doubt and known is None:
         raise ValueError(
             f"hidden_act is unknown: {doubt}. `cvt convert FOLDER NEW --hidden-act gelu`, or "

@@ -24,7 +24,7 @@ AUTO_MAP = {
 def code_files() -> dict[str, Path]:
     """The modules by which transformers computes a model without this package, by their names."""
     model = Path(__file__).with_name("modeling.py")
-    return {path.name: path for path in map(Path, (model, *get_relative_import_files(model)))}
+    return {path.name: path for path in [model, *map(Path, get_relative_import_files(model))]}
 
 
 def carries_code(folder: Path) -> bool:

@@ -396,7 +396,7 @@ def test_an_adapter_is_pushed_and_merged_with_its_base_of_the_hub(server, run, t
     expected = adapted.merge_and_unload().state_dict()
     for name, weight in load_classifier("someone/adapter").state_dict().items():
         torch.testing.assert_close(weight, expected[name])
-    with pytest.raises(ValueError, match="with_code: .*adapter is an adapter, which no code of a"):
+    with pytest.raises(ValueError, match=r"with_code: .*adapter is an adapter, which no code of a"):
         push(tmp_path / "adapter", "someone/adapter", with_code=True, dry_run=True)
 
 
@@ -418,7 +418,7 @@ def test_an_export_is_pushed_whole_and_opens_from_the_hub(server, run, tmp_path)
     assert sorted(done.files) == files
     assert "`model.pt2`: torch-export, in fp32, for images of 32 x 32 pixels" in done.card
     assert "from transformers" not in done.card
-    with pytest.raises(ValueError, match="with_code: .*export is an export, which no code of a"):
+    with pytest.raises(ValueError, match=r"with_code: .*export is an export, which no code of a"):
         push(tmp_path / "export", "someone/export", with_code=True, dry_run=True)
     source = model_source("someone/export")
     assert source.is_export
