@@ -130,8 +130,11 @@ def test_unknown_names_fail_as_names_do():
         cvt.nonsense  # noqa: B018
 
 
-def test_auto_classes_give_ours_only_after_registration(folder):
+def test_auto_classes_give_ours_only_after_registration(model, folder, tmp_path):
     ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder)
+    model.save_pretrained(tmp_path / "coded", with_code=True)
+    for path in (tmp_path / "coded").glob("*.py"):
+        path.write_text("raise SystemExit('the code of the folder ran')")
     code = """
 import json, sys
 import cvt
@@ -160,14 +163,16 @@ after = given()
 config = AutoConfig.from_pretrained(folder, out_features=["stage1"])
 backbone = AutoBackbone.from_config(config)
 processor = AutoImageProcessor.from_pretrained(folder)
-print(json.dumps([before, after, type(backbone).__module__, backbone.channels,
-                  type(processor).__name__, processor.size["shortest_edge"]]))
+coded = AutoModelForImageClassification.from_pretrained(sys.argv[2], trust_remote_code=True)
+modules = [type(coded).__module__, type(backbone).__module__]
+size = processor.size["shortest_edge"]
+print(json.dumps([before, after, *modules, backbone.channels, type(processor).__name__, size]))
 """
-    before, after, *rest = python(code, folder)
+    before, after, *rest = python(code, folder, tmp_path / "coded")
     names = ["CvtConfig", "CvtModel", *["CvtForImageClassification"] * 2]
     assert before == [f"transformers.{name}" for name in names]
     assert after == [f"cvt.{name}" for name in names]
-    assert rest == ["cvt.backbone", [8], "ConvNextImageProcessor", 32]
+    assert rest == ["cvt.modeling", "cvt.backbone", [8], "ConvNextImageProcessor", 32]
 
 
 # ------------------------------------------------------------------------------ training, serving

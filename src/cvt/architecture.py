@@ -14,9 +14,10 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cvt.files import read_json
+from .files import read_json
 
 MODEL_TYPE = "cvt"  # in config.json
+LIBRARY = "cvt-vision"  # the `library_name` in a config.json that this package wrote
 ACTIVATIONS = ("gelu", "quick_gelu")
 PROJECTION_METHODS = ("dw_bn", "avg", "linear")
 POSITION_EMBEDDINGS = ("none", "learned")
@@ -534,8 +535,12 @@ class ClassifierConfig(Architecture):
         self.validate()
 
     @classmethod
-    def from_file(cls, path: Path) -> "ClassifierConfig":
+    def from_file(cls, path: Path, hidden_act: str | None = None) -> "ClassifierConfig":
         """Read a config.json.
+
+        Args:
+            path: the file.
+            hidden_act: the activation, where it is known or does not matter.
 
         Raises:
             OSError: it cannot be read.
@@ -549,17 +554,60 @@ class ClassifierConfig(Architecture):
                 raise ValueError(f"is of a model of type {saved['model_type']}, not {MODEL_TYPE}")
             refuse_code(saved)
             names = {each.name for each in fields(cls)}
-            return cls(**{n: value for n, value in with_epsilon(saved).items() if n in names})
+            saved = with_activation(saved, hidden_act)
+            return cls(**{n: value for n, value in saved.items() if n in names})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
 
-def with_epsilon(saved: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json, `layer_norm_eps` as transformers computes with it.
+def with_activation(
+    saved: dict[str, Any], known: str | None = None, is_file: bool = True
+) -> dict[str, Any]:
+    """The fields of a config.json, with the activation and the epsilon of its weights.
 
-    Without `hidden_act` the file is of its own CvtConfig, whose 1e-12 never took effect.
+    This package writes both. Without `hidden_act` the file is of transformers' own CvtConfig, whose
+    model computes GELU, and with 1e-5, whatever the file has.
+
+    Args:
+        saved: the fields in the file.
+        known: the activation, if it is known from elsewhere.
+        is_file: whether they are of a file; in memory, the activation may be left to its default.
+
+    Raises:
+        ValueError: what is in the file does not tell the activation.
     """
-    return saved if "hidden_act" in saved else {**saved, "layer_norm_eps": 1e-5}
+    recorded, version = saved.get("hidden_act"), saved.get("transformers_version")
+    doubt = ""
+    if recorded is None:
+        if is_file and not version:
+            doubt = "neither hidden_act nor transformers_version is in the configuration"
+        elif is_imagenet(saved):
+            doubt = (
+                "its classes are ImageNet's, as those of the published checkpoints, which need "
+                "quick_gelu; where transformers trained the weights, it is gelu"
+            )
+        saved = {**saved, "hidden_act": known or "gelu", "layer_norm_eps": 1e-5}
+    elif recorded != "gelu" and version and saved.get("library_name") == LIBRARY:
+        doubt = (
+            f"transformers' own CvT, which is of gelu, has saved a model of {recorded}; where it "
+            "trained the weights, it is gelu"
+        )
+        if known == "gelu":  # it trained them, with the one epsilon that it has
+            saved = {**saved, "layer_norm_eps": 1e-5}
+    if doubt and known is None:
+        raise ValueError(
+            f"hidden_act is unknown: {doubt}. `cvt convert FOLDER NEW --hidden-act gelu`, or "
+            "quick_gelu, records it; from_pretrained takes hidden_act"
+        )
+    return saved
+
+
+def is_imagenet(saved: Mapping[str, Any]) -> bool:
+    """Whether the classes in a config.json are those of ImageNet-1k, by their number and first."""
+    names = saved.get("id2label")
+    if not isinstance(names, Mapping) or len(names) != 1000:
+        return False
+    return "tench" in str(names.get("0", names.get(0)))
 
 
 def check_memory(config: Architecture) -> None:

@@ -1,24 +1,22 @@
 """CvtConfig: the architecture of a CvT as a configuration of transformers."""
 
-import logging
 import os
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from cvt import hub
-from cvt.architecture import (
+from .architecture import (
     DTYPES,
     FIELDS,
+    LIBRARY,
     MODEL_TYPE,
     VARIANTS,
     Architecture,
     refuse_code,
-    with_epsilon,
+    with_activation,
 )
-
-logger = logging.getLogger(__name__)
+from .hub import published, resolved
 
 
 class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
@@ -127,7 +125,7 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
         cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in transformers; short names work too, and published checkpoints carry QuickGELU."""
-        with hub.resolved(pretrained_model_name_or_path, kwargs) as source:
+        with resolved(pretrained_model_name_or_path, kwargs) as source:
             config_dict, kwargs = super().get_config_dict(source, **kwargs)
         if not config_dict:
             raise OSError(f"{pretrained_model_name_or_path} has no config.json")
@@ -136,28 +134,29 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
                 f"{pretrained_model_name_or_path} is a model of type {config_dict['model_type']}, "
                 "not cvt"
             )
-        if "hidden_act" not in config_dict and hub.published(pretrained_model_name_or_path):
+        if "hidden_act" not in config_dict and published(pretrained_model_name_or_path):
             config_dict["hidden_act"] = "quick_gelu"
             config_dict["layer_norm_eps"] = 1e-5
-        return config_dict, kwargs
+        return with_activation(config_dict, kwargs.get("hidden_act")), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CvtConfig":
         """As in transformers; a `config_dict` without `hidden_act` comes from its own CvtConfig.
 
+        What names the classes of a folder's code, `auto_map`, is left out: this is the class.
+
         Raises:
             ValueError: a field is illegal, or asks for quantisation or for code from the hub, which
-                only an argument of `from_pretrained` may.
+                only an argument of `from_pretrained` may; or the fields do not tell the activation,
+                and no `hidden_act` is given.
         """
         refuse_code(config_dict)
-        config_dict = with_epsilon(config_dict)
-        if "hidden_act" not in config_dict:
-            if hub.published(kwargs.get("name_or_path", "")):  # as AutoConfig passes it
-                config_dict["hidden_act"] = "quick_gelu"
-            else:
-                logger.info(
-                    "The configuration has no hidden_act: exact GELU, as transformers computes."
-                )
+        known = kwargs.get("hidden_act")
+        if published(kwargs.get("name_or_path", "")):  # as AutoConfig passes it
+            known = known or "quick_gelu"
+        config_dict = with_activation(config_dict, known, is_file=False)
+        here = ("library_name",) if cls.is_remote_code() else ("library_name", "auto_map")
+        config_dict = {n: value for n, value in config_dict.items() if n not in here}
         # Overrides go through the constructor, which checks them; transformers sets them after it.
         maps = ("out_features", "out_indices")
         given = {n: kwargs.pop(n) for n in (*FIELDS, *maps) if n in kwargs}
@@ -167,7 +166,17 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
             config_dict = {n: value for n, value in config_dict.items() if n not in maps}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in transformers, for a file; with `library_name` in place of `transformers_version`.
+
+        transformers' own CvtConfig keeps the one and adds the other: a file with both is of a model
+        that it loaded and saved, and may have trained, with GELU.
+        """
+        fields = super().to_diff_dict()
+        fields.pop("transformers_version", None)
+        return fields | {"library_name": LIBRARY}
+
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike) -> "CvtConfig":
         """As in transformers."""
-        return cls.from_dict(cls._dict_from_json_file(json_file))
+        return cls.from_dict(with_activation(cls._dict_from_json_file(json_file)))

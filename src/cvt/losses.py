@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvt.configuration import CvtConfig
-from cvt.problem_type import problem_of, unknown_classes
+from .configuration import CvtConfig
+from .problem_type import problem_of, unknown_classes
 
 
 def classification_loss(logits: Tensor, labels: Tensor, config: CvtConfig) -> Tensor:

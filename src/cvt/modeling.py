@@ -24,11 +24,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ImageClassifierOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from cvt.architecture import StageConfig, check_memory, check_queries, checked_pixels
-from cvt.configuration import CvtConfig
-from cvt.losses import classification_loss
-from cvt.strict_loading import COUNTER, load_pretrained, save_readable
-from cvt.views import channels_last, resize_tokens, split_tokens, to_heads, to_image, to_tokens
+from .architecture import StageConfig, check_memory, check_queries, checked_pixels
+from .configuration import CvtConfig
+from .losses import classification_loss
+from .model_code import code_carried
+from .strict_loading import COUNTER, load_pretrained, save_readable
+from .views import channels_last, resize_tokens, split_tokens, to_heads, to_image, to_tokens
 
 
 class LayerNorm(nn.LayerNorm):
@@ -403,9 +404,33 @@ class CvtPreTrainedModel(PreTrainedModel):
         load = super().from_pretrained
         return load_pretrained(load, pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; whoever may read the config may read the weights."""
-        save_readable(super().save_pretrained, save_directory, *args, **kwargs)
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *args: Any,
+        with_code: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in transformers; whoever may read the config may read the weights.
+
+        Args:
+            save_directory: the folder.
+            is_main_process: as in transformers.
+            args: as in transformers.
+            with_code: write this package's code into it, for `trust_remote_code=True` in
+                transformers without this package.
+            kwargs: as in transformers.
+
+        Raises:
+            FileExistsError: `with_code` would overwrite a file that is not this package's.
+            ValueError: `with_code` is asked for and `push_to_hub`, which would leave it out.
+        """
+        if with_code and kwargs.get("push_to_hub"):
+            raise ValueError("with_code: push_to_hub leaves it out; `cvt push --with-code` uploads")
+        folder = save_directory if is_main_process else None
+        with code_carried(self.config, folder) if with_code else nullcontext():
+            save_readable(super().save_pretrained, save_directory, is_main_process, *args, **kwargs)
 
 
 class CvtModel(CvtPreTrainedModel):

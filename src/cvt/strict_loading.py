@@ -9,10 +9,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cvt import hub
-from cvt.architecture import check_file_size
-from cvt.configuration import CvtConfig
-from cvt.files import (
+from .architecture import check_file_size
+from .configuration import CvtConfig
+from .files import (
     ADAPTER,
     CHECKSUMS,
     check_checksums,
@@ -20,7 +19,8 @@ from cvt.files import (
     pointer_fault,
     weight_files,
 )
-from cvt.text import printable
+from .hub import resolved
+from .text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def load_pretrained(
         verify_folder(name)
     if files := local_files(name, kwargs):
         config = kwargs.get("config") or name
-        if not isinstance(config, CvtConfig):
+        if isinstance(config, str | os.PathLike):
             config = CvtConfig.from_pretrained(config, **kwargs | {"config": None})
         new_head = "num_labels" in kwargs or "id2label" in kwargs
         size = sum(file.stat().st_size for file in files if file.is_file())
@@ -66,7 +66,7 @@ def load_strictly(
         ValueError: weights are missing, unexpected or of the wrong shape; lists all of them.
         OSError: there is no such model, or it cannot be reached.
     """
-    with hub.resolved(name, kwargs) as source:
+    with resolved(name, kwargs) as source:
         if kwargs.get("ignore_mismatched_sizes") or kwargs.get("output_loading_info"):
             return load(source, *args, **kwargs)
         kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}

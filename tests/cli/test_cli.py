@@ -124,7 +124,9 @@ COMMANDS = {
         "model", "--runtimes", "--precisions", "--batch-sizes", "--image-sizes", "--threads",
         "--device", "--seconds", "--output", "--no-verify", "--force",
     ],
-    "push": ["folder", "name", "--private", "--license", "--dry-run", "--force"],
+    "push": [
+        "folder", "name", "--private", "--license", "--with-code", "--dry-run", "--force",
+    ],
     "info": ["model", "--image-size", "--batch-size", "--json"],
     "cache": ["action"],
     "recipes": ["name"],

@@ -1,5 +1,7 @@
 """Uploads to a hub on this machine, and the model cards that go with them."""
 
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +16,7 @@ import cvt
 from cvt import CvtConfig, CvtForImageClassification, image_processor
 from cvt.checkpoints import load_classifier, model_source
 from cvt.files import write_checksums
+from cvt.model_code import code_files
 from cvt.runtime.manifest import Manifest
 from cvt.train import Recipe
 from cvt.train.model_card import NO_LICENCE, PLACE, trained_card
@@ -244,6 +247,59 @@ def test_no_network_is_one_sentence(server, run, monkeypatch):
         push(run, "someone/colours")
 
 
+# ------------------------------------------------------------------------------ with the code
+
+
+def test_with_the_code_a_repository_is_what_saving_with_it_writes(server, run, cvt, tmp_path):
+    best = run / "best"
+    before = (best / "config.json").read_bytes()
+    code, out, err = cvt("push", run, "someone/colours", "--with-code")
+    assert code == 0, err
+    assert f"{len(MODEL) + len(code_files())} files uploaded" in out
+    assert (best / "config.json").read_bytes() == before
+    load_classifier(best).save_pretrained(tmp_path / "saved", with_code=True)
+    place = server.repositories["someone/colours"]
+    for path in (tmp_path / "saved").iterdir():
+        assert (place / path.name).read_bytes() == path.read_bytes()
+    sums = json.loads((place / "checksums.json").read_text())
+    assert (
+        sums["config.json"][1] == hashlib.sha256((place / "config.json").read_bytes()).hexdigest()
+    )
+    load_classifier("someone/colours")
+    snapshot = model_source("someone/colours").path
+    assert {path.name for path in snapshot.iterdir()} == set(MODEL)  # nothing of the code
+
+
+def test_the_card_says_how_transformers_runs_the_code(run):
+    card = push(run, "someone/colours", with_code=True, dry_run=True).card
+    call = 'pipeline("image-classification", model="someone/colours", trust_remote_code=True)'
+    assert card.count("## In transformers") == card.count(call) == 1
+    assert "it computes\n`gelu` and needs Python 3.11" in card
+    assert "val_top1 | 0.9100" in card
+    assert "The activation of its MLPs is `gelu`." in card
+    (run / "best/README.md").write_text("# Mine\n\nText.\n")
+    card = push(run, "someone/colours", with_code=True, dry_run=True).card
+    assert card.index("# Mine\n\nText.") < card.index("## In transformers") < card.index(call)
+    (run / "best/README.md").write_text("# Mine\n\nUse trust_remote_code.\n")
+    assert "## In tr" not in push(run, "someone/colours", with_code=True, dry_run=True).card
+
+
+def test_a_folder_with_the_code_is_pushed_with_it_and_with_no_other(server, run):
+    best = run / "best"
+    load_classifier(best).save_pretrained(best, with_code=True)
+    push(run, "someone/colours")
+    place = server.repositories["someone/colours"]
+    assert {path.name for path in place.glob("*.py")} == code_files().keys()
+    (best / "text.py").write_text("print('mine')")
+    with pytest.raises(ValueError, match=r"text\.py is not the code of this version of cvt"):
+        push(run, "someone/colours")
+    push(run, "someone/colours", with_code=True)
+    assert (place / "text.py").read_bytes() == code_files()["text.py"].read_bytes()
+    load_classifier(best).save_pretrained(best)
+    assert "text.py" in push(run, "someone/colours").deleted
+    assert not [*place.glob("*.py")]
+
+
 # ------------------------------------------------------------------------------ what is no model
 
 
@@ -340,6 +396,8 @@ def test_an_adapter_is_pushed_and_merged_with_its_base_of_the_hub(server, run, t
     expected = adapted.merge_and_unload().state_dict()
     for name, weight in load_classifier("someone/adapter").state_dict().items():
         torch.testing.assert_close(weight, expected[name])
+    with pytest.raises(ValueError, match=r"with_code: .*adapter is an adapter, which no code of a"):
+        push(tmp_path / "adapter", "someone/adapter", with_code=True, dry_run=True)
 
 
 def test_an_adapter_of_a_folder_of_this_machine_is_refused(run, tmp_path):
@@ -360,6 +418,8 @@ def test_an_export_is_pushed_whole_and_opens_from_the_hub(server, run, tmp_path)
     assert sorted(done.files) == files
     assert "`model.pt2`: torch-export, in fp32, for images of 32 x 32 pixels" in done.card
     assert "from transformers" not in done.card
+    with pytest.raises(ValueError, match=r"with_code: .*export is an export, which no code of a"):
+        push(tmp_path / "export", "someone/export", with_code=True, dry_run=True)
     source = model_source("someone/export")
     assert source.is_export
     Manifest.read(source.path).verify(source.path)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cvt.architecture import VARIANTS, check_file_size
+from cvt.architecture import VARIANTS, check_file_size, with_activation
 from cvt.checkpoints.errors import CheckpointError
 from cvt.checkpoints.names import known_to_transformers, rename_known, transformers_to_authors
 from cvt.checkpoints.reading import read_weights
@@ -68,9 +68,10 @@ def read_file(
     weights, unexpected = (rename_known if by_authors else known_to_transformers)(found)
     if isinstance(config, str | Path):
         fields = CvtConfig._dict_from_json_file(config)
-        config = CvtConfig.from_dict(fields)
-        if "hidden_act" not in fields and by_authors:
-            config.hidden_act = "quick_gelu"
+        if by_authors and "hidden_act" not in fields:
+            hidden_act = hidden_act or "quick_gelu"
+        known = {"hidden_act": hidden_act} if hidden_act else {}
+        config = CvtConfig.from_dict(with_activation(fields, hidden_act), **known)
     elif config is not None:
         config = copy.deepcopy(config)
     elif not by_authors and hidden_act is None:

@@ -16,10 +16,17 @@ if TYPE_CHECKING:
 @argument("name", help="USER/NAME on the hub, or USER/NAME@BRANCH.")
 @click.option("--private", is_flag=True, help="Create a repository that only its owner sees.")
 @click.option("--license", help="Licence of the model, as the hub names it: apache-2.0, ...")
+@click.option("--with-code", is_flag=True, help="Upload the code too, for stock transformers.")
 @click.option("--dry-run", is_flag=True, help="Show what would be uploaded; upload nothing.")
 @force_option("Upload to a repository that another program wrote.")
 def push(
-    folder: Path, name: str, private: bool, license: str | None, dry_run: bool, force: bool
+    folder: Path,
+    name: str,
+    private: bool,
+    license: str | None,
+    with_code: bool,
+    dry_run: bool,
+    force: bool,
 ) -> None:
     """Upload a model and its model card to the Hugging Face hub, in one commit.
 
@@ -29,7 +36,7 @@ def push(
     from cvt.train.push import push as upload
 
     quiet_libraries()
-    how = {"private": private, "overwrite": force, "dry_run": dry_run}
+    how = {"private": private, "overwrite": force, "with_code": with_code, "dry_run": dry_run}
     done = upload(folder, name, licence=license, **how)
     if dry_run:
         print_files(done)

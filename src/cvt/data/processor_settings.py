@@ -175,7 +175,7 @@ def _model(
     if path.is_file():
         fields = read_json(path)
         if isinstance(fields, dict) and fields.get("model_type") == MODEL_TYPE:
-            config = ClassifierConfig.from_file(path)
+            config = ClassifierConfig.from_file(path, hidden_act="gelu")  # which matters not here
     if read_settings(source) is not None:
         return config, None
     logger.warning(

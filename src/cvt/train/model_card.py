@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from cvt import hub
+from cvt.architecture import LIBRARY
 from cvt.configuration import CvtConfig
 from cvt.inference.metrics import METRIC_NAMES
 from cvt.libraries import version_of
@@ -18,7 +19,6 @@ from cvt.train.best_epoch import result
 from cvt.train.progress import Row
 from cvt.train.recipe import Recipe
 
-LIBRARY = "cvt-vision"
 # What stands in a card until `cvt push` knows better.
 PLACE = "path/to/this/folder"
 NO_LICENCE = "None is given: ask the author before you use the model."
@@ -135,7 +135,8 @@ def model_card(
     package = {"adapter": "'cvt-vision[train]'", "export": "'cvt-vision[export]'"}
     sections = [
         f"# {title}",
-        f"{purpose.format(len(names))}: {classes}.",
+        f"{purpose.format(len(names))}: {classes}. The activation of its MLPs is "
+        f"`{config.hidden_act}`.",
         f"""## Use
 
 ```sh
@@ -156,12 +157,32 @@ print(classify("photo.jpg"))  # [{{"label": ..., "score": ...}}, ...]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n")
 
 
-def in_transformers(config: CvtConfig, kind: str, base_model: str | None) -> str:
+def in_transformers(
+    config: CvtConfig, kind: str = "folder", base_model: str | None = None, with_code: bool = False
+) -> str:
     """A section about transformers alone: how it loads the model, and whether it computes the same.
 
     It has one activation and one epsilon, whatever a configuration says, and projections by
     depthwise convolutions only.
+
+    Args:
+        config: of the model.
+        kind: as in `model_card`.
+        base_model: of an adapter.
+        with_code: whether the folder carries this package's code.
     """
+    if with_code:
+        return f"""## In transformers
+
+```python
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="{PLACE}", trust_remote_code=True)
+```
+
+`trust_remote_code=True` runs cvt-vision's model code, which is in this repository: it computes
+`{config.hidden_act}` and needs Python 3.11. Without it, transformers takes its own CvT, which
+always computes exact GELU."""
     blocks = all(depth > stage for stage, depth in enumerate(config.depth))
     kinds = {*config.qkv_projection_method, *config.position_embedding}
     if not blocks or kinds != {"dw_bn", "none"} or any(config.cls_token[:-1]):
@@ -196,6 +217,19 @@ model = PeftModel.from_pretrained(base, "{PLACE}")"""
             "the same."
         )
     return f"## In transformers\n\n```python\n{code}\n```\n\n{caveat}"
+
+
+def about_code(card: ModelCard, config: CvtConfig) -> ModelCard:
+    """The card of a model whose repository carries this package's code.
+
+    What the user has written into it stays.
+    """
+    plain, section = in_transformers(config), in_transformers(config, with_code=True)
+    if plain in card.text:
+        card.text = card.text.replace(plain, section)
+    elif "trust_remote_code" not in card.text:
+        card.text = f"{card.text.rstrip()}\n\n{section}\n"
+    return card
 
 
 def data_names(data: str) -> tuple[str | None, str]:

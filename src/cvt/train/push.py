@@ -1,5 +1,7 @@
 """Uploading a model to the Hugging Face hub, with its model card."""
 
+import hashlib
+import json
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +20,15 @@ from huggingface_hub import (
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
+from cvt.architecture import LIBRARY
 from cvt.checkpoints import ModelSource, load_classifier, load_config, model_source
 from cvt.checkpoints.adapters import read_adapter, settings
 from cvt.checkpoints.source import MODEL_FILES
-from cvt.files import check_checksums
+from cvt.files import CHECKSUMS, check_checksums, read_json
 from cvt.hub import Repository, repository
+from cvt.model_code import AUTO_MAP, carries_code, code_files, other_code
 from cvt.runtime.manifest import Manifest
-from cvt.train.model_card import LIBRARY, completed, model_card
+from cvt.train.model_card import about_code, completed, model_card
 
 CARD = "README.md"
 
@@ -59,13 +63,15 @@ def push(
     private: bool = False,
     licence: str | None = None,
     overwrite: bool = False,
+    with_code: bool = False,
     dry_run: bool = False,
 ) -> Upload:
     """Upload a model folder, the best model of a run, an adapter or an export, in one commit.
 
     The repository is created if there is none. The files of a model are uploaded and nothing else:
     no checkpoint of training, no optimizer state. A repository that this package wrote before gets
-    the new files, and loses those of the old model that the new one does not have.
+    the new files, and loses those of the old model that the new one does not have. A folder that
+    was saved with this package's code is uploaded with it.
 
     Args:
         folder: of the model, or of the run.
@@ -73,22 +79,28 @@ def push(
         private: create a repository that only its owner sees.
         licence: of the model, as the hub calls it, such as apache-2.0.
         overwrite: upload into a repository whose files are not this package's.
+        with_code: upload this package's code too, for transformers without this package.
         dry_run: upload nothing.
 
     Raises:
         FileExistsError: the repository has files that this package has not written.
         OSError: the hub cannot be reached, or refuses; the folder is no model.
         ValueError: the folder is no model that can be uploaded, a file is damaged or has a path of
-            this machine in it, or `name` is none.
+            this machine in it, its code is another version's, or `name` is none.
     """
     target = Repository.parse(name)
     if target is None or not name.startswith(target.hub_id):
         raise ValueError(f"{name}: must be USER/NAME, or USER/NAME@BRANCH")
     source = uploadable(Path(folder))
     files = {file: source.path / file for file in files_of(source.path)}
-    card = str(completed(card_of(source), target.hub_id, licence))
+    head = card_of(source)
+    code: dict[str, Path | bytes] = {}
+    if with_code or carries_code(source.path):
+        code = code_of(source, with_code)
+        head = about_code(head, load_config(source))
+    card = str(completed(head, target.hub_id, licence))
     check_paths(files, card, source.path)
-    contents: dict[str, Path | bytes] = {**files, CARD: card.encode()}
+    contents: dict[str, Path | bytes] = {**files, **code, CARD: card.encode()}
     sizes = {
         file: len(content) if isinstance(content, bytes) else content.stat().st_size
         for file, content in sorted(contents.items())
@@ -143,6 +155,37 @@ def files_of(folder: Path) -> list[str]:
             f"`cvt convert {folder} NEW` writes model.safetensors"
         )
     return sorted(found)
+
+
+def code_of(source: ModelSource, replace_other: bool) -> dict[str, Path | bytes]:
+    """The modules by which transformers computes the model, and the files that name them.
+
+    Args:
+        source: the model.
+        replace_other: whether this version's code may take the place of another's in the folder.
+
+    Raises:
+        ValueError: the folder is no plain model, or its code is another version's.
+    """
+    folder = source.path
+    if source.is_export or source.kind == "adapter":
+        kind = "an export" if source.is_export else "an adapter"
+        raise ValueError(f"with_code: {folder} is {kind}, which no code of a model opens")
+    if (others := other_code(folder)) and not replace_other:
+        raise ValueError(
+            f"{folder / others[0]} is not the code of this version of cvt-vision: --with-code "
+            "uploads this version's"
+        )
+    code: dict[str, Path | bytes] = {**code_files()}
+    if not carries_code(folder):
+        fields = read_json(folder / "config.json") | {"auto_map": AUTO_MAP}
+        config = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
+        code["config.json"] = config
+        if (folder / CHECKSUMS).is_file():
+            sums = read_json(folder / CHECKSUMS)
+            sums["config.json"] = len(config), hashlib.sha256(config).hexdigest()
+            code[CHECKSUMS] = (json.dumps(sums, indent=2) + "\n").encode()
+    return code
 
 
 def card_of(source: ModelSource) -> ModelCard:
@@ -214,7 +257,8 @@ def _commit(
             )
         if existing and private and not existing.private:
             raise ValueError(f"{place} exists and is public: make it private in its settings")
-        stale = set(filter_repo_objects(sorted(names), allow_patterns=list(MODEL_FILES)))
+        patterns = [*MODEL_FILES, *code_files()]
+        stale = set(filter_repo_objects(sorted(names), allow_patterns=patterns))
         deleted = sorted(stale - upload.files.keys())
         if not existing:
             api.create_repo(hub_id, private=private or None)
