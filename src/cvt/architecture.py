@@ -550,6 +550,7 @@ class ClassifierConfig(Architecture):
             saved = read_json(path)
             if not isinstance(saved, dict):
                 raise ValueError("must be an object")
+            saved = plain_fields(saved)
             if saved.get("model_type", MODEL_TYPE) != MODEL_TYPE:
                 raise ValueError(f"is of a model of type {saved['model_type']}, not {MODEL_TYPE}")
             refuse_code(saved)
@@ -558,6 +559,56 @@ class ClassifierConfig(Architecture):
             return cls(**{n: value for n, value in saved.items() if n in names})
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def plain_fields(saved: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json; those of lucid-dl in our names.
+
+    lucid-dl computes GELU; what it ported from microsoft/cvt-* was trained with QuickGELU.
+
+    Sources: github.com/ChanLumerico/lucid, lucid/models/vision/cvt/_config.py and _model.py,
+    tools/convert_weights/_templates.py.
+    """
+    if saved.get("library_name") == "lucid" and isinstance(saved.get("config"), dict):
+        theirs = saved["config"]
+    else:
+        theirs = saved
+    if not theirs.keys() >= {"dims", "depths", "embed_strides"}:
+        return saved
+    depth, strides = theirs["depths"], theirs["embed_strides"]
+    check_lengths({"depth": depth, "embed_strides": strides})
+
+    def every(value: Any) -> list:
+        return [value] * len(depth)
+
+    weights = saved.get("weights")
+    source = str(weights.get("source")) if isinstance(weights, dict) else ""
+    classes = _integer(0, MAX_CLASSES).check("num_classes", theirs.get("num_classes", 2))
+    names = saved.get("id2label")
+    if not isinstance(names, dict):
+        names = {i: f"LABEL_{i}" for i in range(classes)}
+    fixed = ("qkv_bias", "qkv_projection_method", "kernel_qkv", "padding_kv", "stride_kv",
+             "padding_q", "stride_q")  # fmt: skip
+    return {
+        "model_type": saved.get("model_type", MODEL_TYPE),
+        "num_channels": theirs.get("in_channels", 3),
+        "patch_sizes": [7 if stride == 4 else 3 for stride in strides],
+        "patch_stride": strides,
+        "patch_padding": [2 if stride == 4 else 1 for stride in strides],
+        "embed_dim": theirs["dims"],
+        "num_heads": theirs.get("num_heads"),
+        "depth": depth,
+        "mlp_ratio": every(theirs.get("mlp_ratio", 4.0)),
+        "attention_drop_rate": every(theirs.get("dropout", 0.0)),
+        "drop_rate": every(theirs.get("dropout", 0.0)),
+        "drop_path_rate": every(theirs.get("drop_path_rate", 0.0)),
+        "cls_token": theirs.get("cls_token"),
+        "position_embedding": every("none"),
+        **{name: every(getattr(Architecture, name)[0]) for name in fixed},
+        "hidden_act": "quick_gelu" if source.startswith("transformers/microsoft/cvt-") else "gelu",
+        "id2label": names,
+        "label2id": {str(name): i for i, name in names.items()},
+    }
 
 
 def with_activation(

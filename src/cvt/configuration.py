@@ -13,6 +13,7 @@ from .architecture import (
     MODEL_TYPE,
     VARIANTS,
     Architecture,
+    plain_fields,
     refuse_code,
     with_activation,
 )
@@ -129,6 +130,7 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
             config_dict, kwargs = super().get_config_dict(source, **kwargs)
         if not config_dict:
             raise OSError(f"{pretrained_model_name_or_path} has no config.json")
+        config_dict = plain_fields(config_dict)
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is a model of type {config_dict['model_type']}, "

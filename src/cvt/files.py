@@ -16,6 +16,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LEAST_SPACE, LEAST_INODES = 2**16, 16  # of a disk; with less, it is why a library fails on it
 CHECKSUMS = "checksums.json"
 ADAPTER = "adapter_config.json"  # which an adapter folder of PEFT has
+TENSORFLOW = "tf_model.h5"  # the weights of transformers 4 in TensorFlow
 # The files of a model whose sums are kept; a model card may be edited.
 SUMMED = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json",
           "adapter_config.json")  # fmt: skip

@@ -2,18 +2,21 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from .architecture import check_file_size
 from .configuration import CvtConfig
 from .files import (
     ADAPTER,
     CHECKSUMS,
+    TENSORFLOW,
     check_checksums,
     follow_umask,
     pointer_fault,
@@ -34,8 +37,10 @@ def load_pretrained(
 ) -> Any:
     """Call `PreTrainedModel.from_pretrained`, given as `load`, strictly; published names too.
 
-    A folder is compared with its `checksums.json`, if it has one, unless `verify=False` is given;
-    its config is compared with the size of its files before a tensor exists.
+    Weights of other software are read as well: a file of any dialect, a folder of transformers 4 in
+    TensorFlow or of lucid-dl. A folder is compared with its `checksums.json`, if it has one, unless
+    `verify=False` is given; its config is compared with the size of its files before a tensor
+    exists.
 
     Raises:
         ValueError: a file is damaged, or as in `load_strictly`.
@@ -43,6 +48,17 @@ def load_pretrained(
     """
     if kwargs.pop("verify", True):
         verify_folder(name)
+    if name is not None and (path := foreign_file(name, kwargs)):
+        # The module is above this one, which runs without it in a folder that carries its code.
+        found = import_module("cvt.checkpoints.foreign").read(path, name, kwargs)
+        if found:
+            config, weights, fields = found
+
+            def load_read(name: Any, *args: Any, **kwargs: Any) -> Any:
+                others = {n: value for n, value in kwargs.items() if n not in fields}
+                return load(None, *args, config=config, state_dict=weights, **others)
+
+            return load_strictly(load_read, name, *args, **kwargs)
     if files := local_files(name, kwargs):
         config = kwargs.get("config") or name
         if isinstance(config, str | os.PathLike):
@@ -98,8 +114,7 @@ def local_files(name: str | os.PathLike | None, kwargs: Mapping[str, Any]) -> li
     """
     if name is None or not os.path.isdir(name):
         return []
-    choices = ("subfolder", "variant", "use_safetensors")
-    files = weight_files(name, **{each: kwargs[each] for each in choices if each in kwargs})
+    files = _weight_files(name, kwargs)
     if fault := next(filter(None, map(pointer_fault, files)), None):
         raise ValueError(fault)
     if not files and all(Path(name, file).is_file() for file in (ADAPTER, "config.json")):
@@ -108,6 +123,34 @@ def local_files(name: str | os.PathLike | None, kwargs: Mapping[str, Any]) -> li
             "as every command does"
         )
     return files
+
+
+def foreign_file(name: str | os.PathLike, kwargs: Mapping[str, Any]) -> Path | None:
+    """The file of weights that transformers does not read, if the model has none that it reads.
+
+    Args:
+        name: of the model.
+        kwargs: the other arguments of `PreTrainedModel.from_pretrained`.
+    """
+    if os.path.isfile(name):
+        return Path(name)
+    if not os.path.isdir(name):
+        return None
+    files = _weight_files(name, kwargs)
+    if not files:
+        path = Path(name, kwargs.get("subfolder") or "", TENSORFLOW)
+        return path if path.is_file() else None
+    if len(files) != 1 or files[0].suffix != ".safetensors":
+        return None
+    with suppress(SafetensorError, OSError), safe_open(files[0], "pt") as file:  # or it is damaged
+        if not any(map(re.compile(r"(cvt|encoder)\.[^:]+$").match, file.keys())):
+            return files[0]
+    return None
+
+
+def _weight_files(folder: str | os.PathLike, kwargs: Mapping[str, Any]) -> list[Path]:
+    choices = ("subfolder", "variant", "use_safetensors")
+    return weight_files(folder, **{each: kwargs[each] for each in choices if each in kwargs})
 
 
 def verify_folder(name: str | os.PathLike | None) -> None:

@@ -339,9 +339,9 @@ def ambiguous(kind, weights):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("two models", r"2 models, whose names begin with 'model\.', 'teacher\.': save the state"),
-        ("two dicts", r"weights in each of 'model', 'net': save one of them"),
-        ("head elsewhere", r"without a classifier.*'backbone\.'.*beside it fc\.weight: save"),
+        ("two models", r"2 models, whose names begin with 'model\.', 'teacher\.': ask for one"),
+        ("two dicts", r"weights in each of 'model', 'net': ask for one of them by key"),
+        ("head elsewhere", r"holds a model without a classifier: give num_labels"),
         ("unknown", r"unexpected pos_embed"),
         ("compiled and not", r"holds weights twice"),
     ],

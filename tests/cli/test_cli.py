@@ -114,7 +114,7 @@ COMMANDS = {
     ],
     "convert": [
         "source", "dest", "--to", "--image-size", "--labels", "--num-labels", "--config",
-        "--hidden-act", "--allow-nonfinite", "--no-verify", "--force",
+        "--key", "--hidden-act", "--allow-nonfinite", "--no-verify", "--force",
     ],
     "export": [
         "model", "output", "--to", "--precision", "--dynamic", "--image-size", "--features",

@@ -3,7 +3,8 @@
 `CASES` are read by `make_authors_golden.py`, which runs the authors' code, and by
 `test_authors.py`, which runs ours; `TRAININGS` by `make_authors_losses.py` and by
 `test_authors_training.py`; what begins with `TF` by `make_tf_golden.py` and by
-`test_keras_weights.py`.
+`test_keras_weights.py`; what begins with `DIALECT` by `make_dialects_golden.py` and by
+`test_dialects.py`.
 """
 
 import math
@@ -20,6 +21,8 @@ LOSSES_FILE = Path(__file__).with_name("authors_losses.npz")
 TF_CLASSIFIER = Path(__file__).with_name("tf_classifier")
 TF_MODEL = Path(__file__).with_name("tf_model")
 TF_IMAGES = (2, 40, 24)  # batch, height, width
+DIALECTS_FOLDER = Path(__file__).with_name("dialects")
+DIALECT_IMAGES = (2, 32, 32)  # batch, height, width
 VARIANTS = ("cvt-13", "cvt-21", "cvt-w24")
 NUM_CLASSES = 7
 SEED = 0  # of the drop-path draws, set just before forward
@@ -168,6 +171,10 @@ CASES = {
 }
 
 
+# What every software can build: the MLP's ratio of 4 is fixed in some.
+DIALECT_SETTINGS = case(embed_dim=(4, 8, 12), num_heads=(1, 2, 3), depth=(1, 1, 2)).settings
+
+
 @dataclass(frozen=True)
 class Training:
     """How the model of all trainings learns, with an optimizer by its name in the yaml files."""
@@ -231,7 +238,7 @@ def describe(name: str, shape: Iterable[int]) -> str:
 def image(name: str, shape: tuple[int, int, int]) -> np.ndarray:
     """The images of the case of that name, (B, 3, H, W)."""
     batch, height, width = shape
-    return _rng(name).standard_normal((batch, 3, height, width)).astype(np.float32)
+    return rng(name).standard_normal((batch, 3, height, width)).astype(np.float32)
 
 
 def _parse(line: str) -> tuple[str, tuple[int, ...]]:
@@ -239,7 +246,8 @@ def _parse(line: str) -> tuple[str, tuple[int, ...]]:
     return name, tuple(map(int, shape))
 
 
-def _rng(name: str) -> np.random.RandomState:
+def rng(name: str) -> np.random.RandomState:
+    """The random numbers of a name."""
     return np.random.RandomState(zlib.crc32(name.encode()))
 
 
@@ -247,8 +255,8 @@ def _value(name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)
     if name.endswith("running_var"):
-        return _rng(name).uniform(0.1, 1.0, shape).astype(np.float32)
-    normal = _rng(name).standard_normal(shape)
+        return rng(name).uniform(0.1, 1.0, shape).astype(np.float32)
+    normal = rng(name).standard_normal(shape)
     if name.endswith("cls_token"):
         value = normal
     elif len(shape) == 1:  # biases and running means; the weights of norms

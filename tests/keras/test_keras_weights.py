@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from golden.cases import TF_CLASSIFIER, TF_IMAGES, TF_MODEL, image
+from golden.cases import (
+    DIALECT_SETTINGS,
+    DIALECTS_FOLDER,
+    NUM_CLASSES,
+    TF_CLASSIFIER,
+    TF_IMAGES,
+    TF_MODEL,
+    image,
+)
 from helpers.keras_models import compiled
 from helpers.small_models import CLASSES, assert_equal, make, tiny
 from safetensors.torch import load_file, save_file
@@ -181,6 +189,20 @@ def test_a_folder_of_transformers_4_gives_the_outputs_that_it_gave_there(folder)
     assert found.keys() == set(expected)
     for name, values in found.items():
         assert_close(values, expected[name], tolerance=1e-4)
+
+
+def test_weights_of_other_software_are_read(tmp_path):
+    shutil.copy(TF_CLASSIFIER / "config.json", tmp_path)
+    shutil.copy(DIALECTS_FOLDER / "transformers-tf.safetensors", tmp_path / "model.safetensors")
+    found = saved_by(TFCvtForImageClassification.from_pretrained(tmp_path), tmp_path / "a")
+    same = saved_by(TFCvtForImageClassification.from_pretrained(TF_CLASSIFIER), tmp_path / "b")
+    assert_equal(found, same, tolerance=0)
+    config = CvtConfig(**DIALECT_SETTINGS, num_labels=NUM_CLASSES)
+    for name in ("paddlevit.pdparams", "cvt-tensorflow.h5"):
+        path = DIALECTS_FOLDER / name
+        ours = TFCvtForImageClassification.from_pretrained(path, config=config)
+        theirs = CvtForImageClassification.from_pretrained(path, config=config)
+        assert_equal(saved_by(ours, tmp_path / name), theirs.state_dict(), tolerance=0)
 
 
 def test_an_authors_file_is_read_and_may_be_given_a_new_classifier(

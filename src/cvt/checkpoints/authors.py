@@ -1,18 +1,17 @@
-"""Models from files of weights, as the authors': their configuration, and what does not fit."""
+"""Models from files of weights, of any dialect: their configuration, and what does not fit."""
 
 import copy
 import logging
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from cvt.architecture import VARIANTS, check_file_size, with_activation
 from cvt.checkpoints.errors import CheckpointError
-from cvt.checkpoints.names import known_to_transformers, rename_known, transformers_to_authors
+from cvt.checkpoints.names import DIALECTS, POSITIONS, Dialect, dialect_of
 from cvt.checkpoints.reading import read_weights
 from cvt.configuration import CvtConfig
 from cvt.data.class_names import imagenet_classes
@@ -30,13 +29,17 @@ class ModelFile:
         config: of a classifier; without one in the file, and no config for it, of 0 classes.
         weights: of a CvT, under the names of `CvtForImageClassification`.
         unexpected: names in the file that no CvT has.
-        rename: from those names, as the keys of a dict, to the file's, authors' or transformers'.
+        dialect: of the file.
     """
 
     config: CvtConfig
     weights: dict[str, Tensor]
     unexpected: list[str]
-    rename: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    dialect: Dialect
+
+    def names(self, weights: Iterable[str]) -> list[str]:
+        """The names of weights as the file has them."""
+        return [self.dialect.their_name(name) or name for name in weights]
 
     @property
     def is_headless(self) -> bool:
@@ -49,37 +52,42 @@ def read_file(
     *,
     config: CvtConfig | str | Path | None = None,
     hidden_act: str | None = None,
+    key: str | None = None,
 ) -> ModelFile:
-    """Read a file of weights under the authors' or transformers' names.
+    """Read a file of weights of any dialect, which is logged.
 
     Args:
         path: the file; see `read_weights`.
         config: what does not follow from the tensors, or the config.json that has it; by default
             that of the published variant they fit.
-        hidden_act: the activation, if not the config's. Without one there, the authors' weights
-            are of QuickGELU; those under transformers' names may be of either.
+        hidden_act: the activation, if not the config's. Without one there it is that of the
+            dialect, QuickGELU of the authors; under the names of transformers and lucid-dl weights
+            may be of either.
+        key: as in `read_weights`.
 
     Raises:
         CheckpointError: the file cannot be read, is no published variant and comes without config,
             or does not record its activation.
     """
-    found = read_weights(path)
-    by_authors = not any(name.startswith(("cvt.", "encoder.")) for name in found)
-    weights, unexpected = (rename_known if by_authors else known_to_transformers)(found)
+    found = read_weights(path, key)
+    dialect = dialect_of(found) or DIALECTS["authors"]
+    weights, unexpected = dialect.read(found)
+    weights = {name: weight.contiguous() for name, weight in weights.items()}
+    announce(dialect, path)
     if isinstance(config, str | Path):
         fields = CvtConfig._dict_from_json_file(config)
-        if by_authors and "hidden_act" not in fields:
-            hidden_act = hidden_act or "quick_gelu"
+        if "hidden_act" not in fields:
+            hidden_act = hidden_act or dialect.hidden_act
         known = {"hidden_act": hidden_act} if hidden_act else {}
         config = CvtConfig.from_dict(with_activation(fields, hidden_act), **known)
     elif config is not None:
         config = copy.deepcopy(config)
-    elif not by_authors and hidden_act is None:
+    elif not (dialect.hidden_act or hidden_act):
         raise CheckpointError(
-            f"{path} has transformers' names and does not record its activation: name the folder "
-            f"with its config.json instead, or run `cvt convert {path} FOLDER --hidden-act gelu`, "
-            "if it was trained in transformers, which always computes GELU, else with quick_gelu, "
-            "and use FOLDER"
+            f"{path} has the names of {dialect.title} and does not record its activation: name the "
+            f"folder with its config.json instead, or run `cvt convert {path} FOLDER --hidden-act "
+            "gelu`, if it was trained in transformers or lucid-dl, which always compute GELU, else "
+            "with quick_gelu, and use FOLDER"
         )
     else:
         try:
@@ -87,13 +95,25 @@ def read_file(
         except ValueError as error:
             unknown = f"; unexpected {', '.join(unexpected)}" if unexpected else ""
             raise CheckpointError(f"{path}: {error}{unknown}") from error
-    if by_authors:
-        refuse_positions(config, path)
+        config.hidden_act = dialect.hidden_act or config.hidden_act
+    refuse_positions(config, dialect, path)
     config.hidden_act = hidden_act or config.hidden_act
+    name_imagenet(config)
+    return ModelFile(config, weights, unexpected, dialect)
+
+
+def name_imagenet(config: CvtConfig) -> None:
+    """Give 1000 classes without names the names of ImageNet's."""
     imagenet = list(imagenet_classes().values())
     if len(config.class_names) == len(imagenet) and config.class_names[0] == "LABEL_0":
         config.class_names = imagenet
-    return ModelFile(config, weights, unexpected, transformers_to_authors if by_authors else dict)
+
+
+def announce(dialect: Dialect, path: str | Path) -> None:
+    """Log which dialect a file has: as a warning where it is of other software."""
+    level = logging.INFO if dialect.name in ("authors", "transformers") else logging.WARNING
+    note = f"; {dialect.note}" if dialect.note else ""
+    logger.log(level, f"{path} has the names of {dialect.title}{note}")
 
 
 def load_authors(
@@ -102,16 +122,18 @@ def load_authors(
     config: CvtConfig | str | Path | None = None,
     num_labels: int | None = None,
     hidden_act: str | None = None,
+    key: str | None = None,
     allow_nonfinite: bool = False,
 ) -> CvtForImageClassification:
     """A classifier from a file of weights; 1000 classes get the names of ImageNet's.
 
     Args:
-        path: an authors' .pth file, or one under transformers' names.
+        path: an authors' .pth file, or one of another dialect; see `read_weights`.
         config: as in `read_file`.
         num_labels: create a new, random classifier for so many classes if the file's has others, or
             if it has none.
         hidden_act: as in `read_file`.
+        key: as in `read_weights`.
         allow_nonfinite: accept NaN and infinite weights.
 
     Raises:
@@ -126,7 +148,7 @@ def load_authors(
         >>> load_authors("digits.pth", config=config).config.num_labels
         10
     """
-    file = read_file(path, config=config, hidden_act=hidden_act)
+    file = read_file(path, config=config, hidden_act=hidden_act, key=key)
     if file.is_headless and num_labels is None and (config is None or file.config.num_labels):
         raise headless(path)
     config, weights = file.config, dict(file.weights)
@@ -159,31 +181,29 @@ def _check(
     allow_nonfinite: bool,
 ) -> None:
     """Raise a CheckpointError that lists every weight of a file that is not as expected."""
-    mismatched = {
+    shapes = {
         name: (weights[name].shape, tensor.shape)
         for name, tensor in expected.items()
         if name in weights and weights[name].shape != tensor.shape
     }
     faults = list_faults(
-        missing=file.rename({name: None for name in expected if name not in weights}),
-        unexpected=[
-            *file.unexpected,
-            *file.rename({name: None for name in weights if name not in expected}),
-        ],
-        mismatched=file.rename(mismatched),
+        missing=file.names(name for name in expected if name not in weights),
+        unexpected=[*file.unexpected, *file.names(n for n in weights if n not in expected)],
+        mismatched=dict(zip(file.names(shapes), shapes.values(), strict=True)),
     )
     if not allow_nonfinite:
-        names = file.rename(dict.fromkeys(nonfinite(file.weights)))
+        names = file.names(nonfinite(file.weights))
         faults += "".join(f"\n  {name} has NaN or infinity" for name in names)
     if faults:
         raise CheckpointError(f"the weights in {path} do not fit:{faults}")
 
 
-def refuse_positions(config: CvtConfig, path: str | Path) -> None:
-    """Raise a CheckpointError where an authors' file has no place for what a config describes."""
-    if stages := [i + 1 for i, kind in enumerate(config.position_embedding) if kind != "none"]:
+def refuse_positions(config: CvtConfig, dialect: Dialect, path: str | Path) -> None:
+    """Raise a CheckpointError where a dialect has no place for what a config describes."""
+    stages = [i + 1 for i, kind in enumerate(config.position_embedding) if kind != "none"]
+    if stages and POSITIONS not in dialect.modules:
         raise CheckpointError(
-            f"{path}: an authors' file has no place for the position embedding that the "
+            f"{path}: a file of {dialect.title} has no place for the position embedding that the "
             f"configuration describes in stage {', '.join(map(str, stages))}"
         )
 

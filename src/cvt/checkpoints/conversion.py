@@ -1,25 +1,31 @@
-"""From an authors' file to a model folder and back."""
+"""From a checkpoint of any dialect to a model folder and back."""
 
 import logging
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 
+from cvt.checkpoints import pdparams
 from cvt.checkpoints.authors import nonfinite, refuse_positions
 from cvt.checkpoints.errors import CheckpointError
 from cvt.checkpoints.loading import image_size_of, load_classifier, load_processor
-from cvt.checkpoints.names import authors_to_transformers, transformers_to_authors
+from cvt.checkpoints.names import DIALECTS, Dialect, dialect_of
 from cvt.checkpoints.reading import read_weights
 from cvt.checkpoints.source import model_source
 from cvt.data.class_names import read_labels
 from cvt.files import staged, write_checksums
 from cvt.modeling import CvtForImageClassification
+from cvt.strict_loading import COUNTER
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-6
+WRITTEN = ("transformers", *(name for name, dialect in DIALECTS.items() if dialect.suffixes))
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ def convert(
     num_labels: int | None = None,
     config: str | Path | None = None,
     hidden_act: str | None = None,
+    key: str | None = None,
     allow_nonfinite: bool = False,
     verify: bool = True,
     force: bool = False,
@@ -62,9 +69,11 @@ def convert(
     """Convert a checkpoint, and check the result by reading it back and comparing outputs.
 
     Args:
-        source: an authors' .pth file, a model folder, or the name of a published checkpoint.
-        dest: the model folder to write, or the .pth file if `to` is "authors".
-        to: "transformers" (a model folder, ours and transformers') or "authors".
+        source: a file of weights of any dialect, a model folder, or the name of a published
+            checkpoint.
+        dest: the model folder to write, or the file if `to` is not "transformers".
+        to: "transformers" (a model folder, ours and transformers'), or the dialect of a file, one
+            of `WRITTEN`.
         image_size: resolution of the preprocessing in pixels; else the source's, else that of
             the published file of this name, else 224.
         labels: a file of class names, see `cvt.data.class_names.read_labels`; else the source's.
@@ -72,6 +81,7 @@ def convert(
         config: a config.json for weights of no published variant, or without `dw_bn` projections.
         hidden_act: the activation, where the source's own is wrong, as in a folder downloaded from
             the hub, which does not record its QuickGELU.
+        key: the entry of a checkpoint, or the model in it; see `read_weights`.
         allow_nonfinite: accept NaN and infinite weights.
         verify: compare the source with its `checksums.json`, where it has one.
         force: overwrite files in `dest`.
@@ -91,13 +101,16 @@ def convert(
         >>> done.largest_difference
         0.0
     """
-    if to not in ("transformers", "authors"):
-        raise ValueError(f"to = {to!r}: must be transformers or authors")
+    if to not in WRITTEN:
+        raise ValueError(f"to = {to!r}: must be one of {', '.join(WRITTEN)}")
+    dialect = DIALECTS[to]
+    if to != "transformers" and not str(dest).endswith(dialect.suffixes):
+        raise ValueError(f"{dest}: {to} is written to a file {' or '.join(dialect.suffixes)}")
     with staged(dest, overwrite=force) as written:  # refuses an existing `dest` before the work
         changes: dict[str, Any] = {"num_labels": num_labels, "hidden_act": hidden_act}
         named = model_source(source)
         model = load_classifier(
-            named, config=config, allow_nonfinite=allow_nonfinite, verify=verify, **changes
+            named, config=config, key=key, allow_nonfinite=allow_nonfinite, verify=verify, **changes
         ).eval()
         if bad := [] if allow_nonfinite else nonfinite(model.state_dict()):
             raise CheckpointError(f"{source} has NaN or infinity in {', '.join(bad)}")
@@ -108,8 +121,8 @@ def convert(
             image_size = image_size_of(processor)
             again = _write_folder(model, processor, written)
         else:
-            refuse_positions(model.config, dest)
-            again = _write_authors(model, written)
+            refuse_positions(model.config, dialect, dest)
+            again = _write_file(model, dialect, written)
         difference = largest_difference(model, again)
         if not difference <= TOLERANCE and not allow_nonfinite:
             raise CheckpointError(
@@ -128,20 +141,40 @@ def _write_folder(
     return CvtForImageClassification.from_pretrained(folder).eval()
 
 
-def _write_authors(model: CvtForImageClassification, path: Path) -> CvtForImageClassification:
-    """Write a file under the authors' names; returns the model that is read back."""
+def _write_file(
+    model: CvtForImageClassification, dialect: Dialect, path: Path
+) -> CvtForImageClassification:
+    """Write a file of a dialect; returns the model that is read back."""
     activation, epsilon = model.config.hidden_act, model.config.layer_norm_eps
-    if (activation, epsilon) != ("quick_gelu", 1e-5):
+    usual = dialect.hidden_act or "gelu"
+    if (activation, epsilon) != (usual, 1e-5):
         logger.warning(
-            f"an authors' file does not record that this model has {activation} and an "
-            f"epsilon of {epsilon}; their code computes quick_gelu and 1e-05"
+            f"a file of {dialect.title} does not record that this model has {activation} and an "
+            f"epsilon of {epsilon}; their code computes {usual} and 1e-05"
         )
-    with open(path, "wb") as file:  # given a path on a full disk, PyTorch aborts
-        torch.save(transformers_to_authors(model.state_dict()), file)
+    weights = {n: w.contiguous() for n, w in dialect.written(model.state_dict()).items()}
+    if path.suffix == ".safetensors":
+        save_file(weights, path, metadata={"format": "tf" if dialect.root else "pt"})
+    else:
+        with open(path, "wb") as file:  # given a path on a full disk, PyTorch aborts
+            if path.suffix == pdparams.SUFFIX:
+                pickle.dump({n: _array(w) for n, w in weights.items()}, file, protocol=4)
+            else:
+                torch.save(weights, file)
+    found = read_weights(path)
+    assert dialect_of(found) is dialect
+    counters = {n: w for n, w in model.state_dict().items() if n.endswith(COUNTER)}
     again: Any = CvtForImageClassification(model.config)
     again.to(model.dtype).eval()
-    again.load_state_dict(authors_to_transformers(read_weights(path)))
+    again.load_state_dict(counters | dialect.read(found)[0])
     return again
+
+
+def _array(weight: torch.Tensor) -> np.ndarray:
+    """A weight as PaddlePaddle keeps it: bfloat16 in integers of 16 bits."""
+    if weight.dtype == torch.bfloat16:
+        return weight.view(torch.int16).numpy().view(np.uint16)
+    return weight.numpy()
 
 
 @torch.no_grad()

@@ -28,19 +28,21 @@ def load_classifier(
     config: str | Path | None = None,
     num_labels: int | None = None,
     hidden_act: str | None = None,
+    key: str | None = None,
     allow_nonfinite: bool = False,
     verify: bool = True,
 ) -> CvtForImageClassification:
     """A trained classifier.
 
     Args:
-        source: an authors' .pth file, a model folder, a folder with an adapter of PEFT, the name
-            of a published checkpoint, or USER/NAME or USER/NAME@REVISION of the hub; or what
-            `model_source` returned for it.
-        config: a config.json for an authors' file that is no published variant.
+        source: a file of weights (see `read_weights`), a model folder, a folder with an adapter of
+            PEFT, the name of a published checkpoint, or USER/NAME or USER/NAME@REVISION of the hub;
+            or what `model_source` returned for it.
+        config: a config.json for a file that is no published variant.
         num_labels: create a new, random classifier for so many classes if the source's has others.
         hidden_act: the activation, if not the source's own.
-        allow_nonfinite: accept NaN and infinite weights in an authors' file.
+        key: the entry of a file, or the model in it; see `read_weights`.
+        allow_nonfinite: accept NaN and infinite weights in a file.
         verify: compare a folder with its `checksums.json`, where it has one.
 
     Raises:
@@ -62,10 +64,13 @@ def load_classifier(
             config=config,
             num_labels=num_labels,
             hidden_act=hidden_act,
+            key=key,
             allow_nonfinite=allow_nonfinite,
         )
     if config is not None:
-        raise ValueError(f"a config is for authors' files; {source.name} brings its own")
+        raise ValueError(f"a config is for files of weights; {source.name} brings its own")
+    if key is not None:
+        raise ValueError(f"key = {key!r}: is for files of weights; {source.name} has one model")
     if source.kind == "variant":  # it has no weights
         raise unknown_model(source.name)
     if source.kind == "adapter":

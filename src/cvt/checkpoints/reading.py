@@ -16,8 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cvt.checkpoints import h5, pdparams
 from cvt.checkpoints.errors import CheckpointError
-from cvt.checkpoints.names import prefixes, without_wrappers
+from cvt.checkpoints.names import (
+    classifier_beside,
+    dialect_of,
+    other_network,
+    prefixes,
+    without_wrappers,
+)
 from cvt.files import pointer_fault
 
 logger = logging.getLogger(__name__)
@@ -46,14 +53,21 @@ PLAIN_GLOBALS: list[Any] = [
 ]
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a .safetensors file or a PyTorch checkpoint, under the names of the model.
+def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
+    """The weights in a file, under the names of the model, as the software lays them out.
 
     A checkpoint of a training run is unwrapped, `{"epoch", "state_dict", ...}` of the authors and
     all of `WRAPPERS`; where it has averaged weights, those are read. In front of the names,
     `module.` of distributed training, `model.` of Lightning and the like are removed, and what
-    torch.compile adds. Numbers and texts beside the weights are skipped; tensors are not, unless
-    a warning names them.
+    torch.compile adds. Of a detector or a segmenter its backbone is read; a classifier that stands
+    beside the backbone belongs to it. Numbers and texts beside the weights are skipped; tensors are
+    not, unless a warning names them.
+
+    Args:
+        path: a PyTorch checkpoint, a .safetensors file, an .h5 file of Keras 2 or a .pdparams file
+            of PaddlePaddle.
+        key: the entry of the checkpoint that has the weights, as `state_dict` where there is
+            `state_dict_ema` too, or what the names of one of several models begin with.
 
     Raises:
         CheckpointError: the file is empty, truncated, a pointer of git-lfs, asks for code to be
@@ -69,7 +83,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         torch.Size([128])
     """
     path = Path(path)
-    content = unwrapped(load_content(path), path)
+    content = load_content(path)
+    entry = key if isinstance(content, dict) and isinstance(content.get(key), dict) else None
+    content = unwrapped(content, path, entry)
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path} holds no weights, but {describe(content)}")
     if any(isinstance(value, Tensor) for value in content.values()):
@@ -80,7 +96,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     named = {without_wrappers(str(name)): weight for name, weight in content.items()}
     if len(named) < len(content):
         raise CheckpointError(f"{path} holds weights twice: compiled, under _orig_mod., and not")
-    return without_prefix(named, path)
+    if path.suffix in h5.SUFFIXES:  # whose names are paths, which begin with anything
+        return named
+    return without_prefix(named, path, None if entry else key)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -96,7 +114,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_content(path: Path) -> Any:
-    """What is in a .safetensors file or a PyTorch checkpoint.
+    """What is in a file of weights, of the kinds that `read_weights` takes.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -105,15 +123,33 @@ def load_content(path: Path) -> Any:
         raise CheckpointError(f"{path} is empty")
     if fault := pointer_fault(path):
         raise CheckpointError(fault)
-    return load_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path)
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)
+    if path.suffix == pdparams.SUFFIX:
+        return as_tensors(pdparams.read_pdparams(path))
+    return as_tensors(h5.read_h5(path)) if path.suffix in h5.SUFFIXES else load_pickle(path)
 
 
-def unwrapped(content: Any, path: Path) -> Any:
+def as_tensors(content: Any) -> Any:
+    """Content with tensors in place of arrays."""
+    if isinstance(content, dict):
+        return {key: as_tensors(value) for key, value in content.items()}
+    return torch.from_numpy(content.copy()) if isinstance(content, np.ndarray) else content
+
+
+def unwrapped(content: Any, path: Path, key: str | None = None) -> Any:
     """What a checkpoint of a training run holds of the model; anything else as it is.
+
+    Args:
+        content: of the checkpoint.
+        path: of the file, for messages.
+        key: the entry that is asked for.
 
     Raises:
         CheckpointError: it holds several, none of which is the average of the others.
     """
+    if key is not None:
+        content = content[key]
     while isinstance(content, dict):
         inner = [key for key in WRAPPERS if isinstance(content.get(key), dict) and content[key]]
         if not inner:
@@ -121,14 +157,15 @@ def unwrapped(content: Any, path: Path) -> Any:
         chosen = [key for key in inner if key in AVERAGED] or inner
         if len(chosen) > 1:
             raise CheckpointError(
-                f"{path} holds weights in each of {', '.join(map(repr, chosen))}: save one of them "
-                "to a file of its own, with torch.save"
+                f"{path} holds weights in each of {', '.join(map(repr, chosen))}: ask for one of "
+                "them by key (`cvt convert --key`)"
             )
         beside = [key for key, v in content.items() if key not in chosen and is_weights(v)]
         if beside:
             logger.warning(
                 f"{path}: the weights are those in {chosen[0]!r}; not read: "
                 + ", ".join(map(repr, beside))
+                + " (`cvt convert --key` chooses)"
             )
         content = content[chosen[0]]
     return content
@@ -145,35 +182,51 @@ def is_weights(value: Any) -> bool:
     )
 
 
-def without_prefix(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def without_prefix(
+    weights: dict[str, Tensor], path: Path, key: str | None = None
+) -> dict[str, Tensor]:
     """The weights of the model among those of what holds it, under its own names of them.
 
+    Args:
+        weights: all of them.
+        path: of the file, for messages.
+        key: what the names of the model begin with, if there are several.
+
     Raises:
-        CheckpointError: there are several models, or one without a classifier and weights beside.
+        CheckpointError: there are several models, or none that begins with `key`.
     """
     found = prefixes(weights)
-    if len(found) > 1:
+    chosen = found if key is None else [p for p in found if p.rstrip(".") == key.rstrip(".")]
+    if len(chosen) > 1 or (key is not None and not chosen):
         raise CheckpointError(
             f"{path} holds {len(found)} models, whose names begin with "
-            f"{', '.join(map(repr, found))}: save the state dict of one of them, with torch.save"
+            f"{', '.join(map(repr, found))}: ask for one of them by key (`cvt convert --key`)"
+            if key is None
+            else f"{path} holds no {key!r}, neither an entry nor what the names of a model begin "
+            f"with: {', '.join(map(repr, found)) or 'nothing'}"
         )
-    prefix = found[0] if found else "module."
+    if why := other_network(weights):
+        raise CheckpointError(f"{path} holds no CvT of the paper: {why}")
+    prefix = chosen[0] if chosen else "module."
     named = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
     beside = [name for name in weights if not name.startswith(prefix)]
-    if not found:  # no CvT: the caller, who compares the names, raises the error
+    if not chosen:  # no CvT: the caller, who compares the names, raises the error
         return named | {name: weights[name] for name in beside}
-    if not beside:
-        return named
-    names = ", ".join(beside[:5]) + (f" and {len(beside) - 5} more" if len(beside) > 5 else "")
-    if not {"head.weight", "classifier.weight"} & named.keys():
-        raise CheckpointError(
-            f"{path} holds a CvT without a classifier, whose names begin with {prefix!r}, and "
-            f"beside it {names}: save the state dict of the CvT alone, with torch.save, and give "
-            "num_labels for a new classifier"
+    dialect = dialect_of(named)
+    assert dialect
+    has_classifier = any((dialect.our_name(name) or "").startswith("classifier.") for name in named)
+    head = None if has_classifier else classifier_beside(weights, prefix)
+    if head is not None:
+        for tensor in ("weight", "bias"):
+            named[f"{dialect.modules['classifier']}.{tensor}"] = weights[f"{head}.{tensor}"]
+            beside.remove(f"{head}.{tensor}")
+    if beside or (head and not head.endswith(dialect.modules["classifier"])):
+        names = ", ".join(beside[:5]) + (f" and {len(beside) - 5} more" if len(beside) > 5 else "")
+        begin = f"{prefix!r} and {head!r}" if head else repr(prefix)
+        logger.warning(
+            f"{path}: the weights are those whose names begin with {begin}"
+            + (f"; not read: {names}" if beside else "")
         )
-    logger.warning(
-        f"{path}: the weights are those whose names begin with {prefix!r}; not read: {names}"
-    )
     return named
 
 

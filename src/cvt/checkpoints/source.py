@@ -9,10 +9,10 @@ from typing import Literal
 from cvt import hub
 from cvt.architecture import VARIANTS
 from cvt.checkpoints.errors import CheckpointError
-from cvt.files import ADAPTER, check_path, sha256, weight_files
+from cvt.files import ADAPTER, TENSORFLOW, check_path, sha256, weight_files
 from cvt.hub import PUBLISHED
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", ADAPTER)
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", TENSORFLOW, ADAPTER)
 # What a repository of the hub holds of a model, an adapter or an export; all else in it is left.
 MODEL_FILES = (
     "README.md", "config.json", "preprocessor_config.json", "processor_config.json",
@@ -78,7 +78,7 @@ class ModelSource:
         """
         files = [self.path] if self.kind == "file" else []
         if self.path.is_dir():
-            patterns = (*MODEL_FILES, *PICKLED)
+            patterns = (*MODEL_FILES, *PICKLED, TENSORFLOW)
             files = [file for pattern in patterns for file in self.path.glob(pattern)]
             files += self.path.glob("model/variables/*")
         sums = sorted(
@@ -123,7 +123,10 @@ def model_source(name: str | Path | ModelSource) -> ModelSource:
     if found:
         folder = hub.snapshot(text, MODEL_FILES)
         if not any([*folder.glob("*.safetensors"), *folder.glob("export.json")]):
-            hub.snapshot(f"{found.hub_id}@{folder.name}", PICKLED)  # as older models have only
+            # As older models have only, and those of TensorFlow.
+            for patterns in (PICKLED, (TENSORFLOW,)):
+                if not weight_files(folder):
+                    hub.snapshot(f"{found.hub_id}@{folder.name}", patterns)
         return ModelSource(text, folder_kind(folder), folder, found.hub_id, folder.name)
     if text in VARIANTS:
         return ModelSource(text, "variant", path, variant=text)

@@ -6,13 +6,17 @@ import click
 
 from cvt.cli.options import FILE, argument, command, force_option, no_verify_option
 
+DIALECTS = (
+    "transformers", "authors", "transformers-tf", "timm", "lucid", "vformer", "paddlevit", "passl",
+)  # fmt: skip
+
 
 @command
 @argument("source", help="MODEL to convert.")
-@argument("dest", type=FILE, help="Model folder to write, or .pth file.")
+@argument("dest", type=FILE, help="Model folder to write, or file of another dialect.")
 @click.option(
     "--to",
-    type=click.Choice(("transformers", "authors")),
+    type=click.Choice(DIALECTS),
     default="transformers",
     help="Names and layout to write.",
 )
@@ -27,7 +31,8 @@ from cvt.cli.options import FILE, argument, command, force_option, no_verify_opt
     type=click.IntRange(min=1),
     help="Create a new classifier of this many classes.",
 )
-@click.option("--config", type=FILE, help="config.json of an authors' file that is no variant.")
+@click.option("--config", type=FILE, help="config.json of a file that is no variant.")
+@click.option("--key", help="Entry of a checkpoint, or beginning of names, to read.")
 @click.option(
     "--hidden-act",
     type=click.Choice(("gelu", "quick_gelu")),
@@ -48,6 +53,7 @@ def convert(
     labels: Path | None,
     num_labels: int | None,
     config: Path | None,
+    key: str | None,
     hidden_act: str | None,
     allow_nonfinite: bool,
     no_verify: bool,
@@ -66,6 +72,7 @@ def convert(
         labels=labels,
         num_labels=num_labels,
         config=config,
+        key=key,
         hidden_act=hidden_act,
         allow_nonfinite=allow_nonfinite,
         verify=not no_verify,

@@ -170,14 +170,17 @@ def _model(
             f"{source}: is neither a model folder nor a published checkpoint; "
             f"those are {', '.join(PUBLISHED)}"
         )
-    config = None
+    config, size = None, None
     path = Path(source, "config.json")
     if path.is_file():
         fields = read_json(path)
         if isinstance(fields, dict) and fields.get("model_type") == MODEL_TYPE:
             config = ClassifierConfig.from_file(path, hidden_act="gelu")  # which matters not here
+            size = _size_in_lucid(fields)
     if read_settings(source) is not None:
         return config, None
+    if size is not None:
+        return config, size
     logger.warning(
         "%s has no %s: CvT's own preprocessing is assumed, at %d pixels unless image_size is given",
         source,
@@ -185,3 +188,14 @@ def _model(
         IMAGE_SIZE,
     )
     return config, IMAGE_SIZE
+
+
+def _size_in_lucid(fields: Mapping[str, Any]) -> int | None:
+    """The image size, in pixels, in a config.json of lucid-dl's hub; None if it has none.
+
+    The rest of its preprocessing is that of the published models, which it is a port of.
+    """
+    preset = fields.get("preprocessing")
+    kwargs = preset.get("init_kwargs") if isinstance(preset, dict) else None
+    size = kwargs.get("crop_size") if isinstance(kwargs, dict) else None
+    return size if isinstance(size, int) and size > 0 else None

@@ -216,8 +216,9 @@ class TFCvtPreTrainedModel(keras.Model):
         """Load a trained model strictly: every weight must fit.
 
         Args:
-            source: a model folder (of this package, of transformers 5 or, with a tf_model.h5, of
-                transformers 4), an authors' .pth file, a published name or a hub id.
+            source: a model folder (of this package, of transformers 5, of transformers 4 in
+                TensorFlow, of lucid-dl), a file of weights of any dialect, a published name or a
+                hub id.
             data_format: as in the class.
             dtype: as in the class.
             kwargs: `config`, a CvtConfig or its dict that replaces the source's; fields of the

@@ -20,7 +20,8 @@ from transformers.utils import cached_file
 
 from cvt import hub
 from cvt.architecture import check_file_size
-from cvt.checkpoints.names import keras_to_transformers
+from cvt.checkpoints import h5
+from cvt.checkpoints.names import DIALECTS, dialect_of, keras_to_transformers
 from cvt.configuration import CvtConfig
 from cvt.files import pointer_fault, staged
 from cvt.keras.layers import as_config
@@ -67,7 +68,7 @@ def load(
     if given_config is not None:
         given_config = CvtConfig.from_dict(as_config(given_config).to_dict(), **kwargs)
     if os.path.isfile(source):
-        config, found = read_authors(Path(source), kwargs)
+        config, found = read_authors(Path(source), kwargs, given_config)
     else:
         if verify:
             verify_folder(source)
@@ -191,13 +192,14 @@ def read(path: Path) -> Weights:
     """Read the weights in a .safetensors, .h5 or .bin file of a model with or without a classifier.
 
     Raises:
-        ValueError: the file is damaged, is a git-lfs pointer, or holds a weight that no CvT has.
+        ValueError: the file is damaged, is a git-lfs pointer, or is an .h5 file with a weight that
+            no CvT has.
     """
     if fault := pointer_fault(path):
         raise ValueError(fault)
-    if path.suffix == ".h5":
-        return read_h5(path)
-    if path.suffix == ".bin":
+    if path.suffix in h5.SUFFIXES:
+        found = h5.read_h5(path)
+    elif path.suffix == ".bin":
         from cvt.checkpoints.reading import read_weights
 
         found = {name: weight.float().numpy() for name, weight in read_weights(path).items()}
@@ -214,44 +216,22 @@ def read(path: Path) -> Weights:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
         except KeyError as error:
             raise ValueError(f"{path} holds weights of type {error}, which no CvT has") from error
-    return {f"cvt.{name}" if name.startswith("encoder.") else name: w for name, w in found.items()}
-
-
-def read_h5(path: Path) -> Weights:
-    """Read the weights in a tf_model.h5 of transformers 4.
-
-    Raises:
-        ValueError: the file is damaged, or holds a weight that no CvT has.
-    """
-    import h5py
-
-    found: Weights = {}
-    unknown: list[str] = []
-
-    def visit(path: str, entry: Any) -> None:
-        if isinstance(entry, h5py.Dataset):
-            name = keras_to_transformers(path)
-            if name is None:
-                unknown.append(path)
-            else:
-                found[name] = to_torch(entry[()])
-
-    try:
-        with h5py.File(path) as file:
-            file.visititems(visit)
-    except OSError as error:
-        raise ValueError(f"{path} is not a whole h5 file: {error}") from error
-    if unknown:
+    dialect = dialect_of(found) or DIALECTS["transformers"]
+    weights, unknown = dialect.read(found)
+    if unknown and path.suffix in h5.SUFFIXES:
         raise ValueError(f"{path} holds what is no weight of a CvT: {', '.join(unknown)}")
-    return found
+    return weights | {name: found[name] for name in unknown}
 
 
-def read_authors(path: Path, fields: dict[str, Any]) -> tuple[CvtConfig, Weights]:
-    """Read the config and the weights of an authors' .pth file; this requires PyTorch.
+def read_authors(
+    path: Path, fields: dict[str, Any], config: CvtConfig | None = None
+) -> tuple[CvtConfig, Weights]:
+    """Read the config and the weights of a file of any dialect; this requires PyTorch.
 
     Args:
         path: the file.
         fields: the fields of the config to override.
+        config: of the model, if the file is of no published variant.
 
     Raises:
         CheckpointError: the file cannot be read, or contains NaN or infinity.
@@ -259,7 +239,7 @@ def read_authors(path: Path, fields: dict[str, Any]) -> tuple[CvtConfig, Weights
     from cvt.checkpoints.authors import nonfinite, read_file
     from cvt.checkpoints.errors import CheckpointError
 
-    file = read_file(path, hidden_act=fields.get("hidden_act"))
+    file = read_file(path, config=config, hidden_act=fields.get("hidden_act"))
     if bad := nonfinite(file.weights):
         raise CheckpointError(f"{path} has NaN or infinity in {', '.join(bad)}")
     config = CvtConfig.from_dict(file.config.to_dict(), **fields)
