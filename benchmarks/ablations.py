@@ -20,9 +20,9 @@ on the same folds: mean, standard error, and the 95 % interval of Student's t, b
 column judges whether the claim of the paper is seen. `top1_curve` in the file has the accuracy
 after each fifth of a training.
 
-The csv files get a row for each training as it ends; the same command resumes after the last.
-Prints a table for each data set and writes `results/ablations-<data>-<processor>-torch<version>-
-<date>.csv`; `--figure` draws both as a PNG.
+The csv files get a row for each training as it ends; the same command resumes after the last,
+with `--data NAME --resume FILE` on another day. Prints a table for each data set and writes
+`results/ablations-<data>-<processor>-torch<version>-<date>.csv`; `--figure` draws both as a PNG.
 """
 
 import argparse
@@ -249,7 +249,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--data", type=some_of(DATA), default=list(DATA), help="clipart,digits")
     parser.add_argument("--figure", type=Path, help="PNG file to draw")
-    return options_of(parser, arguments)
+    options = options_of(parser, arguments)
+    if options.resume and len(options.data) > 1:
+        parser.error("--resume continues the file of one --data")
+    return options
 
 
 def run(options: argparse.Namespace) -> None:
@@ -258,14 +261,14 @@ def run(options: argparse.Namespace) -> None:
     found: dict[str, Rows] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for data in options.data:
-            path = file_of(f"ablations-{data}", options)
+            recipe = shortened(load_recipe(DATA[data].recipe), options.epochs)
+            path = file_of(f"ablations-{data}", options, recipe)
             work = Path(temporary) / data
             if data == "digits":
                 pictures = digits()
                 (pictures.some(QUICK_IMAGES) if options.quick else pictures).save(work)
             else:
                 work = folder_of_clip_art(options, work)
-            recipe = shortened(load_recipe(DATA[data].recipe), options.epochs)
             measure = partial(row_of, work=work, recipe=recipe)
             found[data] = compared(NAMES, DATA[data].rates, measure, path, options)
             show(summaries(found[data]))

@@ -16,8 +16,9 @@ every model's learning rate is chosen. The others are the test sets of five trai
 other folds. The accuracy is that of the last epoch. Differences are between trainings on the same
 folds; their standard error is over the five.
 
-The csv file gets a row for each training as it ends; the same command resumes after the last.
-Prints a table; the file is `results/clipart-<processor>-torch<version>-<date>.csv`.
+The csv file gets a row for each training as it ends; the same command resumes after the last,
+with `--resume FILE` on another day. Prints a table; the file is
+`results/clipart-<processor>-torch<version>-<date>.csv`.
 """
 
 import argparse
@@ -169,8 +170,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Measures, prints, writes."""
     name = "clipart-search" if options.search else "clipart"
-    path = file_of(name, options)
     recipe = shortened(load_recipe(RECIPE), options.epochs)
+    path = file_of(name, options, recipe)
     with tempfile.TemporaryDirectory() as temporary:
         work = folder_of_clip_art(options, Path(temporary))
         (search if options.search else compare)(options, work, recipe, path)

@@ -16,7 +16,7 @@ folds, and evaluated without further training on the pictures of the fold that e
 
 Each row has the accuracy and `unchanged`, the share of pictures that keep the class that the model
 gives them as they are. The csv file gets the rows of a training as it ends; the same command
-resumes after the last. Prints a table and writes
+resumes after the last, with `--resume FILE` on another day. Prints a table and writes
 `results/invariance-<processor>-torch<version>-<date>.csv`; `--figure` draws the curves as a PNG.
 """
 
@@ -217,8 +217,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Measures, prints, writes."""
-    path = file_of("invariance", options)
     recipe = shortened(load_recipe(RECIPE), options.epochs)
+    path = file_of("invariance", options, recipe)
     with tempfile.TemporaryDirectory() as temporary:
         work = folder_of_clip_art(options, Path(temporary))
         choose = partial(choice_of, work=work, recipe=recipe)

@@ -407,6 +407,7 @@ def parser_of(about: str) -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=count, help="if not the recipe's")
     parser.add_argument("--processes", type=count, default=2, help="trainings at a time")
     parser.add_argument("--prepared", type=Path, help="folder that keeps the cleaned pictures")
+    parser.add_argument("--resume", type=Path, help="csv file of another day to continue")
     parser.add_argument(
         "--quick", action="store_true", help="an epoch of two folds of few pictures"
     )
@@ -416,17 +417,21 @@ def parser_of(about: str) -> argparse.ArgumentParser:
 def options_of(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     """The options that are given."""
     options = parser.parse_args(arguments)
+    if options.resume and (options.overwrite or not options.resume.is_file()):
+        parser.error(f"--resume {options.resume}: must be a file, without --overwrite")
     if options.quick:
         options.epochs, options.folds = 1, [1, 2]
     return options
 
 
-def file_of(question: str, options: argparse.Namespace) -> Path:
-    """The csv file of a question; one of today is resumed, not replaced."""
+def file_of(question: str, options: argparse.Namespace, recipe: Recipe) -> Path:
+    """The csv file of a question; the given one or one of today is resumed, not replaced."""
     question += options.quick * "-quick"
-    path = result_file(options.results, question, "cpu", overwrite=True)
+    path = options.resume or result_file(options.results, question, "cpu", overwrite=True)
     if options.overwrite:
         path.unlink(missing_ok=True)
+    if others := {row["epochs"] for row in rows_of(path)} - {str(recipe.epochs)}:
+        sys.exit(f"{path} has trainings of {', '.join(others)} epochs, not of {recipe.epochs}")
     return path
 
 

@@ -1,6 +1,7 @@
 """The benchmarks run and write their results; what they measure is read, not tested."""
 
 import csv
+import dataclasses
 import importlib
 import itertools
 import re
@@ -267,9 +268,14 @@ def test_the_models_for_clip_art_are_compared_with_cvt_on_the_same_folds(
     assert all(len(row["top1_curve"].split()) == 5 for row in rows)
     assert all(row["top1_curve"].endswith(row["top1"]) for row in rows)
     monkeypatch.setattr(clipart, "train", None)  # what the file has is not trained again
-    clipart.run(clipart.parse(arguments))
+    path = path.rename(tmp_path / "yesterday.csv")
+    options = clipart.parse([*arguments, f"--resume={path}"])
+    clipart.run(options)
     again = capsys.readouterr().out
-    assert again.splitlines()[-3:] == printed.splitlines()[-3:]
+    assert again.splitlines()[-3:-1] == printed.splitlines()[-3:-1]
+    longer = dataclasses.replace(clipart.load_recipe(clipart.RECIPE), epochs=2)
+    with pytest.raises(SystemExit, match=r"yesterday\.csv has trainings of 1 epochs, not of 2"):
+        small_training.file_of("clipart", options, longer)
     figures = {(row["peer"], row["fold"]): float(row["top1"]) for row in rows}
     gaps = [figures["resnet", fold] - figures["cvt", fold] for fold in "12"]
     mean, error = sum(gaps) / 2, abs(gaps[0] - gaps[1]) / 2
