@@ -23,8 +23,7 @@ import torch
 from helpers.pictures import photo
 from PIL import Image
 
-from cvt import CvtConfig, CvtForImageClassification, image_processor
-from cvt.inference.classifier import Classifier
+from cvt import Classifier, CvtConfig, CvtForImageClassification, image_processor
 from cvt.kernels.qkv_projection import OnePassAttention
 from cvt.kernels.recompute import RecomputingBlock
 from cvt.modeling import Block, SelfAttention
@@ -483,18 +482,26 @@ def test_an_engine_is_measured_beside_files(load, tmp_path):
     assert float(row["images/s"]) > 0
 
 
-def test_rows_that_are_missing_or_double_are_counted(load, tmp_path):
+def test_rows_that_are_missing_or_double_or_differ_are_counted(load, tmp_path):
     import pyarrow
-    from pyarrow import parquet
+    from pyarrow import dataset, parquet
 
     large_job = load("large_job")
+    large_job.write_inputs(tmp_path, 40)
+    pictures = dataset.dataset(tmp_path / "pictures").to_table()["image"].to_pylist()
+    numbers = [0, 1, 1, 4]
+    classifier = Classifier(tmp_path / "model", "torch", features=True)
+    of_rows = [pictures[number]["bytes"] for number in numbers]
+    labels = [best[0]["label"] for best in classifier(of_rows, top_k=1)]
+    features = list(classifier.embed(of_rows))
+    labels[1], features[3] = "another", features[3] + 1
+    errors = pyarrow.array(["x", None, None, None], pyarrow.string())
+    columns = {"number": numbers, "label": labels, "features": features, "error": errors}
     (tmp_path / "labels").mkdir()
-    numbers, errors = [0, 1, 1, 4], ["x", None, None, None]
-    table = pyarrow.table({"number": numbers, "error": pyarrow.array(errors, pyarrow.string())})
-    parquet.write_table(table, tmp_path / "labels/0.parquet")
-    found = large_job.checked(tmp_path, SimpleNamespace(rows=5, embed=True))
-    expected = {"rows": 5, "once": 2, "never": 2, "several times": 1}
-    assert found == expected | {"other answers": 0, "errors": 1}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "labels/0.parquet")
+    found = large_job.checked(tmp_path, SimpleNamespace(rows=40, embed=True))
+    expected = {"rows": 40, "once": 2, "never": 37, "several times": 1}
+    assert found == expected | {"other answers": 2, "errors": 1}
 
 
 def test_a_peer_that_the_processor_cannot_run_has_a_row_with_the_reason(
