@@ -29,7 +29,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +38,7 @@ from small_training import (
     QUICK_IMAGES,
     Job,
     Rows,
+    by_fold,
     compared,
     digits,
     file_of,
@@ -47,6 +47,7 @@ from small_training import (
     options_of,
     paired,
     parser_of,
+    save,
     shortened,
     train,
     with_error,
@@ -154,9 +155,7 @@ def at_the_papers_size() -> None:
 
 def summaries(rows: Rows) -> list[Row]:
     """A row for each model of each ablation: means over the folds, and paired differences."""
-    by_name: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
-    for row in rows:
-        by_name[row["peer"]][row["fold"]] = row
+    by_name = by_fold(rows)
     found = []
     for ablation, models in ABLATIONS.items():
         reference = top1_of(by_name[models[-1].name])
@@ -216,9 +215,7 @@ def draw(found: dict[str, Rows], figure: Path) -> None:
     shape = {"figsize": (4 * len(ABLATIONS), 2.8 * len(found)), "squeeze": False}
     drawing, panels = pyplot.subplots(len(found), len(ABLATIONS), **shape, layout="constrained")
     for (data, rows), of_data in zip(found.items(), panels, strict=True):
-        by_name: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
-        for row in rows:
-            by_name[row["peer"]][row["fold"]] = row
+        by_name = by_fold(rows)
         folds = len(next(iter(by_name.values())))
         for (ablation, models), panel in zip(ABLATIONS.items(), of_data, strict=True):
             reference = top1_of(by_name[models[-1].name])
@@ -235,10 +232,8 @@ def draw(found: dict[str, Rows], figure: Path) -> None:
             panel.set_title(ablation, fontsize=10)
             panel.set_xlabel(f"top-1 less that of {models[-1].label}, points", fontsize=8)
         of_data[0].set_ylabel(f"{data}, {folds} folds")
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(figure, dpi=150)
+    save(drawing, figure)
     pyplot.close(drawing)
-    print(figure)
 
 
 # ------------------------------------------------------------------------------ command line

@@ -25,7 +25,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from common import Row, show, some_of
 from small_training import (
     RATES,
     Job,
+    by_fold,
     compared,
     file_of,
     folder_of_clip_art,
@@ -132,9 +132,7 @@ def compare(options: argparse.Namespace, work: Path, recipe: Recipe, path: Path)
     """The peers, each at its best learning rate."""
     measure = partial(row_of, work=work, recipe=recipe)
     rows = compared(options.peers, RATES, measure, path, options)
-    by_peer: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
-    for row in rows:
-        by_peer[row["peer"]][row["fold"]] = row
+    by_peer = by_fold(rows)
     show([summary(peer, by_peer) for peer in options.peers])
 
 

@@ -42,9 +42,11 @@ from small_training import (
     file_of,
     folder_of_clip_art,
     logits_on,
+    mean_and_error,
     options_of,
     parser_of,
     processor_of,
+    save,
     shortened,
     train,
 )
@@ -174,12 +176,6 @@ def table(rows: Rows) -> list[Row]:
     return found
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """A mean and its standard error."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return statistics.mean(values), error
-
-
 def draw(rows: Rows, figure: Path) -> None:
     """The accuracy of each peer as a curve with standard errors, a panel for each question."""
     import matplotlib
@@ -198,10 +194,8 @@ def draw(rows: Rows, figure: Path) -> None:
         panel.set_xlabel(AXES[question])
     panels[0].set_ylabel("top-1, %")
     panels[0].legend()
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(figure, dpi=150)
+    save(drawing, figure)
     pyplot.close(drawing)
-    print(figure)
 
 
 # ------------------------------------------------------------------------------ command line

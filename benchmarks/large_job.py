@@ -200,38 +200,31 @@ def checked(folder: Path, options: argparse.Namespace) -> Row:
     table = dataset.dataset(folder / "labels").to_table()
     numbers = table["number"].to_numpy()
     times = np.bincount(numbers, minlength=options.rows)
-    differing = differing_features(folder, table) if options.embed else 0
-    differing += differing_labels(folder, table)
     return {
         "rows": options.rows,
         "once": int((times == 1).sum()),
         "never": int((times == 0).sum()),
         "several times": int((times > 1).sum()),
-        "other answers": differing,
+        "other answers": differing(folder, table, options.embed),
         "errors": len(table) - table["error"].null_count,
     }
 
 
-def differing_labels(folder: Path, table: pyarrow.Table) -> int:
-    """How many labels differ from those of single calls."""
-    classifier = cvt.Classifier(folder / "model", "torch", threads=1)
+def differing(folder: Path, table: pyarrow.Table, embed: bool) -> int:
+    """How many labels differ from those of single calls, and features by more than rounding."""
+    classifier = cvt.Classifier(folder / "model", "torch", threads=1, features=embed)
     first = dataset.dataset(folder / "pictures").head(DIGITS)["image"].to_pylist()
-    own = [classifier(image["bytes"], top_k=1)[0]["label"] for image in first[:DIGITS]]
+    pictures = [image["bytes"] for image in first]
+    own = [classifier(picture, top_k=1)[0]["label"] for picture in pictures]
     expected = pyarrow.array(own).take(table["number"].to_numpy() % DIGITS)
-    return pc.sum(pc.not_equal(table["label"].combine_chunks(), expected)).as_py()
-
-
-def differing_features(folder: Path, table: pyarrow.Table) -> int:
-    """How many features differ by more than rounding from those of one call."""
-    classifier = cvt.Classifier(folder / "model", "torch", threads=1, features=True)
-    first = dataset.dataset(folder / "pictures").head(DIGITS)["image"].to_pylist()
-    own = classifier.embed([image["bytes"] for image in first])
-    differing = 0
-    for batch in table.select(["number", "features"]).to_batches(max_chunksize=10_000):
-        found = batch["features"].flatten().to_numpy().reshape(len(batch), -1)
-        expected = own[batch["number"].to_numpy() % DIGITS]
-        differing += int((~np.isclose(found, expected, atol=1e-4).all(axis=1)).sum())
-    return differing
+    found = pc.sum(pc.not_equal(table["label"].combine_chunks(), expected)).as_py()
+    if embed:
+        features = classifier.embed(pictures)
+        for batch in table.select(["number", "features"]).to_batches(max_chunksize=10_000):
+            of_rows = batch["features"].flatten().to_numpy().reshape(len(batch), -1)
+            near = np.isclose(of_rows, features[batch["number"].to_numpy() % DIGITS], atol=1e-4)
+            found += int((~near.all(axis=1)).sum())
+    return found
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

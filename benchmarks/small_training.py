@@ -385,16 +385,35 @@ def compared(
     return measured(jobs, measure, path, options.processes)
 
 
+def by_fold(rows: Rows) -> dict[str, dict[str, dict[str, str]]]:
+    """The row of each peer and fold."""
+    found: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
+    for row in rows:
+        found[row["peer"]][row["fold"]] = row
+    return found
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """A mean and its standard error."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return statistics.mean(values), error
+
+
 def paired(rows: dict[str, float], reference: dict[str, float]) -> tuple[float, float]:
     """The mean of the differences on the same folds, and its standard error."""
-    differences = [rows[fold] - reference[fold] for fold in rows]
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(rows) > 1 else np.nan
-    return statistics.mean(differences), error
+    return mean_and_error([rows[fold] - reference[fold] for fold in rows])
 
 
 def with_error(difference: tuple[float, float]) -> str:
     """A mean and its standard error."""
     return "{:+.1f} ± {:.1f}".format(*difference)
+
+
+def save(drawing: Any, figure: Path) -> None:
+    """Write a drawing of matplotlib as a PNG file."""
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(figure, dpi=150)
+    print(figure)
 
 
 def parser_of(about: str) -> argparse.ArgumentParser:

@@ -625,7 +625,7 @@ def with_activation(
         is_file: whether they are of a file; in memory, the activation may be left to its default.
 
     Raises:
-        ValueError: what is in the file does not tell the activation.
+        ValueError: the activation does not follow from the fields.
     """
     recorded, version = saved.get("hidden_act"), saved.get("transformers_version")
     doubt = ""

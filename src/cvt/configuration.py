@@ -149,8 +149,8 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
 
         Raises:
             ValueError: a field is illegal, or asks for quantisation or for code from the hub, which
-                only an argument of `from_pretrained` may; or the fields do not tell the activation,
-                and no `hidden_act` is given.
+                only an argument of `from_pretrained` may; or the activation does not follow from
+                the fields, and no `hidden_act` is given.
         """
         refuse_code(config_dict)
         known = kwargs.get("hidden_act")
