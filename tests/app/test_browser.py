@@ -1,18 +1,9 @@
-"""The page in headless Chromium, as people see it.
+"""The page in headless Chromium, as people see it."""
 
-    CVT_SCREENSHOTS=docs/images pytest tests/app/test_browser.py -k screenshots -m ''
-
-writes the pictures of the documentation.
-"""
-
-import os
 from pathlib import Path
 
-import numpy as np
 import pytest
-from helpers.page import served
 from helpers.pictures import encoded, photo
-from PIL import Image, ImageDraw, ImageFilter
 from playwright import sync_api as playwright
 
 from cvt.app.texts import EN, FORMATS, ZH
@@ -195,102 +186,3 @@ def test_it_is_readable_at_a_phones_width(open_tab):
         sizes,
     )
     assert smallest >= 12
-
-
-# ------------------------------------------------------------------------------ screenshots
-
-SHOT_BYTES = 200_000
-SHAPES = {
-    "red circle": (225, 45, 40),
-    "blue square": (35, 80, 225),
-    "green triangle": (30, 160, 70),
-    "yellow star": (250, 205, 30),
-}
-
-
-NAMES = list(SHAPES)
-
-
-def drawing(name, generator, width=320, height=240):
-    """A shape of its colour somewhere on a blurred background."""
-    shape, colour = name.split()[1], SHAPES[name]
-    coarse = generator.integers(150, 235, (5, 7, 1), dtype=np.uint8).repeat(3, axis=2)
-    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(image)
-    radius = generator.integers(height // 6, height // 4)
-    x = generator.integers(width // 2 - height // 4, width // 2 + height // 4)
-    y = generator.integers(radius + 8, height - radius - 8)
-    points = {"triangle": 3, "square": 4, "star": 10}.get(shape)
-    if points is None:
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    else:
-        turn = generator.uniform(-0.3, 0.3) + (np.pi / 4 if shape == "square" else 0)
-        angles = turn + 2 * np.pi * np.arange(points) / points - np.pi / 2
-        reach = radius * np.where(np.arange(points) % 2 if shape == "star" else False, 0.45, 1.15)
-        corners = zip(x + reach * np.cos(angles), y + reach * np.sin(angles), strict=True)
-        draw.polygon([(float(a), float(b)) for a, b in corners], fill=colour)
-    return image.filter(ImageFilter.GaussianBlur(1))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A small CvT of four classes, in a folder called shapes-cvt, and pictures of them."""
-    import torch
-
-    from cvt import CvtConfig, CvtForImageClassification, image_processor
-
-    generator = np.random.default_rng(0)
-    torch.manual_seed(0)
-    config = CvtConfig(
-        embed_dim=[16, 32, 64], num_heads=[1, 2, 4], depth=[1, 1, 2], patch_stride=[4, 2, 1],
-        patch_sizes=[7, 3, 3], patch_padding=[2, 1, 1], drop_path_rate=[0, 0, 0],
-        cls_token=[False] * 3,  # then every place counts alike, and Grad-CAM finds the shape
-    )  # fmt: skip
-    config.class_names = NAMES
-    model, processor = CvtForImageClassification(config), image_processor(config, image_size=64)
-    pictures = [drawing(NAMES[i % 4], generator, 128, 96) for i in range(200)]
-    pixels = processor(pictures, return_tensors="pt")["pixel_values"]
-    labels = torch.arange(200) % 4
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=60)
-    model.train()
-    for _ in range(60):
-        batch = torch.randint(0, 200, (16,))
-        loss = model(pixels[batch], labels=labels[batch]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    folder = tmp_path_factory.mktemp("trained")
-    model.eval().save_pretrained(folder / "shapes-cvt")
-    processor.save_pretrained(folder / "shapes-cvt")
-    for i in range(8):
-        (folder / "examples").mkdir(exist_ok=True)
-        drawing(NAMES[i % 4], generator, 640, 480).save(
-            folder / "examples" / f"{NAMES[i % 4]}-{i // 4}.png"
-        )
-    return folder
-
-
-@pytest.mark.skipif("CVT_SCREENSHOTS" not in os.environ, reason="CVT_SCREENSHOTS names no folder")
-def test_the_screenshots_of_the_documentation(chromium, trained, tmp_path):
-    target = Path(os.environ["CVT_SCREENSHOTS"])
-    examples = trained / "examples"
-    with served(trained / "shapes-cvt", tmp_path / "page", "--examples", examples) as running:
-        for name, how in {
-            "en/app": {"size": (1280, 760)},
-            "zh/app": {"size": (1280, 760), "locale": "zh-CN"},
-            "app-phone": {"size": (390, 844), "device_scale_factor": 1.5, "is_mobile": True},
-        }.items():
-            tab = Tab(chromium, running.address + "/", **how)
-            files = sorted(examples.iterdir())[1:6:2]
-            tab.give(*((path.name, path.read_bytes()) for path in files))
-            tab.wait_for_answer()
-            tab.tab.wait_for_timeout(1500)  # of animations
-            tab.tab.screenshot(path=tmp_path / "shot.png", full_page=name == "app-phone")
-            tab.tab.close()
-            shot, path = Image.open(tmp_path / "shot.png").convert("RGB"), target / f"{name}.png"
-            shot.save(path, optimize=True)
-            if path.stat().st_size >= SHOT_BYTES:
-                shot.quantize(256, dither=0).save(path, optimize=True)
-            assert path.stat().st_size < SHOT_BYTES
