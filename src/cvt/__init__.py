@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the same names as in _HOME and _MODULES, for mypy, pyright 
     from cvt.runtime.base import PixelError as PixelError
     from cvt.runtime.fused import fuse as fuse
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "CvtConfig": "configuration",

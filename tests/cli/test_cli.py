@@ -209,7 +209,7 @@ def test_what_ends_a_command_has_an_exit_code(cvt, monkeypatch, error, code, mes
 
 
 def test_version_and_bare_call(cvt):
-    assert cvt("--version")[:2] == (0, "cvt-vision 0.1.0\n")
+    assert cvt("--version")[:2] == (0, "cvt-vision 0.2.0\n")
     code, out, err = cvt()
     assert code == 2
     assert "Usage" in out + err

@@ -112,8 +112,9 @@ def sections() -> list[tuple[str, list[str], str]]:
 def build(folder: Path) -> Path:
     """The wheel, built from the sdist, in `folder/dist`; what both hold is checked."""
     builder = Environment(folder / "builder", folder)
-    builder.run("pip install --quiet build")
+    builder.run("pip install --quiet build twine")
     builder.run(f"python -m build --outdir dist {shlex.quote(str(ROOT))}")
+    builder.run("twine check --strict dist/*")
     (wheel,) = (folder / "dist").glob("*.whl")
     (sdist,) = (folder / "dist").glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()

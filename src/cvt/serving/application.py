@@ -160,7 +160,7 @@ def create_app(
 
     @images_route("/v1/embed", Embeddings)
     async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Response:
-        """Give what the classifier receives of images; they are sent as for `/v1/predict`."""
+        """Compute the features of images, the classifier's input; send them as to /v1/predict."""
         model = service.model(query.model)
         if FEATURES not in model.runtime.outputs:
             raise HTTPException(422, f"{model.name} is an export without features")
