@@ -171,23 +171,56 @@ def test_the_help_lists_the_first_sentence_of_each_command(cvt):
     assert listed == " ".join(f"{each.name} {each.get_short_help_str(200)}" for each in commands)
 
 
-@pytest.mark.parametrize("many", ["", *COMMANDS])
-def test_help_loads_only_click(many):
-    """So it answers in a fraction of a second."""
-    code = """
+LOADED = """
 import sys
 from cvt.__main__ import main
-sys.argv = ["cvt", *sys.argv[1].split(), "--help"]
+sys.argv = ["cvt", *sys.argv[1].split()]
 try:
     main()
 finally:
     heavy = {"rich", "typer", "pydantic", "torch", "transformers", "keras", "tensorflow", "yaml"}
-    print(sorted((heavy | {"numpy", "PIL"}) & set(sys.modules)))
+    print(*sorted((heavy | {"numpy", "PIL"}) & set(sys.modules)))
 """
-    command = [sys.executable, "-c", code, many]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert answer.startswith("Usage: ")
-    assert answer.splitlines()[-1] == "[]"
+
+
+def loaded_by(arguments):
+    """What a command prints, without its last line, and the libraries that it has loaded."""
+    command = [sys.executable, "-c", LOADED, arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    *printed, loaded = done.stdout.split("\n")[:-1]
+    return printed, set(loaded.split())
+
+
+@pytest.mark.parametrize("many", ["", *COMMANDS])
+def test_help_loads_only_click(many):
+    """So it answers in a fraction of a second."""
+    printed, loaded = loaded_by(f"{many} --help")
+    assert printed[0].startswith("Usage: ")
+    assert loaded == set()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        *((f"{name} nowhere", "data") for name in ("check", "show", "train")),
+        ("tune nowhere --search lr=1e-4..1e-3:log", "data"),
+        ("probe cvt-13 nowhere", "data"),
+        ("evaluate cvt-13 nowhere", "data"),
+        ("train digits --val-data nowhere", "data"),
+        ("train digits --model nowhere", "model"),
+        ("show digits teacher=nowhere", "model"),
+        *((f"{name} nowhere", "model") for name in ("app", "benchmark", "info")),
+        *((f"{name} nowhere {{tmp}}", "model") for name in ("convert", "evaluate", "probe")),
+        *((f"{name} nowhere {{tmp}}/a.png", "model") for name in ("explain", "predict")),
+        ("embed nowhere {tmp}/a.png --output {tmp}/a.npz", "model"),
+        ("export nowhere {tmp}/onnx --to onnx", "model"),
+    ],
+)
+def test_a_typing_error_is_reported_before_pytorch_is_imported(arguments, fault, tmp_path):
+    printed, loaded = loaded_by(arguments.format(tmp=tmp_path))
+    message = {"data": "nowhere is not a folder, nor a file", "model": "no model nowhere: "}[fault]
+    assert any(message in line for line in printed), printed
+    assert not {"torch", "transformers", "keras", "tensorflow"} & loaded
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,19 @@ def model_source(name: str | Path | ModelSource) -> ModelSource:
     raise unknown_model(name)
 
 
+def check_exists(name: str | Path) -> None:
+    """Make sure that a name means a model, without opening it; the hub is not asked.
+
+    Raises:
+        FileNotFoundError: it means none.
+        ValueError: it is empty, or a folder on this machine is asked for a revision.
+    """
+    check_path(name, "source")
+    text = str(name)
+    if not (Path(name).exists() or hub.repository(text) or text in VARIANTS):
+        raise unknown_model(name)
+
+
 def folder_kind(folder: Path) -> Literal["folder", "adapter"]:
     """Whether a folder holds a model, or an adapter.
 

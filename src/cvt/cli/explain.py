@@ -61,15 +61,16 @@ def explain(
     force: bool,
 ) -> None:
     """Draw where a model looks; images that cannot be decoded are skipped (exit code 3)."""
+    from cvt.inference.predict import find_images
+
+    paths = find_images(list(images))
     from cvt.cli.console import err, out, quiet_libraries
     from cvt.cli.progress import bar
     from cvt.data.decoding import ImageError
     from cvt.files import staged
     from cvt.inference.explain import Explainer, write_explanations
-    from cvt.inference.predict import find_images
 
     quiet_libraries()
-    paths = find_images(list(images))
     skipped = done = 0
     with staged(output, force) as folder:
         explainer = Explainer(model, device, threads, max_pixels=max_pixels, verify=not no_verify)

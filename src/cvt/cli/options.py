@@ -21,6 +21,23 @@ RUNTIMES = (
 )
 
 
+def check_model(name: str) -> None:
+    """Raise a FileNotFoundError if a name means no model; none is opened."""
+    from cvt.checkpoints.source import check_exists
+
+    check_exists(name)
+
+
+def check_data(name: str) -> None:
+    """Raise a FileNotFoundError if a name means no data; none is read."""
+    from cvt.data.factory import check_exists
+
+    check_exists(name)
+
+
+CHECKS = {"model": check_model, "source": check_model, "data": check_data}  # by argument
+
+
 class Argument(click.Argument):
     """An argument with a help text, which click's own has only since 8.5."""
 
@@ -50,6 +67,14 @@ class Setting(click.Option):
 
 class Command(click.Command):
     """A command whose help has a section of arguments, and one for each group of options."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; an argument that names no model or no data fails before PyTorch is imported."""
+        for parameter in self.params:
+            value = ctx.params.get(str(parameter.name))
+            if isinstance(parameter, Argument) and value and parameter.name in CHECKS:
+                CHECKS[parameter.name](value)
+        return super().invoke(ctx)
 
     def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write nothing, as click did before 8.5: `format_options` writes the arguments."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cvt.cli.options import FILE, argument, command, with_settings
+from cvt.cli.options import FILE, argument, check_data, check_model, command, with_settings
 from cvt.text import printable
 from cvt.train.recipe import Recipe, json_schema, load_recipe, read_settings
 
@@ -158,6 +158,7 @@ def read_recipe(
 
     Raises:
         click.BadParameter: a setting is given twice, unknown or illegal.
+        FileNotFoundError: there is no such data or model.
     """
     changes = {name: value for name, value in options.items() if value is not None}
     for word in words:
@@ -170,9 +171,16 @@ def read_recipe(
         changes[name] = value
     try:
         settings = read_settings(config, changes)
-        return load_recipe(None, settings), settings
+        recipe = load_recipe(None, settings)
     except ValueError as error:
         raise click.BadParameter(printable(str(error), keep="\n")) from None
+    for check, names in (
+        (check_data, (recipe.data, recipe.val_data)),
+        (check_model, (recipe.model, recipe.teacher)),
+    ):
+        for name in filter(None, names):
+            check(name)
+    return recipe, settings
 
 
 def default_output(data: str, name: str) -> Path:

@@ -340,9 +340,27 @@ def _chosen(data: str | Path, splits: SplitReaders, *names: tuple[str, ...]) -> 
     return next(iter(splits))
 
 
+def check_exists(data: str | Path) -> None:
+    """Make sure that there is data of a name, without reading it; the hub is not asked.
+
+    Raises:
+        ValueError: the name is empty.
+        FileNotFoundError: it is no folder, no file and no pattern of files.
+    """
+    check_path(data, "data")
+    name = os.fspath(data).removeprefix("stream:")
+    if name == "digits" or name.startswith("hub:") or Path(name).exists():
+        return
+    if not (files_of("tar", name) or files_of("parquet", name)):
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            hint = f"; a data set of the hub is written hub:{name}"
+        raise FileNotFoundError(f"{Path(name)} is not a folder, nor a file{hint}")
+
+
 def _splits(data: str | Path, options: _Options) -> SplitReaders:
     """The splits of `data`, by the reader of its kind."""
-    check_path(data, "data")
+    check_exists(data)
     name = os.fspath(data)
     streaming = name.startswith("stream:")
     name = name.removeprefix("stream:")
@@ -403,14 +421,9 @@ def _plain_splits(name: str, classes: list[str] | None) -> SplitReaders:
         return cifar_splits(path) if is_packed else folder_splits(path)
     if path.is_file() and name.endswith((".tar.gz", ".tgz")):
         return cifar_splits(path)
-    if path.is_file():
-        raise ValueError(
-            f"{path} is neither a .csv nor a .parquet file, nor an archive of CIFAR or shards"
-        )
-    hint = ""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        hint = f"; a data set of the hub is written hub:{name}"
-    raise FileNotFoundError(f"{path} is not a folder, nor a file{hint}")
+    raise ValueError(
+        f"{path} is neither a .csv nor a .parquet file, nor an archive of CIFAR or shards"
+    )
 
 
 def _renamed(splits: SplitReaders, names: list[str] | None, path: Path) -> SplitReaders:
