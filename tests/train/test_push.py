@@ -179,7 +179,7 @@ def test_a_second_push_replaces_the_files_and_deletes_those_of_the_old_model(
     (sharded / "model.safetensors").unlink()
     load_classifier(run / "best").save_pretrained(sharded, max_shard_size="100KB")
     write_checksums(sharded)
-    assert push(sharded, "someone/colours", private=True).replaced == []
+    assert push(sharded, "someone/colours", private=True, licence="mit").replaced == []
     assert "someone/colours" in server.private
     edited = run / "best/README.md"
     edited.write_text(edited.read_text().replace("library_name: cvt-vision", "library_name: peft"))
@@ -193,6 +193,13 @@ def test_a_second_push_replaces_the_files_and_deletes_those_of_the_old_model(
     assert left == {*MODEL, ".gitattributes", "by-hand.txt"}
     assert len(server.commits) == 2
     load_classifier("someone/colours")
+    card = server.repositories["someone/colours"] / "README.md"
+    assert ModelCard.load(card).data.license == "mit"
+    assert "## Licence\n\nmit." in card.read_text()
+    done = push(run / "best", "someone/colours", licence="apache-2.0")
+    assert done.card == card.read_text()
+    assert done.files["README.md"] == card.stat().st_size
+    assert ModelCard.load(card).data.license == "apache-2.0"
 
 
 def test_a_branch_is_created_and_opens_by_its_name(server, run):

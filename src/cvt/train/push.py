@@ -70,14 +70,16 @@ def push(
 
     The repository is created if there is none. The files of a model are uploaded and nothing else:
     no checkpoint of training, no optimizer state. A repository that this package wrote before gets
-    the new files, and loses those of the old model that the new one does not have. A folder that
-    was saved with this package's code is uploaded with it.
+    the new files, and loses those of the old model that the new one does not have; its licence
+    stays where no other is given. A folder that was saved with this package's code is uploaded
+    with it.
 
     Args:
         folder: of the model, or of the run.
         name: USER/NAME, or USER/NAME@BRANCH; the branch is created if there is none.
         private: create a repository that only its owner sees.
-        licence: of the model, as the hub calls it, such as apache-2.0.
+        licence: of the model, as the hub calls it, such as apache-2.0; by default that of the
+            card in the folder, or else of the repository.
         overwrite: upload into a repository whose files are not this package's.
         with_code: upload this package's code too, for transformers without this package.
         dry_run: upload nothing.
@@ -260,7 +262,10 @@ def _commit(
         patterns = [*MODEL_FILES, *code_files()]
         stale = set(filter_repo_objects(sorted(names), allow_patterns=patterns))
         deleted = sorted(stale - upload.files.keys())
-        if not existing:
+        if existing:
+            upload = with_licence_of(existing, upload)
+            contents = contents | {CARD: upload.card.encode()}
+        else:
             api.create_repo(hub_id, private=private or None)
         if target.revision:
             api.create_branch(hub_id, branch=target.revision, exist_ok=True)
@@ -286,6 +291,15 @@ def _existing(api: HfApi, target: Repository) -> ModelInfo | None:
         return api.model_info(target.hub_id)
     except RepositoryNotFoundError:
         return None
+
+
+def with_licence_of(existing: ModelInfo, upload: Upload) -> Upload:
+    """The upload with the licence of a repository in its card, if the card has none."""
+    card, theirs = ModelCard(upload.card), existing.card_data and existing.card_data.get("license")
+    if not theirs or card.data.get("license"):
+        return upload
+    text = str(completed(card, upload.repository.hub_id, theirs))
+    return replace(upload, card=text, files=upload.files | {CARD: len(text.encode())})
 
 
 def is_ours(existing: ModelInfo, names: set[str]) -> bool:
