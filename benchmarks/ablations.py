@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from common import Row, show, some_of
 from small_training import (
     QUICK_IMAGES,
-    Job,
+    RATES,
     Rows,
     by_fold,
     compared,
@@ -47,9 +47,9 @@ from small_training import (
     options_of,
     paired,
     parser_of,
+    row_of,
     save,
     shortened,
-    train,
     with_error,
 )
 from torch import nn
@@ -102,7 +102,7 @@ class Data(NamedTuple):
 
 
 DATA = {
-    "clipart": Data("few-pictures", (5e-4, 1e-3, 2e-3)),
+    "clipart": Data("few-pictures", RATES),
     "digits": Data("digits", (1e-3, 3e-3, 1e-2)),
 }
 
@@ -131,11 +131,6 @@ def build(name: str, classes: int, recipe: Recipe) -> nn.Module:
     if recipe.drop_path is not None:
         config.drop_path_rate = [*[0.0] * (len(config.depth) - 1), recipe.drop_path]
     return cvt.CvtForImageClassification(config)
-
-
-def row_of(job: Job, work: Path, recipe: Recipe) -> list[Row]:
-    """The row of a training."""
-    return [train(job, build, work, recipe)[1]]
 
 
 def at_the_papers_size() -> None:
@@ -264,7 +259,7 @@ def run(options: argparse.Namespace) -> None:
                 (pictures.some(QUICK_IMAGES) if options.quick else pictures).save(work)
             else:
                 work = folder_of_clip_art(options, work)
-            measure = partial(row_of, work=work, recipe=recipe)
+            measure = partial(row_of, build=build, work=work, recipe=recipe)
             found[data] = compared(NAMES, DATA[data].rates, measure, path, options)
             show(summaries(found[data]))
             print(path)

@@ -42,8 +42,8 @@ from small_training import (
     options_of,
     paired,
     parser_of,
+    row_of,
     shortened,
-    train,
     with_error,
 )
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
@@ -118,11 +118,6 @@ def build(name: str, classes: int, recipe: Recipe) -> nn.Module:
 PEERS = ("cvt", "vit", "resnet", "pvt")
 
 
-def row_of(job: Job, work: Path, recipe: Recipe) -> list[Row]:
-    """The row of a training."""
-    return [train(job, build, work, recipe)[1]]
-
-
 # ------------------------------------------------------------------------------ questions
 
 
@@ -130,7 +125,7 @@ def search(options: argparse.Namespace, work: Path, recipe: Recipe, path: Path) 
     """Recipes for CvT, the best first, on the fold that is kept for it."""
     names = options.only or list(SEARCH)
     jobs = [Job("cvt", 0, name, SEARCH[name]) for name in names]
-    measure = partial(row_of, work=work, recipe=recipe)
+    measure = partial(row_of, build=build, work=work, recipe=recipe)
     rows = measured(jobs, measure, path, options.processes)
     columns = ("recipe", "top1", "balanced_accuracy", "loss", "core_seconds")
     rows.sort(key=lambda row: -float(row["top1"]))
@@ -139,7 +134,7 @@ def search(options: argparse.Namespace, work: Path, recipe: Recipe, path: Path) 
 
 def compare(options: argparse.Namespace, work: Path, recipe: Recipe, path: Path) -> None:
     """The peers, each at its best learning rate."""
-    measure = partial(row_of, work=work, recipe=recipe)
+    measure = partial(row_of, build=build, work=work, recipe=recipe)
     rows = compared(options.peers, RATES, measure, path, options)
     by_peer = by_fold(rows)
     show([summary(peer, by_peer) for peer in options.peers])

@@ -40,7 +40,7 @@ from cvt.train.plan import Plan
 STORED = 80  # pixels of a stored picture of clip art
 LEAST_IMAGES = 50  # of a class
 FOLDS = 6  # the first is kept for choices
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 QUICK_IMAGES = 240
 CURVE = 5  # evaluations during a training, the last one included
 
@@ -234,6 +234,11 @@ def train(job: Job, build: Build, work: Path, recipe: Recipe) -> tuple[nn.Module
         "macs": macs,
         "core_seconds": round(seconds, 1),
     }
+
+
+def row_of(job: Job, build: Build, work: Path, recipe: Recipe) -> list[Row]:
+    """The row of a training."""
+    return [train(job, build, work, recipe)[1]]
 
 
 @torch.no_grad()
