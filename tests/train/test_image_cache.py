@@ -5,11 +5,14 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import torch
+from helpers.small_models import tiny
 from helpers.training_runs import equal
 from helpers.watcher import Watcher, final_state
 from PIL import Image
 
+from cvt import CvtConfig, CvtForImageClassification, image_processor
 from cvt.data.decoding import decode
+from cvt.inference import predict
 from cvt.train import image_cache as cache_module
 from cvt.train import loader, resume, train
 from cvt.train.image_cache import ImageCache
@@ -53,19 +56,50 @@ def test_an_image_is_decoded_once_by_all_processes(kind, large_photos, tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_file()]  # it has no name
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_validation_images_are_kept_as_the_model_gets_them(workers, large_photos, tmp_path):
+    processor = image_processor(CvtConfig.from_variant("cvt-digits"), 32)
+    torch.manual_seed(0)
+    model = CvtForImageClassification(tiny()).eval()
+    damaged = large_photos / "a/damaged.jpg"
+    damaged.write_bytes((large_photos / "a/a0.jpg").read_bytes()[:60])
+    sources = [*sorted(large_photos.rglob("?[0-9].jpg")), damaged]
+    cache = ImageCache("ram", tmp_path, 5 + len(sources), 48, 1)
+    how = {"batch_size": 4, "workers": workers, "exact": True}
+
+    def rows(sources, keep):
+        results = list(predict.classify(model, processor, sources, **how, keep=keep))
+        assert [result.error is None for result in results] == [True] * 24 + [False]
+        return torch.tensor(np.stack([result.logits for result in results[:-1]]))
+
+    expected = rows(sources, None)
+    keep = partial(cache.get, first=5)
+    assert torch.equal(rows(sources, keep), expected)
+    for path in sources[:-1]:  # they are not read again
+        path.write_bytes(damaged.read_bytes())
+    assert torch.equal(rows(sources, keep), expected)
+
+
 def _pixels(cache, index):
     return cache.get(index, refuse).tobytes()
 
 
-@pytest.mark.parametrize("changes", [{}, {"head_only": True, "views": 2}], ids=["whole", "head"])
+@pytest.mark.parametrize(
+    ("changes", "validated_once"),
+    # The first view of a training image is as in validation.
+    [({}, 6), ({"head_only": True, "views": 2}, 24)],
+    ids=["whole", "head"],
+)
 def test_runs_with_a_cache_are_equal_however_they_are_interrupted(
-    recipe, large_photos, tmp_path, changes, monkeypatch
+    recipe, large_photos, tmp_path, changes, validated_once, monkeypatch
 ):
-    counts = []
+    counts, validated = [], []
     monkeypatch.setattr(loader, "decode", lambda *a, **o: counts.append(1) or decode(*a, **o))
+    monkeypatch.setattr(predict, "decode", lambda *a, **o: validated.append(1) or decode(*a, **o))
     settings = {"data": str(large_photos), "image_size": 16, "flip": 0.5, **changes}
     train(recipe(cache="ram", **settings), tmp_path / "ram")
-    assert len(counts) == 18  # six of the 24 validate
+    assert len(counts) == 18
+    assert len(validated) == validated_once
     train(recipe(cache="disk", workers=2, **settings), tmp_path / "disk")
     run = tmp_path / "stopped"
     with pytest.raises(Stopped):
@@ -90,7 +124,7 @@ def test_the_smallest_crop_is_not_enlarged_beyond_that_of_the_image(recipe):
 def test_memory_that_is_not_free_is_not_taken(recipe, tmp_path, monkeypatch):
     for kind, name in (("ram", "free_memory"), ("disk", "free_disk")):
         monkeypatch.setattr(cache_module, name, lambda *_: 2**20)
-        with pytest.raises(ValueError, match=f"cache = {kind}: 30 images of 94 x 167 pixels take"):
+        with pytest.raises(ValueError, match=f"cache = {kind}: 38 images of 94 x 167 pixels take"):
             train(recipe(cache=kind), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     monkeypatch.undo()

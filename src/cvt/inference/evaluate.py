@@ -31,7 +31,7 @@ from cvt.inference.output_metrics import (
     RegressionEvaluation,
     Worst,
 )
-from cvt.inference.predict import BLANK, Result, classify, ranked, runtime_of, scores
+from cvt.inference.predict import BLANK, Keep, Result, classify, ranked, runtime_of, scores
 from cvt.limits import check_counts
 from cvt.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from cvt.runtime.base import Runtime
@@ -63,6 +63,7 @@ def evaluate(
     interrupted: Callable[[], bool] = lambda: False,
     keep_scores: bool = False,
     tta: str | None = None,
+    keep: Keep | None = None,
 ) -> AnyEvaluation:
     """Classify labelled images and compare; classes are matched by name.
 
@@ -88,6 +89,7 @@ def evaluate(
         interrupted: whether to give up while a worker is stuck, likewise.
         keep_scores: keep the scores of all classes, 4 bytes each, for every image.
         tta: test-time augmentation, likewise.
+        keep: keeps resized images for the next call, likewise; numbered in the share of a rank.
 
     Returns:
         The evaluation; with `world` > 1 the share of this rank, for `Evaluation.joined`.
@@ -124,7 +126,8 @@ def evaluate(
     share, sent = tee(_share(images, indices, batch_size, rank, world))
     sources = (source for _, (source, _) in sent)
     results = classify(
-        runtime, processor, sources, batch_size, workers, exact, max_pixels, interrupted, tta
+        *(runtime, processor, sources, batch_size, workers, exact, max_pixels, interrupted, tta),
+        keep=keep,
     )
     for result, (position, (source, label)) in zip(results, share, strict=True):
         if position is not None:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 TTA = ("flip", "five-crop")
 BLANK = Image.new("RGB", (32, 32), "grey")  # in the place of what cannot be decoded
+# Returns the image of a number, which it may have kept; else it calls what prepares it.
+Keep = Callable[[int, Callable[[], Image.Image]], Image.Image]
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def classify(
     interrupted: Callable[[], bool] = lambda: False,
     tta: str | None = None,
     needed: str = LOGITS,
+    keep: Keep | None = None,
 ) -> Iterator[Result]:
     """Classify images, batch by batch, in their order.
 
@@ -179,6 +182,8 @@ def classify(
             and the four corners of the resized image. All views of a batch run at once, and the
             scores of an image are the mean of those of its views, and so are its features.
         needed: what the runtime must compute, `logits` or `features`.
+        keep: keeps resized images for the next call, by their number among the sources. The
+            processor must resize and crop.
 
     Raises:
         ValueError: the processor is not for decoded images; names its setting. `tta` is none of
@@ -189,9 +194,10 @@ def classify(
     preprocessing = with_crops(preprocessing_of(processor), tta)
     read = reader(preprocessing, exact, max_pixels)
     batch_size = batch_size if preprocessing.do_resize else 1
-    batches, sent = tee(_batches(sources, batch_size))
-    prepared = _prepared(preprocessing, read, sent, workers, interrupted)
-    for (images, errors), batch in zip(prepared, batches, strict=True):
+    batches, sent = tee(_batches(enumerate(sources), batch_size))
+    prepared = _prepared(preprocessing, read, keep, sent, workers, interrupted)
+    for (images, errors), numbered in zip(prepared, batches, strict=True):
+        batch = [source for _, source in numbered]
         pixels = preprocessing.normalise(images)
         if tta == "flip":
             pixels = np.concatenate([pixels, pixels[..., ::-1]])
@@ -255,7 +261,10 @@ def runtime_of(model: "Runtime | nn.Module", config: Architecture | None = None)
     return TorchRuntime(model, config)
 
 
-def _batches(sources: Iterable[Source], batch_size: int) -> Iterator[list[Source]]:
+Numbered = tuple[int, Source]
+
+
+def _batches(sources: Iterable[Numbered], batch_size: int) -> Iterator[list[Numbered]]:
     remaining = iter(sources)
     while batch := list(islice(remaining, batch_size)):
         yield batch
@@ -267,7 +276,8 @@ Prepared = tuple[np.ndarray, list[str | None]]
 def _prepared(
     preprocessing: AnyPreprocessing,
     read: Callable[[Source], Image.Image],
-    batches: Iterable[list[Source]],
+    keep: Keep | None,
+    batches: Iterable[list[Numbered]],
     workers: int,
     interrupted: Callable[[], bool],
 ) -> Iterator[Prepared]:
@@ -276,33 +286,36 @@ def _prepared(
     batches = chain(first, batches)
     # A single batch is there sooner without a process; in a daemonic one there may be none.
     if workers and len(first) > 1 and not multiprocessing.current_process().daemon:
-        portable = ([_portable(source, read) for source in batch] for batch in batches)
-        prepare = partial(_prepare, preprocessing, read, map)
+        portable = ([(i, _portable(source, read)) for i, source in batch] for batch in batches)
+        prepare = partial(_prepare, preprocessing, read, keep, map)
         yield from computed_ahead(prepare, portable, workers, interrupted)
         return
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
         for batch in batches:
-            yield _prepare(preprocessing, read, pool.map, batch)
+            yield _prepare(preprocessing, read, keep, pool.map, batch)
 
 
 def _prepare(
     preprocessing: AnyPreprocessing,
     read: Callable[[Source], Image.Image],
+    keep: Keep | None,
     each: Callable,
-    batch: list[Source],
+    batch: list[Numbered],
 ) -> Prepared:
     """Decode and resize a batch."""
-    images, errors = zip(*each(partial(_decoded, read), batch), strict=True)
-    return preprocessing.resize(images), list(errors)
 
+    def resized(image: Image.Image) -> Image.Image:
+        return Image.fromarray(preprocessing.resize([image])[0])
 
-def _decoded(
-    read: Callable[[Source], Image.Image], source: Source
-) -> tuple[Image.Image, str | None]:
-    try:
-        return read(source), None
-    except ImageError as error:
-        return BLANK, str(error)
+    def decoded(numbered: Numbered) -> tuple[Image.Image, str | None]:
+        number, source = numbered
+        try:
+            return (keep(number, lambda: resized(read(source))) if keep else read(source)), None
+        except ImageError as error:
+            return (resized(BLANK) if keep else BLANK), str(error)
+
+    images, errors = zip(*each(decoded, batch), strict=True)
+    return (preprocessing.unresized if keep else preprocessing).resize(images), list(errors)
 
 
 def _portable(source: Source, read: Callable) -> Source:

@@ -1,6 +1,7 @@
 """Evaluation during a run, shared by its processes."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ def evaluate_shared(
     if setup.plan.world > 1:
         for buffer in model.buffers():  # the first process's, whose model is kept
             torch.distributed.broadcast(buffer, 0)
+    keep = None
+    is_kept = images is setup.splits.validation and isinstance(images, LabelledImages)
+    if setup.cache and is_kept:
+        assert isinstance(setup.splits.train, LabelledImages)
+        keep = partial(setup.cache.get, first=len(setup.splits.train))
     share = evaluate(
         model,
         setup.processor,
@@ -53,6 +59,7 @@ def evaluate_shared(
         config=setup.config,
         max_pixels=setup.recipe.max_pixels,
         interrupted=interrupted,
+        keep=keep,
     )
     return joined(gather_object([share]))
 

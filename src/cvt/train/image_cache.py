@@ -1,8 +1,9 @@
-"""Decoded training images, kept for the next epochs: `cache`.
+"""Decoded images, kept for the next epochs: `cache`.
 
-An image is kept with as many pixels as its smallest crop needs, 1.5 times those of the view along
-its short side, as 8-bit RGB. Crops are taken from what is kept, from the first epoch on: so they
-differ a little from those of whole images, and are the same whether an image was kept or not.
+A training image is kept with as many pixels as its smallest crop needs, 1.5 times those of the
+view along its short side, as 8-bit RGB. Crops are taken from what is kept, from the first epoch on:
+so they differ a little from those of whole images, and are the same whether an image was kept or
+not. A validation image is kept as it is resized and cropped for the model, so nothing differs.
 
 All processes of a loader share one file without a name, in memory or in the run folder. It ends
 with the process that opened it, however that ends.
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 from PIL import Image
@@ -25,7 +27,7 @@ SIZE = struct.Struct("<II")  # width and height, in front of the pixels
 
 
 class ImageCache:
-    """A file with a place for every training image.
+    """A file with a place for every image; threads may share it.
 
     Args:
         kind: "ram" or "disk".
@@ -66,28 +68,36 @@ class ImageCache:
         own = f"/proc/{os.getpid()}/fd/{self.file.fileno()}"
         self.path = own if is_linux else self.file.name
         self.reader: tuple[int, IO[bytes]] | None = None
+        self.lock = Lock()  # of the place in the file
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"file": None, "reader": None}
+        return self.__dict__ | {"file": None, "reader": None, "lock": None}
 
-    def get(self, index: int, decode: Callable[[], Image.Image]) -> Image.Image:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"lock": Lock()}
+
+    def get(self, index: int, decode: Callable[[], Image.Image], *, first: int = 0) -> Image.Image:
         """An image as it is kept; it is decoded if it is not there yet.
 
         Args:
             index: of the image.
             decode: called for the image; what it raises is not kept.
+            first: what the index counts from.
         """
-        file, start = self._opened(), index * self.place
-        file.seek(start)
-        size = SIZE.unpack(file.read(SIZE.size) or bytes(SIZE.size))
-        if any(size):
-            return Image.frombytes("RGB", size, file.read(3 * size[0] * size[1]))
+        start = (first + index) * self.place
+        with self.lock:
+            file = self._opened()
+            file.seek(start)
+            size = SIZE.unpack(file.read(SIZE.size) or bytes(SIZE.size))
+            if any(size):
+                return Image.frombytes("RGB", size, file.read(3 * size[0] * size[1]))
         image = self._reduced(decode())
         if SIZE.size + len(pixels := image.tobytes()) <= self.place:
-            file.seek(start + SIZE.size)
-            file.write(pixels)
-            file.seek(start)  # last: other processes read what has a size
-            file.write(SIZE.pack(*image.size))
+            with self.lock:
+                file.seek(start + SIZE.size)
+                file.write(pixels)
+                file.seek(start)  # last: other processes read what has a size
+                file.write(SIZE.pack(*image.size))
         return image
 
     def _reduced(self, image: Image.Image) -> Image.Image:

@@ -83,6 +83,8 @@ class Setup:
         scaler: of the loss, in fp16.
         mix: mixup and cutmix of a batch.
         teacher: whose scores the model learns too, if the recipe has one.
+        cache: of decoded images, if the recipe has one: those of training, then the validation
+            images of this process as they are resized for the model.
         features: of the frozen stages, if the recipe keeps any; then batches are of features.
         class_weights: of the loss, (classes,), if the recipe asks for them.
         scale: of the values that a regression learns; None of classes.
@@ -107,6 +109,7 @@ class Setup:
     scaler: Any
     mix: Callable
     teacher: Teacher | None
+    cache: ImageCache | None
     features: FrozenFeatures | None
     class_weights: Tensor | None
     scale: TargetScale | None
@@ -251,7 +254,7 @@ def set_up(
     is_sharded = recipe.fsdp and plan.world > 1
     wrapped = model if is_sharded else accelerator.prepare_model(model)
     fp16 = recipe.precision == "fp16"
-    cache = _cache(recipe, splits.train, output, plan.world)
+    cache = _cache(recipe, splits, plan, output)
     teacher = None
     if recipe.teacher:
         dtype = DTYPES[recipe.precision]
@@ -274,6 +277,7 @@ def set_up(
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=fp16),
         mix=mix,
         teacher=teacher,
+        cache=cache,
         class_weights=weights,
         scale=scale,
         features=features,
@@ -358,12 +362,16 @@ def _class_weights(recipe: Recipe, images: Images, device: torch.device) -> Tens
     return class_weights(images).to(device) if recipe.class_weights else None
 
 
-def _cache(recipe: Recipe, images: Images, output: Path, world: int) -> ImageCache | None:
+def _cache(recipe: Recipe, splits: Splits, plan: Plan, output: Path) -> ImageCache | None:
     if recipe.cache is None:
         return None
-    if isinstance(images, StreamedImages):
+    if isinstance(splits.train, StreamedImages):
         raise ValueError(f"cache = {recipe.cache}: the images of a stream cannot be looked up")
-    return ImageCache(recipe.cache, output, len(images), pixels_needed(recipe), world)
+    images = len(splits.train)
+    if isinstance(splits.validation, LabelledImages):  # processes share them batch by batch
+        step = plan.batch_size * plan.world
+        images += plan.batch_size * -(-len(splits.validation) // step)
+    return ImageCache(recipe.cache, output, images, pixels_needed(recipe), plan.world)
 
 
 def images_per_epoch(recipe: Recipe, images: Images) -> int:
