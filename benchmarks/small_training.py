@@ -370,18 +370,28 @@ def compared(
 
     Args:
         peers: their names.
-        rates: to choose from, on the fold that is kept for it.
+        rates: to choose from, on the fold that is kept for it; while the first or the last is the
+            best, half or twice as much is tried.
         measure: as in `measured`.
         path: of the csv file.
         options: of the command line.
         choose: measures instead where a rate is chosen, by `top1`.
     """
-    rates = rates[1:2] if options.quick else rates
-    trials = [Job(peer, 0, f"lr {rate:g}", {"lr": rate}) for peer in peers for rate in rates]
+    tried = {peer: list(rates[1:2] if options.quick else rates) for peer in peers}
+    trials = [(peer, rate) for peer in peers for rate in tried[peer]]
     best: dict[str, dict[str, str]] = {}
-    for row in measured(trials, choose or measure, path, options.processes):
-        if float(row["top1"]) > float(best.get(row["peer"], {"top1": "-1"})["top1"]):
-            best[row["peer"]] = row
+    while trials:
+        jobs = [Job(peer, 0, f"lr {rate:g}", {"lr": rate}) for peer, rate in trials]
+        for row in measured(jobs, choose or measure, path, options.processes):
+            if float(row["top1"]) > float(best.get(row["peer"], {"top1": "-1"})["top1"]):
+                best[row["peer"]] = row
+        trials = []
+        for peer in [] if options.quick else peers:  # the best one may lie beyond those tried
+            chosen = float(best[peer]["lr"])
+            for end, factor in ((min(tried[peer]), 0.5), (max(tried[peer]), 2.0)):
+                if chosen == end:
+                    trials.append((peer, chosen * factor))
+                    tried[peer].append(chosen * factor)
     jobs = [
         Job(peer, fold, best[peer]["recipe"], {"lr": float(best[peer]["lr"])})
         for fold in options.folds

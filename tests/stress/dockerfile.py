@@ -20,7 +20,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.error import URLError
 
 CHECKOUT = Path(__file__).parents[2]
 PASSED = re.compile(r"PIP_\w+|https?_proxy|no_proxy|SSL_CERT_FILE", re.IGNORECASE)
@@ -150,7 +149,7 @@ def serve(image: Image) -> None:
                 try:
                     urllib.request.urlopen(f"{address}/readyz", timeout=5).read()
                     break
-                except (URLError, ConnectionError):
+                except OSError:  # of a connection, of the wait for an answer, or a status of 503
                     time.sleep(1)
             request = urllib.request.Request(f"{address}/v1/predict?top_k=1", picture.getvalue())
             print(urllib.request.urlopen(request, timeout=60).read().decode())
