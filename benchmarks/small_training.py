@@ -8,7 +8,9 @@ not repeated.
 import argparse
 import csv
 import dataclasses
+import hashlib
 import io
+import json
 import multiprocessing
 import re
 import statistics
@@ -179,9 +181,28 @@ Build = Callable[[str, int, Recipe], nn.Module]  # from a peer and a number of c
 
 
 def train(job: Job, build: Build, work: Path, recipe: Recipe) -> tuple[nn.Module, Row]:
-    """Train a model on all folds but one; returns it, and how well it knows that one."""
-    torch.set_num_threads(1)
+    """Train a model on all folds but one; returns it, and how well it knows that one.
+
+    The folder of the pictures keeps it; such a training is not repeated for another question.
+    """
     recipe = dataclasses.replace(recipe, **job.settings)
+    settings = json.dumps(dataclasses.asdict(recipe), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    kept = work / "trained" / f"{job.peer}-{job.fold}-{digest}.pt"
+    if not kept.exists():
+        model, row = _trained(job, build, work, recipe)
+        kept.parent.mkdir(exist_ok=True)
+        torch.save({"weights": model.state_dict(), "row": row}, kept.with_suffix(".part"))
+        kept.with_suffix(".part").replace(kept)
+        return model, row
+    found = torch.load(kept, weights_only=True)
+    model = build(job.peer, int(Pictures.load(work).classes.max()) + 1, recipe)
+    model.load_state_dict(found["weights"])
+    return model.to(memory_format=torch.channels_last), found["row"] | {"recipe": job.name}
+
+
+def _trained(job: Job, build: Build, work: Path, recipe: Recipe) -> tuple[nn.Module, Row]:
+    torch.set_num_threads(1)
     pictures, side = Pictures.load(work), recipe.image_size
     train_rows = np.flatnonzero(pictures.folds != job.fold)
     classes = int(pictures.classes.max()) + 1

@@ -266,7 +266,7 @@ def test_the_models_for_clip_art_are_compared_with_cvt_on_the_same_folds(
     ]
     assert all(len(row["top1_curve"].split()) == 5 for row in rows)
     assert all(row["top1_curve"].endswith(row["top1"]) for row in rows)
-    monkeypatch.setattr(clipart, "train", None)  # what the file has is not trained again
+    monkeypatch.setattr(small_training, "train", None)  # what the file has is not trained again
     path = path.rename(tmp_path / "yesterday.csv")
     options = clipart.parse([*arguments, f"--resume={path}"])
     clipart.run(options)
@@ -284,22 +284,48 @@ def test_the_models_for_clip_art_are_compared_with_cvt_on_the_same_folds(
         small_training.add_rows(path, rows)
 
 
+def test_a_training_is_kept_for_another_question(load, small_training, tmp_path, monkeypatch):
+    small_training.digits().some(60).save(tmp_path / "work")
+    recipe = small_training.shortened(load("ablations").load_recipe("digits"), 1)
+
+    def build(name, classes, recipe):
+        side = recipe.image_size
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * side**2, classes))
+
+    job = small_training.Job("linear", 1, "first", {"lr": 0.1})
+    model, row = small_training.train(job, build, tmp_path / "work", recipe)
+    monkeypatch.setattr(small_training, "_trained", None)
+    same = job._replace(name="second")
+    kept, again = small_training.train(same, build, tmp_path / "work", recipe)
+    assert torch.equal(kept[1].weight, model[1].weight)
+    assert again == row | {"recipe": "second"}
+    for other in (job._replace(fold=2), job._replace(settings={"lr": 0.2})):
+        with pytest.raises(TypeError):
+            small_training.train(other, build, tmp_path / "work", recipe)
+
+
 def test_of_the_rates_the_best_on_the_kept_fold_is_taken(small_training, tmp_path):
     seen = []
 
     def measure(job):
         seen.append((job.peer, job.fold, job.settings["lr"]))
-        top1 = {("a", 0.1): 50, ("a", 0.2): 60, ("b", 0.1): 70, ("b", 0.2): 70}
-        found = {"top1": top1[job.peer, job.settings["lr"]], "lr": job.settings["lr"]}
+        top1 = {
+            "a": {0.1: 50, 0.2: 60, 0.4: 55},
+            "b": {0.05: 60, 0.1: 70, 0.2: 70},
+            "c": {0.1: 50, 0.2: 40, 0.05: 60, 0.025: 60},
+        }
+        found = {"top1": top1[job.peer][job.settings["lr"]], "lr": job.settings["lr"]}
         return [{"peer": job.peer, "fold": job.fold, "recipe": job.name} | found]
 
     options = SimpleNamespace(quick=False, folds=[3, 1], processes=1)
     path = tmp_path / "rows.csv"
-    rows = small_training.compared(["a", "b"], (0.1, 0.2), measure, path, options)
-    assert seen[:4] == [("a", 0, 0.1), ("a", 0, 0.2), ("b", 0, 0.1), ("b", 0, 0.2)]
-    assert seen[4:] == [("a", 3, 0.2), ("b", 3, 0.1), ("a", 1, 0.2), ("b", 1, 0.1)]
+    rows = small_training.compared(["a", "b", "c"], (0.1, 0.2), measure, path, options)
+    assert seen[:6] == [(peer, 0, rate) for peer in "abc" for rate in (0.1, 0.2)]
+    assert seen[6:10] == [("a", 0, 0.4), ("b", 0, 0.05), ("c", 0, 0.05), ("c", 0, 0.025)]
+    best = [("a", 0.2), ("b", 0.1), ("c", 0.05)]
+    assert seen[10:] == [(peer, fold, rate) for fold in (3, 1) for peer, rate in best]
     found = [(row["peer"], row["fold"]) for row in rows]
-    assert found == [("a", "3"), ("b", "3"), ("a", "1"), ("b", "1")]
+    assert found == [(peer, fold) for fold in "31" for peer in "abc"]
 
 
 # ------------------------------------------------------------------------------ ablations
