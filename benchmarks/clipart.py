@@ -58,6 +58,7 @@ RECIPE = "few-pictures"
 # Where the search began: AdamW, and about the augmentation of `photos`.
 STRONG: dict[str, Any] = {
     "optimizer": "adamw",
+    "lr": 1e-3,
     "crop_scale": 0.35,
     "auto_augment": "rand-m9-mstd0.5-inc1",
     "random_erase": 0.1,
@@ -69,8 +70,8 @@ SEARCH: dict[str, dict[str, Any]] = {
     "as it is": {},
     "strong augmentation": STRONG,
     "strong augmentation with larger crops": STRONG | {"crop_scale": 0.6},
-    "adamw": {"optimizer": "adamw"},
-    "adamw with smaller batches": {"optimizer": "adamw", "batch_size": 32},
+    "adamw": {"optimizer": "adamw", "lr": 1e-3},
+    "adamw with smaller batches": {"optimizer": "adamw", "lr": 1e-3, "batch_size": 32},
     "lion": {"optimizer": "lion", "lr": 2e-4},
     "auto_augment": {"auto_augment": "rand-m9-mstd0.5-inc1"},
     "weaker auto_augment": {"auto_augment": "rand-m5-mstd0.5-inc1"},
@@ -84,8 +85,8 @@ SEARCH: dict[str, dict[str, Any]] = {
     "more weight decay": {"weight_decay": 0.2},
     "no label smoothing": {"label_smoothing": 0.0},
     "smaller batches": {"batch_size": 32},
-    "lower lr": {"lr": 5e-4},
-    "higher lr": {"lr": 2e-3},
+    "lower lr": {"lr": 1e-3},
+    "higher lr": {"lr": 8e-3},
     "averaged weights": {"ema_decay": 0.998},
 }
 
