@@ -720,6 +720,7 @@ def test_the_command_prints_which_classes_are_not_tested(cli, model_folder, phot
 def test_what_is_there_already_is_refused_before_the_work(cli, photos, tmp_path, option):
     target = tmp_path / "mine"
     target.write_text("mine")
+    (tmp_path / "no model").mkdir()
     answer = cli(tmp_path / "no model", photos, option, target)
     assert isinstance(answer.exception, FileExistsError)
     assert target.read_text() == "mine"

@@ -71,9 +71,10 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; an argument that names no model or no data fails before PyTorch is imported."""
         for parameter in self.params:
+            check = CHECKS.get(str(parameter.name))
             value = ctx.params.get(str(parameter.name))
-            if isinstance(parameter, Argument) and value and parameter.name in CHECKS:
-                CHECKS[parameter.name](value)
+            if check and isinstance(parameter, Argument) and isinstance(value, str):
+                check(value)
         return super().invoke(ctx)
 
     def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
