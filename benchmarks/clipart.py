@@ -1,7 +1,7 @@
 """How well does CvT learn from a few thousand pictures, beside a ViT, a ResNet and a PVT?
 
     apt-get download openclipart-png && dpkg -x openclipart-png_*.deb clipart
-    python benchmarks/clipart.py clipart/usr/share/openclipart/png    # about two hours, two cores
+    python benchmarks/clipart.py clipart/usr/share/openclipart/png    # about three hours, two cores
     python benchmarks/clipart.py PATH --search    # recipes for CvT, on the fold that is kept for it
     python benchmarks/clipart.py PATH --quick     # an epoch of two folds: does all of it run?
 

@@ -391,34 +391,48 @@ def compared(
 
     Args:
         peers: their names.
-        rates: to choose from, on the fold that is kept for it; while the first or the last is the
-            best, half or twice as much is tried.
+        rates: to choose from, as in `best_rates`.
         measure: as in `measured`.
         path: of the csv file.
         options: of the command line.
         choose: measures instead where a rate is chosen, by `top1`.
     """
-    tried = {peer: list(rates[1:2] if options.quick else rates) for peer in peers}
-    trials = [(peer, rate) for peer in peers for rate in tried[peer]]
-    best: dict[str, dict[str, str]] = {}
-    while trials:
-        jobs = [Job(peer, 0, f"lr {rate:g}", {"lr": rate}) for peer, rate in trials]
-        for row in measured(jobs, choose or measure, path, options.processes):
-            if float(row["top1"]) > float(best.get(row["peer"], {"top1": "-1"})["top1"]):
-                best[row["peer"]] = row
-        trials = []
-        for peer in [] if options.quick else peers:  # the best one may lie beyond those tried
-            chosen = float(best[peer]["lr"])
-            for end, factor in ((min(tried[peer]), 0.5), (max(tried[peer]), 2.0)):
-                if chosen == end:
-                    trials.append((peer, chosen * factor))
-                    tried[peer].append(chosen * factor)
+    best = best_rates(peers, rates, choose or measure, path, options)
     jobs = [
-        Job(peer, fold, best[peer]["recipe"], {"lr": float(best[peer]["lr"])})
+        Job(peer, fold, f"lr {best[peer]:g}", {"lr": best[peer]})
         for fold in options.folds
         for peer in peers
     ]
     return measured(jobs, measure, path, options.processes)
+
+
+def best_rates(
+    peers: Sequence[str],
+    rates: Sequence[float],
+    measure: Measure,
+    path: Path,
+    options: argparse.Namespace,
+) -> dict[str, float]:
+    """The learning rate of each peer with the highest `top1` on the fold that is kept for it.
+
+    While the lowest or the highest of those tried is the best, half or twice as much is tried.
+    """
+    tried = {peer: list(rates[1:2] if options.quick else rates) for peer in peers}
+    trials = [(peer, rate) for peer in peers for rate in tried[peer]]
+    best: dict[str, tuple[float, float]] = {}  # top1 and rate
+    while trials:
+        jobs = [Job(peer, 0, f"lr {rate:g}", {"lr": rate}) for peer, rate in trials]
+        for row in measured(jobs, measure, path, options.processes):
+            top1 = float(row["top1"])
+            if row["peer"] not in best or top1 > best[row["peer"]][0]:
+                best[row["peer"]] = top1, float(row["lr"])
+        trials = []
+        for peer, (_, rate) in () if options.quick else best.items():
+            ends = ((min(tried[peer]), rate / 2), (max(tried[peer]), rate * 2))
+            trials += [(peer, beyond) for end, beyond in ends if rate == end]
+        for peer, rate in trials:
+            tried[peer].append(rate)
+    return {peer: rate for peer, (_, rate) in best.items()}
 
 
 def by_fold(rows: Rows) -> dict[str, dict[str, dict[str, str]]]:

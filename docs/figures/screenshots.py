@@ -203,8 +203,7 @@ def picture_of_site(tab: playwright.Page, address: str, files: list[Path]) -> by
 # ------------------------------------------------------------------------------ the first picture
 
 PAGE = """<!doctype html><meta charset="utf-8"><style>
-body {{ margin: 0; padding: 28px; width: 1572px; background: #fff; display: flex; gap: 28px;
-  font: 15px DejaVu Sans, WenQuanYi Micro Hei, sans-serif; color: #66727f; }}
+body {{ margin: 0; padding: 28px; width: 1572px; background: #fff; display: flex; gap: 28px; }}
 img {{ display: block; border-radius: 8px; box-shadow: 0 1px 10px #0003; }}
 .photo {{ width: 386px; }} .app {{ width: 866px; }} .site {{ height: 514px; }}
 div {{ display: flex; flex-direction: column; gap: 14px; justify-content: space-between; }}

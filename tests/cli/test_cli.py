@@ -184,17 +184,18 @@ finally:
 
 
 def loaded_by(arguments):
-    """What a command prints, without its last line, and the libraries that it has loaded."""
+    """The exit code of a command, what it prints, and the libraries that it has loaded."""
     command = [sys.executable, "-c", LOADED, arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     *printed, loaded = done.stdout.split("\n")[:-1]
-    return printed, set(loaded.split())
+    return done.returncode, printed, set(loaded.split())
 
 
 @pytest.mark.parametrize("many", ["", *COMMANDS])
 def test_help_loads_only_click(many):
     """So it answers in a fraction of a second."""
-    printed, loaded = loaded_by(f"{many} --help")
+    code, printed, loaded = loaded_by(f"{many} --help")
+    assert code == 0
     assert printed[0].startswith("Usage: ")
     assert loaded == set()
 
@@ -217,7 +218,8 @@ def test_help_loads_only_click(many):
     ],
 )
 def test_a_typing_error_is_reported_before_pytorch_is_imported(arguments, fault, tmp_path):
-    printed, loaded = loaded_by(arguments.format(tmp=tmp_path))
+    code, printed, loaded = loaded_by(arguments.format(tmp=tmp_path))
+    assert code == 1
     message = {"data": "nowhere is not a folder, nor a file", "model": "no model nowhere: "}[fault]
     assert any(message in line for line in printed), printed
     assert not {"torch", "transformers", "keras", "tensorflow"} & loaded
