@@ -55,6 +55,7 @@ ACCURACY = (
     "mean_logit_difference", "largest_logit_difference", "logit_deviation",
 )  # fmt: skip
 SPEED = ("hidden_act", "form", "batch_size")
+TRAINED: Row = {"variant": "cvt-digits", "image_size": 16}
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
@@ -114,7 +115,7 @@ def accuracy_rows(options: argparse.Namespace) -> list[Row]:
                 agree, difference.mean(), difference.max(), theirs.std(),
             )  # fmt: skip
             row = own, activation, seed, *(f"{float(figure):.4f}" for figure in figures)
-            rows.append(dict(zip(ACCURACY, row, strict=True)))
+            rows.append(dict(zip(ACCURACY, row, strict=True)) | TRAINED)
             print(*rows[-1].values(), flush=True)
     return rows
 
@@ -195,7 +196,7 @@ def run(options: argparse.Namespace) -> None:
         path = result_file(options.results, name, "cpu", options.overwrite)
         rows = QUESTIONS[question](options)
         show(rows)
-        write_rows(path, [row | about for row in rows], "w" if options.overwrite else "x")
+        write_rows(path, [row | about | row for row in rows], "w" if options.overwrite else "x")
 
 
 if __name__ == "__main__":

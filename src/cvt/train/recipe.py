@@ -62,7 +62,7 @@ def setting(
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to train; `cvt train -h` shows what each setting means.
+    """How to train; `cvt train --schema` describes each setting.
 
     Raises:
         ValueError: settings have the wrong type, are out of their limits or contradict each other;
