@@ -225,7 +225,7 @@ def print_classes(result: "Evaluation", subset: bool) -> None:
     if (lacking := len(result.labels) - len(worst)) and not subset:
         out.print(
             f"the data has no images of {lacking} of the model's {len(result.labels)} classes; "
-            "--subset leaves them out of the competition"
+            "--subset ignores them"
         )
     top1, top5, loss, *of_classes = (
         metric_text(name, getattr(result, name))

@@ -79,7 +79,7 @@ def evaluate(
         workers: processes that decode, see `cvt.inference.predict.classify`.
         progress: called after every image.
         class_map: see `match_classes`.
-        subset: only the classes that the data has compete, as is usual for ImageNet-R and -A.
+        subset: predict only classes that the data has, as is usual for ImageNet-R and -A.
         real_labels: ImageNet-ReaL's, see `read_real_labels`.
         rank: whose share of the images, from 0 to `world` - 1.
         world: how many processes share.
@@ -195,7 +195,7 @@ class _Collected:
     Args:
         config: the classifier's.
         indices: of the classes of the data, by name.
-        ignored: which classes do not compete, (K,).
+        ignored: which classes are never predicted, (K,).
         real_labels: indices of the classes that are right, by the number of the image.
         keep_scores: whether to keep the scores of all classes.
     """

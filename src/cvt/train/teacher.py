@@ -23,7 +23,7 @@ class Teacher:
     """A trained classifier whose scores the model is to learn.
 
     It sees the views that the model sees, mixed and erased as they are, normalised by its own mean
-    and deviation. Of its classes, those of the data compete.
+    and deviation. Only its classes that the data has are compared.
 
     Args:
         recipe: of the run; it has a teacher.
