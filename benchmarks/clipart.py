@@ -85,8 +85,7 @@ SEARCH: dict[str, dict[str, Any]] = {
     "more weight decay": {"weight_decay": 0.2},
     "no label smoothing": {"label_smoothing": 0.0},
     "smaller batches": {"batch_size": 32},
-    "lower lr": {"lr": 1e-3},
-    "higher lr": {"lr": 8e-3},
+    **{f"lr {rate:g}": {"lr": rate} for rate in (1e-3, 2e-3, 4e-3, 16e-3)},
     "averaged weights": {"ema_decay": 0.998},
 }
 
