@@ -20,7 +20,7 @@ from cvt.data.preprocessing import preprocessing_of
 from cvt.export import export
 
 pytestmark = needs_browser
-WAIT = 40_000  # milliseconds, on a busy machine
+WAIT = 120_000  # milliseconds, on a busy machine
 FLAGS = (
     "--no-sandbox",
     *("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"),
@@ -232,6 +232,28 @@ def test_pictures_are_dropped_pasted_and_taken(tab):
     page.tab.locator("h3", has_text="camera 1").wait_for()
     page.answer()
     assert page.tab.evaluate("document.getElementById('video').srcObject") is None
+
+
+@pytest.mark.parametrize("engine", ["wasm", "webgpu"])
+def test_pictures_given_at_once_are_all_answered(tab, model_folder, engine):
+    contents = {f"{i}.png": encoded(photo(60, 80, seed=i)) for i in range(4)}
+    contents["no.png"] = b"no picture"
+    page = tab(f"colours/?engine={engine}")
+    page.ready()
+    page.tab.set_input_files(
+        "#files",
+        [{"name": n, "mimeType": "image/png", "buffer": c} for n, c in contents.items()],
+    )
+    answered = "#results > li:has(.classes li), #results > li.failed:has(.note)"
+    page.tab.locator(answered).nth(4).wait_for()
+    cards = page.tab.locator("#results > li").all_inner_texts()
+    assert "not a picture" in cards.pop(0)  # the last one given
+    classifier = cvt.Classifier(model_folder, "torch")
+    for card, (name, content) in zip(reversed(cards), contents.items(), strict=False):
+        assert card.startswith(name)
+        expected = [f"{each['label']} {each['score']:.1%}" for each in classifier(content)]
+        found = re.findall(r"^(\w+)\s+([\d.]+%)", card, re.M)
+        assert found == [tuple(e.split()) for e in expected]
 
 
 def test_what_cannot_be_read_gets_a_sentence(tab):

@@ -72,9 +72,12 @@ async function session(engine, graph) {
   };
   const opened = await ort.InferenceSession.create(graph, { executionProviders: [engine] });
   const threads = ort.env.wasm.numThreads;
+  let last = Promise.resolve(); // for WebGPU the runtime keeps a single call that waits
   const run = async (pixels, height, width) => {
     const tensor = new ort.Tensor("float32", pixels, [1, 3, height, width]);
-    return (await opened.run({ pixel_values: tensor })).logits.data;
+    const compute = () => opened.run({ pixel_values: tensor });
+    last = last.then(compute, compute);
+    return (await last).logits.data;
   };
   return { run, threads };
 }
