@@ -154,6 +154,25 @@ def test_two_processes_do_not_write_one_file(tmp_path):
     assert write(tmp_path / "out.csv", PATHS, resume=True) == PATHS[2:]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_runs_that_start_together_only_one_writes(tmp_path, overwrite):
+    target = tmp_path / "out.csv"
+    with PredictionFile(target, overwrite=overwrite) as first:
+        with PredictionFile(target, overwrite=overwrite) as second:
+            assert list(second.missing(PATHS, SETTINGS)) == PATHS
+            missing = first.missing(PATHS, SETTINGS)
+            first.write(prediction(next(missing)))
+            with pytest.raises(FileExistsError, match=r"out.csv.part is in use: another process"):
+                second.write(prediction(PATHS[0]))
+            with pytest.raises(FileExistsError, match=r"out.csv.part is in use: another process"):
+                second.finish()
+        for path in missing:
+            first.write(prediction(path))
+        first.finish()
+    assert write(tmp_path / "alone.csv", PATHS) == PATHS
+    assert target.read_bytes() == (tmp_path / "alone.csv").read_bytes()
+
+
 def test_a_file_that_appeared_meanwhile_is_not_overwritten(tmp_path):
     target = tmp_path / "out.csv"
     with PredictionFile(target) as results:

@@ -67,6 +67,7 @@ class ResultFile(ABC):
         self.count = 0
         self.end = 0  # of what is kept of the growing file, in bytes
         self.file: IO[str] | None = None
+        self.is_claimed = False  # the folder was there before anything is written, and is locked
         self.claimed = ExitStack()
 
     def __enter__(self) -> Self:
@@ -97,10 +98,11 @@ class ResultFile(ABC):
             FileExistsError: another process writes the file.
         """
         self.settings = dict(settings)
+        self.is_claimed = self.part.exists()
         done: Counter[bytes] = Counter()
-        if self.part.exists():
+        if self.is_claimed:
             self.claimed.enter_context(locked(self.part))
-        if self.part.exists() and self.resume:
+        if self.is_claimed and self.resume:
             self._check_settings()
             self.growing.touch()
             with open(self.growing, "rb") as file:
@@ -189,8 +191,12 @@ class ResultFile(ABC):
 
     def _begin(self, first: Any = None) -> IO[str]:
         """Open the file behind what is kept of it."""
-        if not self.part.exists():
-            self.part.mkdir(parents=True)
+        if not self.is_claimed:
+            try:
+                self.part.mkdir(parents=True)
+            except FileExistsError:  # since `missing`
+                reason = "another process has created it meanwhile, for the same file"
+                raise FileExistsError(f"{self.part} is in use: {reason}") from None
             self.claimed.enter_context(locked(self.part))
         (self.part / SETTINGS).write_text(json.dumps(self.settings, indent=2) + "\n")
         self.growing.touch()
