@@ -2,6 +2,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from helpers.pictures import encoded, photo
 from helpers.small_models import make, tiny
 from PIL import Image
@@ -10,8 +11,9 @@ import cvt
 from cvt.app import viewer as module
 from cvt.app.card import model_card, readme
 from cvt.app.texts import EN, ZH
-from cvt.app.viewer import TooManyPixelsError, Viewer, enlarged, shown
+from cvt.app.viewer import Viewer, enlarged, shown
 from cvt.data import ImageError, StoredImage
+from cvt.data.decoding import OversizedError
 from cvt.inference.page import page_name
 
 
@@ -64,13 +66,13 @@ def test_what_is_kept_is_small_upright_and_without_metadata(viewer):
 )
 def test_what_is_no_picture_is_an_image_error(viewer, content):
     with pytest.raises(ImageError) as raised:
-        viewer.look("a.png", StoredImage("a.png", content))
-    assert not isinstance(raised.value, TooManyPixelsError)
+        viewer.look("max_pixels.png", StoredImage("max_pixels.png", content))
+    assert not isinstance(raised.value, OversizedError)
 
 
 def test_too_many_pixels_are_an_error_of_their_own(viewer, monkeypatch):
     monkeypatch.setattr(module, "PIXELS", 5000)
-    with pytest.raises(TooManyPixelsError):
+    with pytest.raises(OversizedError):
         viewer.look("a.png", stored())
     viewer.look("a.png", stored(50, 50))
 
@@ -101,6 +103,21 @@ def test_names_of_classes_are_safe_to_show(tmp_path):
     viewer = Viewer(str(tmp_path))
     assert viewer.names[0] == r"a\u202eb"
     assert sum(viewer.top(viewer.look("a.png", stored()), 5).values()) == pytest.approx(1)
+
+
+def test_two_classes_of_one_name_stay_two(tmp_path):
+    model = make(tiny(num_labels=3))
+    model.config.class_names = ["crane", "cat", "crane"]
+    model.classifier.weight.data[:] = 0
+    model.classifier.bias.data[:] = torch.tensor([3.0, 0.0, -3.0])
+    model.save_pretrained(tmp_path)
+    cvt.image_processor(model.config, image_size=32).save_pretrained(tmp_path)
+    viewer = Viewer(str(tmp_path))
+    picture = viewer.look("a.png", stored())
+    expected = torch.tensor([3.0, 0.0, -3.0]).softmax(0).tolist()
+    assert picture.scores == pytest.approx(expected)
+    assert viewer.best(picture) == [0, 1, 2]
+    assert list(viewer.top(picture, 5)) == viewer.names == ["crane (0)", "cat", "crane (2)"]
 
 
 def test_a_regression_is_refused(tmp_path):

@@ -444,6 +444,20 @@ def test_imagenet_folders_may_be_called_by_wordnet_ids():
     assert indices["tiger cat"] == 282
 
 
+def test_two_classes_of_one_name_are_counted_apart(images):
+    names = list(imagenet_classes().values())
+    names[134] = names[517] = "crane"
+    model, processor = tiny(names)
+    cranes = LabelledImages(images.sources[:6], ["n02012849", "n03126707"] * 3)
+    evaluation = evaluate(model, processor, cranes)
+    assert {name: figures.images for name, figures in evaluation.per_class.items()} == {
+        "crane (134)": 3,
+        "crane (517)": 3,
+    }
+    assert {mistake.true for mistake in evaluation.mistakes} <= {"crane (134)", "crane (517)"}
+    assert evaluation.labels[133:135] == [names[133], "crane (134)"]
+
+
 def test_a_class_map_renames_and_leaves_out(classifier, processor, photos, images):
     german = {"blue": "blau", "green": "grün", "red": "red"}
     renamed = LabelledImages(images.sources, [german[label] for label in images.labels])

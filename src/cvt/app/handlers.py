@@ -15,8 +15,8 @@ from cvt.app import limits
 from cvt.app.examples import Example
 from cvt.app.sessions import Picture, Session, Sessions
 from cvt.app.texts import FORMATS, Texts
-from cvt.app.viewer import TooManyPixelsError, Viewer, shown
-from cvt.data.decoding import ImageError, Source, StoredImage
+from cvt.app.viewer import Viewer, shown
+from cvt.data.decoding import ImageError, OversizedError, Source, StoredImage
 from cvt.text import printable
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Handlers:
         """The picture with its answer; without one a note gives the reason."""
         try:
             return self.viewer.look(name, source)
-        except TooManyPixelsError:
+        except OversizedError:
             self._note(self.texts.too_many_pixels, name=name, **self.texts.pixels())
         except ImageError as error:
             logger.info(str(error))

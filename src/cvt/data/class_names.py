@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -15,6 +16,19 @@ def imagenet_classes() -> dict[str, str]:
     """
     lines = files("cvt.data").joinpath("imagenet1k.tsv").read_text(encoding="utf-8").splitlines()
     return dict(line.split("\t") for line in lines)
+
+
+def distinct_names(names: Iterable[str]) -> list[str]:
+    """Class names of which none stands for two classes: a repeated one gets the class's number.
+
+    Example:
+        >>> from cvt.data.class_names import distinct_names
+        >>> distinct_names(["crane", "cat", "crane"])
+        ['crane (0)', 'cat', 'crane (2)']
+    """
+    names = list(names)
+    counts = Counter(names)
+    return [f"{name} ({i})" if counts[name] > 1 else name for i, name in enumerate(names)]
 
 
 def read_labels(path: str | Path, classes: int | None = None) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cvt.architecture import Architecture
 from cvt.data import Images, LabelledImages, Task
-from cvt.data.class_names import imagenet_classes
+from cvt.data.class_names import distinct_names, imagenet_classes
 from cvt.data.decoding import Source, StoredImage
 from cvt.files import staged
 from cvt.inference.class_matching import class_indices, match_classes, real_labels_of
@@ -208,7 +208,8 @@ class _Collected:
         real_labels: list[list[int]] | None,
         keep_scores: bool = False,
     ) -> None:
-        self.config, self.labels, self.indices = config, config.class_names, indices
+        self.config, self.labels = config, distinct_names(config.class_names)
+        self.indices = indices
         self.ignored, self.real_labels = ignored, real_labels
         self.rows: list[tuple] = []
         self.scores: list[np.ndarray] | None = [] if keep_scores else None
