@@ -275,6 +275,27 @@ def test_int8_below_the_agreement_asked_for_is_not_written(digits, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_int8_that_gives_every_image_all_labels_is_not_written(
+    small, photos, tmp_path, monkeypatch
+):
+    def spoiled(model, *_):
+        for weights in model.graph.initializer:
+            if weights.name.endswith("classifier.bias"):
+                weights.raw_data = np.full(3, 100, np.float32).tobytes()
+        return model
+
+    model = CvtForImageClassification.from_pretrained(small)
+    model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(tmp_path / "model")
+    image_processor(model.config, image_size=32).save_pretrained(tmp_path / "model")
+    arguments = {"precision": "int8", "calibration": photos, "calibration_images": 10}
+    monkeypatch.setattr(cvt.export, "quantized", lambda graph, *_: graph)
+    assert export(tmp_path / "model", tmp_path / "out", "onnx", **arguments).agreement == 1
+    monkeypatch.setattr(cvt.export, "quantized", spoiled)
+    with pytest.raises(ValueError, match=r"of 10 images .* 99.00% is required"):
+        export(tmp_path / "model", tmp_path / "spoiled", "onnx", **arguments)
+
+
 def test_int8_is_checked_with_images_that_did_not_calibrate_it(
     small, photos, tmp_path, monkeypatch
 ):
@@ -349,8 +370,9 @@ def test_a_converter_that_changes_a_weight_is_found_out(small, tmp_path, monkeyp
 class Fixed:
     """Gives the same logits for whatever pixels."""
 
-    def __init__(self, *logits, precision="fp32"):
+    def __init__(self, *logits, precision="fp32", **fields):
         self.logits, self.precision = torch.tensor([logits]), precision
+        self.config = CvtConfig(num_labels=len(logits), **fields)
 
     def __call__(self, pixels):
         return self.logits
@@ -371,6 +393,36 @@ def test_a_check_asks_for_close_logits_and_the_same_class(expected, logits, pass
         return ImageClassifierOutput(logits=torch.tensor([expected]))
 
     assert compare(model, Fixed(*logits), pixels_of(1, 4, 4)).passed == passed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("expected", "logits", "same"),
+    [
+        ((2.0, 1.0), (2.0, -2.0), False),  # the best class is the same, but not the set
+        ((2.0, 1.0), (1.0, 2.0), True),  # the same set, in another order
+        ((2.0, -1.5), (2.0, -1.3), False),  # the threshold of the second is 0.2
+        ((2.0,), (-2.0,), False),
+        ((-1.0,), (-2.0,), True),
+    ],
+)
+def test_a_check_of_independent_labels_compares_the_sets(precision, expected, logits, same):
+    def model(pixels, return_dict):
+        return ImageClassifierOutput(logits=torch.tensor([expected]))
+
+    fields = {}
+    if len(logits) == 2:
+        fields = {"problem_type": "multi_label_classification", "thresholds": [0.5, 0.2]}
+    found = compare(model, Fixed(*logits, precision=precision, **fields), pixels_of(1, 4, 4))
+    assert found.same_class == same
+
+
+def test_a_class_within_the_tolerance_of_its_threshold_is_the_same():
+    def model(pixels, return_dict):
+        return ImageClassifierOutput(logits=torch.tensor([(0.00004, 3.0)]))
+
+    fields = {"problem_type": "multi_label_classification"}
+    assert compare(model, Fixed(-0.00004, 3.0, **fields), pixels_of(1, 4, 4)).passed
 
 
 @pytest.mark.parametrize(

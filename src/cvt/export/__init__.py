@@ -103,8 +103,10 @@ def export(
 
     Several batch sizes are compared and, where the size is dynamic, several resolutions. In fp32
     logits differ by at most 1e-4 (1e-5 of logits above 10), in bf16 by 5 % of the largest, in fp16
-    by 1 %, and every image gets the same class. In int8 the classes of images that were not used
-    for calibration are compared, and at other resolutions than the preprocessing's only reported.
+    by 1 %, and every image gets the same class; where the scores of classes are independent, the
+    same set of classes that reach their thresholds. In int8 the classes of images that were not
+    used for calibration are compared, and at other resolutions than the preprocessing's only
+    reported.
     Features are compared as logits are; in int8 their difference is only reported.
 
     Args:

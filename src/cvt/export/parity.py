@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cvt.inference.output_metrics import thresholds_of
+from cvt.inference.predict import has_independent_scores
 from cvt.modeling import CvtForImageClassification
 from cvt.runtime.base import Runtime
 from cvt.runtime.torch_runtime import TorchRuntime
@@ -27,8 +29,10 @@ class Check:
         images: in the batch.
         height: of the images, in pixels.
         width: likewise.
-        same_class: images of which both name the same class. For fp32, bf16 and fp16 classes whose
-            logits lie within `tolerance` of each other are the same.
+        same_class: images of which both name the same class; where the scores of classes are
+            independent, the same set of classes that reach their thresholds. For fp32, bf16 and
+            fp16 classes whose logits lie within `tolerance` of each other, or of the threshold,
+            are the same.
         difference: the largest between their logits.
         tolerance: what is accepted of it; None in int8, where the classes count.
     """
@@ -68,8 +72,14 @@ def compare(model: CvtForImageClassification, runtime: Runtime, pixels: Tensor) 
     expected = model(pixels, return_dict=True).logits  # (B, K)
     logits = runtime(pixels)
     tolerance = tolerance_of(runtime.precision, expected)
-    named = expected.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
-    same_class = named >= expected.amax(dim=1) - (tolerance or 0.0)
+    if has_independent_scores(runtime.config):
+        thresholds = torch.logit(torch.tensor(thresholds_of(runtime.config)))  # (K,)
+        differ = (expected >= thresholds) != (logits >= thresholds)
+        far = (expected - thresholds).abs() > (tolerance or 0.0)
+        same_class = ~(differ & far).any(dim=1)
+    else:
+        named = expected.gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
+        same_class = named >= expected.amax(dim=1) - (tolerance or 0.0)
     return Check(
         *(len(pixels), pixels.shape[2], pixels.shape[3]),
         same_class=int(same_class.sum()),

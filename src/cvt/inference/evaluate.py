@@ -26,10 +26,10 @@ from cvt.inference.metrics import (
     Mistake,
 )
 from cvt.inference.output_metrics import (
-    DEFAULT_THRESHOLD,
     MultiLabelEvaluation,
     RegressionEvaluation,
     Worst,
+    thresholds_of,
 )
 from cvt.inference.predict import BLANK, Keep, Result, classify, ranked, runtime_of, scores
 from cvt.limits import check_counts
@@ -299,7 +299,7 @@ class _CollectedOutputs:
     def evaluation(self) -> Any:
         """The evaluation of these images."""
         positions, names, targets, outputs = zip(*self.rows, strict=True) if self.rows else [()] * 4
-        given = self.config.thresholds or [DEFAULT_THRESHOLD] * len(self.config.class_names)
+        given = thresholds_of(self.config)
         thresholds = [given[i] for i in self.columns]
         shape = (-1, len(self.columns))
         return self.kind(

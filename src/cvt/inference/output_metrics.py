@@ -8,11 +8,17 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
+from cvt.architecture import Architecture
 from cvt.data.decoding import Source
 from cvt.inference.metrics import MOST_CONFIDENT, Failure
 
 Evaluated = TypeVar("Evaluated", bound="OutputEvaluation")
 DEFAULT_THRESHOLD = 0.5  # of a model that has none
+
+
+def thresholds_of(config: Architecture) -> list[float]:
+    """The score of each class from which on an image has it; 0.5 of a model without thresholds."""
+    return config.thresholds or [DEFAULT_THRESHOLD] * len(config.class_names)
 
 
 class Worst(NamedTuple):
