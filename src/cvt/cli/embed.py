@@ -45,7 +45,7 @@ from cvt.cli.options import (
 @click.option(
     "--plot-method",
     type=click.Choice(("tsne", "pca")),
-    help="Of the map; by default t-SNE up to 10000 images.",
+    help="Method of the map; default: t-SNE up to 10,000 images, else PCA.",
 )
 @run_options(1)
 @exact_decoding_option
@@ -86,19 +86,20 @@ def embed(
     from cvt.inference.embed import embed as embed_images
     from cvt.inference.embed import open_images
     from cvt.inference.embedding_file import EmbeddingFile, about_run, read_embeddings
-    from cvt.inference.embedding_map import write_map
-    from cvt.libraries import require
+    from cvt.inference.embedding_map import check_output, write_map
     from cvt.runtime import FeatureSettings
     from cvt.runtime.factory import MANY
 
     quiet_libraries(verbose)
+    if plot_method and not plot:
+        raise click.UsageError("--plot-method needs a --plot.")
+    if plot:
+        check_output(plot)
     # What may not be written is refused before the work begins.
     with (
         staged(plot, force) if plot else nullcontext() as page,
         EmbeddingFile(output, resume, force) as file,
     ):
-        if page:
-            require("a map", "sklearn", "jinja2", extra="search")
         images = open_images(data, **how_labelled)
         first = list(islice(images, MANY))  # to count them; the rest is read later
         source, how = model_source(model), (runtime, precision, device, threads)
@@ -129,5 +130,6 @@ def embed(
         done = consume("embed", rows, file.write, lambda row: row[0].error, file)
         err.print(f"{output}: {file.count} images embedded, {file.width} numbers each")
         if page:
-            write_map(read_embeddings(output), page, str(output), plot_method)
+            sources = (image for image, _ in open_images(data, **how_labelled))
+            write_map(read_embeddings(output), page, str(output), plot_method, sources)
     exit_if_skipped(*done)

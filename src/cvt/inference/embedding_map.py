@@ -7,8 +7,9 @@ pictures are parts of a few WebP sheets within it.
 import base64
 import io
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from cvt.inference.embedding_file import Embeddings
 from cvt.inference.page import render, write_page
 from cvt.inference.search import normalised
 from cvt.libraries import require
-from cvt.text import printable
+from cvt.text import printable, utf8
 
 METHODS = ("tsne", "pca")
 MOST_TSNE = 10_000  # images, which take it a minute or two
@@ -75,25 +76,27 @@ def write_map(
     path: str | Path,
     title: str,
     method: str | None = None,
-    images: Sequence[Source] | None = None,
+    images: Iterable[Source] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a map as one HTML page. A point has the colour of its class, and shows its picture.
 
     Args:
         embeddings: at least three rows.
-        path: the page.
+        path: the page, which ends in .html.
         title: its heading.
         method: as in `positions`.
-        images: of the rows; by default the files of their paths.
+        images: of the rows, in any order, and others; read once. A row whose image is not among
+            them is drawn from the file of its path, and so are all by default.
         overwrite: it may be replaced.
 
     Raises:
         FileExistsError: it is there already and may not be overwritten.
-        ValueError: there are fewer than three rows, or the method is another one.
+        ValueError: there are fewer than three rows, the method is another one, or the page has
+            another suffix.
         ImportError: scikit-learn or jinja2 is not installed.
     """
-    require("a map", "sklearn", "jinja2", extra="search")
+    check_output(Path(path))
     with staged(path, overwrite) as written:
         places = positions(embeddings.values, method)
         counts = Counter(label for label in embeddings.labels if label is not None)
@@ -114,18 +117,39 @@ def write_map(
             classes=[(label, counts[label]) for label in classes],
             others=len(embeddings) - sum(counts[label] for label in classes),
             points=json.dumps(points).replace("<", "\\u003c"),
-            sheets=_sheets(images or [Path(name) for name in embeddings.paths]),
+            sheets=_sheets(_in_order(embeddings.paths, images or ())),
             side=THUMBNAIL,
             columns=COLUMNS,
         )
         write_page(written, page)
 
 
-def _sheets(images: Sequence[Source]) -> list[str]:
+def check_output(path: Path) -> None:
+    """Make sure that `write_map` can write a page of this name.
+
+    Raises:
+        ValueError: it has another suffix.
+        ImportError: scikit-learn or jinja2 is not installed.
+    """
+    if path.suffix != ".html":
+        raise ValueError(f"{path} must end in .html")
+    require("a map", "sklearn", "jinja2", extra="search")
+
+
+def _in_order(names: Sequence[str], images: Iterable[Source]) -> Iterator[Source]:
+    """The images of these names, in this order; only those that come too early are kept."""
+    remaining = iter(images)
+    early: defaultdict[str, deque[Source]] = defaultdict(deque)
+    for name in names:
+        while not early[name] and (image := next(remaining, None)) is not None:
+            early[utf8(str(image))].append(image)
+        yield early[name].popleft() if early[name] else Path(name)
+
+
+def _sheets(images: Iterator[Source]) -> list[str]:
     """The pictures, `COLUMNS` in each row of a square sheet, as URLs of data."""
-    sheets, on_sheet = [], COLUMNS**2
-    for start in range(0, len(images), on_sheet):
-        some = images[start : start + on_sheet]
+    sheets = []
+    while some := list(islice(images, COLUMNS**2)):
         rows = -(-len(some) // COLUMNS)
         sheet = Image.new("RGB", (COLUMNS * THUMBNAIL, rows * THUMBNAIL), (230, 230, 230))
         for i, image in enumerate(some):
