@@ -93,8 +93,28 @@ def test_the_configuration_is_that_of_ray_and_of_its_operator(config):
     assert own == theirs
     with pytest.raises(FileExistsError, match="config exists already"):
         write_config(folder, ["cvt-13"], Settings(), ("127.0.0.1", 1), {})
-    with pytest.raises(FileNotFoundError, match="cvt-31"):
-        write_config(folder / "new", ["cvt-31"], Settings(), ("127.0.0.1", 1), {})
+    (deployment,) = own["deployments"]
+    assert deployment["backpressure_config"] == {"retry_after_s": 1}
+    for name in ("cvt-31", "runs/typo/best"):
+        with pytest.raises(FileNotFoundError, match=name):
+            write_config(folder / "new", [name], Settings(), ("127.0.0.1", 1), {})
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:0"])
+def test_the_pods_of_replicas_have_the_gpus_that_replicas_ask_for(model_folder, tmp_path, device):
+    how = {"device": device, "api_key_file": "/keys/key"}
+    models = [f"tiny={model_folder}"]
+    write_config(tmp_path / "config", models, Settings(), ("127.0.0.1", 8000), how)
+    text = (tmp_path / "config" / "rayservice.yaml").read_text()
+    assert "api_key_file" in text.partition("apiVersion")[0]
+    spec = yaml.safe_load(text)["spec"]
+    (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    asked = application["deployments"][0]["ray_actor_options"].get("num_gpus", 0)
+    assert asked == (device != "cpu")
+    (workers,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = workers["template"]["spec"]["containers"]
+    for resources in container["resources"].values():
+        assert int(resources.get("nvidia.com/gpu", 0)) == asked
 
 
 def test_a_replica_answers_as_one_process_does(address, pictures, expected):

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
-from cvt.checkpoints import model_source
+from cvt.checkpoints.source import check_exists
 from cvt.files import staged
+from cvt.libraries import is_installed
 from cvt.serving.server import named_models
 from cvt.serving.settings import Settings
 
@@ -23,12 +24,14 @@ HEADER = """\
 #   ray start --head --node-ip-address 127.0.0.1
 #   serve deploy {name}
 #
-# Models are paths on every node, or names of the hub. `threads` and `num_cpus` go together.
+# Models are paths on every node, or names of the hub; api_key_file, if there is one, is a path on
+# every node. `threads` and `num_cpus` go together.
 """
 KUBERAY_HEADER = """\
 # The same for KubeRay: kubectl apply -f {name}
 # The image is built by the Dockerfile of cvt-vision with --build-arg EXTRAS=serve,export,ray.
-# Models that are paths must be in the image or on a volume that is mounted at the same place.
+# Models that are paths, and api_key_file, must be in the image or on a volume that is mounted at
+# the same place.
 """
 
 
@@ -64,6 +67,7 @@ def serve_config(
         },
         "max_ongoing_requests": 2 * settings.max_batch,
         "max_queued_requests": settings.max_queue,
+        **backpressure(),
     }
     application = {
         "name": DEPLOYMENT,
@@ -76,14 +80,29 @@ def serve_config(
     return {"http_options": {"host": host, "port": port}, "applications": [application]}
 
 
+def backpressure() -> dict[str, Any]:
+    """The setting that gives Ray's own answer to a full queue a Retry-After, as ours has it.
+
+    It is empty where Ray is not installed here, or does not have the setting yet.
+    """
+    if not is_installed("ray"):
+        return {}
+    from ray.serve.schema import DeploymentSchema
+
+    has_setting = "backpressure_config" in DeploymentSchema.model_fields
+    return {"backpressure_config": {"retry_after_s": 1}} if has_setting else {}
+
+
 def kuberay_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What KubeRay takes: a RayService that runs the configuration of `serve deploy`."""
     (deployment,) = config["applications"][0]["deployments"]
-    cpus = deployment["ray_actor_options"]["num_cpus"]
+    resources = deployment["ray_actor_options"]
     replicas = deployment["autoscaling_config"]
 
-    def pod(name: str, cpus: int, **container: Any) -> dict[str, Any]:
+    def pod(name: str, cpus: int, gpus: int = 0, **container: Any) -> dict[str, Any]:
         resources = {"cpu": str(cpus), "memory": f"{2 + 2 * cpus}Gi"}
+        if gpus:
+            resources["nvidia.com/gpu"] = str(gpus)
         limits = {"requests": resources, "limits": resources}
         return {
             "spec": {
@@ -121,7 +140,9 @@ def kuberay_config(config: Mapping[str, Any]) -> dict[str, Any]:
                         "maxReplicas": replicas["max_replicas"],
                         "replicas": replicas["min_replicas"],
                         "rayStartParams": {},
-                        "template": pod("ray-worker", cpus),
+                        "template": pod(
+                            *("ray-worker", resources["num_cpus"], resources.get("num_gpus", 0))
+                        ),
                     }
                 ],
             },
@@ -187,8 +208,7 @@ def absolute(model: str) -> str:
     """A model as every process of this machine finds it; one of the hub keeps its name.
 
     Raises:
-        FileNotFoundError: there is no such model.
+        FileNotFoundError: there is no such model; the hub is not asked.
     """
-    if Path(model).exists():
-        return str(Path(model).resolve())
-    return model if "/" in model else model_source(model).name
+    check_exists(model)
+    return str(Path(model).resolve()) if Path(model).exists() else model
