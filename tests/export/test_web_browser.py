@@ -256,6 +256,17 @@ def test_pictures_given_at_once_are_all_answered(tab, model_folder, engine):
         assert found == [tuple(e.split()) for e in expected]
 
 
+def test_addresses_of_pictures_are_all_shown_and_a_bad_one_gets_a_sentence(tab, site):
+    (site[1] / "colours" / "a.png").write_bytes(encoded(photo()))
+    page = tab("colours/?image=missing.png&image=http://[&image=a.png")
+    page.ready()
+    assert page.answer().startswith("a.png")
+    cards = page.tab.locator("#results > li").all_inner_texts()
+    assert [card.split("\n")[0] for card in cards] == ["a.png", "[", "missing.png"]
+    assert "missing.png: 404" in cards[2]
+    assert "http://[: " in cards[1]
+
+
 def test_what_cannot_be_read_gets_a_sentence(tab):
     image, page = Image.fromarray(photo()), tab("colours/")
     for name, content, sentence in (

@@ -72,23 +72,28 @@ $("language").onclick = () => {
 
 let count = 0;
 
+/** A card of a picture that has no answer yet: its number, and its place for the picture. */
+function added(name) {
+  const id = count++;
+  const card = $("result").content.cloneNode(true).firstElementChild;
+  card.querySelector("h3").textContent = name;
+  $("results-section").hidden = false;
+  $("results").prepend(card);
+  const entry = { card, answer: null };
+  entries.set(id, entry);
+  fill(entry, TEXTS[language]);
+  return [id, card.querySelector("img")];
+}
+
 function give(files) {
   for (const file of files) {
-    const id = count++;
-    const card = $("result").content.cloneNode(true).firstElementChild;
-    const image = card.querySelector("img");
+    const [id, image] = added(file.name);
     image.src = URL.createObjectURL(file);
     image.onload = () => {
       image.classList.toggle("tiny", image.naturalWidth < TINY);
       URL.revokeObjectURL(image.src);
     };
     image.onerror = () => image.remove(); // the browser cannot show it
-    card.querySelector("h3").textContent = file.name;
-    $("results-section").hidden = false;
-    $("results").prepend(card);
-    const entry = { card, answer: null };
-    entries.set(id, entry);
-    fill(entry, TEXTS[language]);
     worker.postMessage({ id, file });
   }
 }
@@ -192,6 +197,14 @@ translate();
 
 // ?image=photo.jpg shows a picture of this server at once
 for (const address of asked.getAll("image")) {
-  const answer = await fetch(address);
-  if (answer.ok) give([new File([await answer.blob()], address.split("/").pop())]);
+  const name = address.split("/").pop();
+  try {
+    const answer = await fetch(address);
+    if (!answer.ok) throw new Error(`${answer.status} ${answer.statusText}`);
+    give([new File([await answer.blob()], name)]);
+  } catch (error) {
+    const [id, image] = added(name);
+    image.remove();
+    finish({ id, failure: `${address}: ${error.message}` });
+  }
 }
