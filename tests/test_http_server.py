@@ -19,6 +19,10 @@ def test_the_first_free_port_is_taken():
     ("host", "private"),
     [
         ("127.0.0.1", True),
+        ("127.0.0.2", True),
+        ("127.evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("localhost.evil.example", False),
         ("localhost", True),
         ("::1", True),
         ("0.0.0.0", False),
@@ -34,8 +38,8 @@ def test_only_this_machine_is_let_in_unless_asked(host, private):
     [
         ("localhost:7860", "localhost"),
         ("127.0.0.1", "127.0.0.1"),
-        ("[::1]:7860", "[::1]"),
-        ("[::1]", "[::1]"),
+        ("[::1]:7860", "::1"),
+        ("[::1]", "::1"),
         ("Evil.Example:80", "evil.example"),
         ("", ""),
     ],

@@ -1,11 +1,10 @@
 """A server of this machine: its socket, who reaches it, and uvicorn that answers on it."""
 
+import ipaddress
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")  # what a request to this machine calls it
 
 
 @contextmanager
@@ -34,8 +33,14 @@ def listening(host: str, ports: Sequence[int]) -> Iterator[socket.socket]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    """Whether a host is this machine as it alone reaches it: localhost or a loopback address.
+
+    Any other name is not, wherever it leads: a page elsewhere can have one that leads here.
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def address(listener: socket.socket) -> str:
@@ -47,9 +52,10 @@ def address(listener: socket.socket) -> str:
 
 
 def host_of(header: str) -> str:
-    """The name in a Host header, without its port."""
+    """The name or address in a Host header, without its port and the brackets of IPv6."""
     name, _, port = header.rpartition(":")
-    return (name if port.isdecimal() else header).lower()
+    name = (name if port.isdecimal() else header).lower()
+    return name[1:-1] if name[:1] + name[-1:] == "[]" else name
 
 
 def uvicorn_server(

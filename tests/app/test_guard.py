@@ -235,8 +235,11 @@ def test_the_first_page_is_in_the_language_that_was_chosen(inner, tmp_path, chos
 
 
 def test_a_name_from_elsewhere_is_refused_unless_others_are_let_in(web, inner, tmp_path):
-    headers = {"host": "evil.example:7860"}
-    assert web.get("/en/config", headers=headers).status_code == 403
+    headers = {"host": "127.evil.example:7860"}
+    for name in (headers["host"], "evil.example", "localhost.evil.example", "10.0.0.1:7860", ""):
+        assert web.get("/en/config", headers={"host": name}).status_code == 403
     assert inner.asked == []
+    for name in ("localhost:7860", "127.0.0.2:7860", "[::1]"):
+        assert web.get("/en/config", headers={"host": name}).status_code == 200
     public = TestClient(Guard(inner, tmp_path, None, private=False))
     assert public.get("/en/config", headers=headers).status_code == 200

@@ -101,10 +101,11 @@ def test_a_request_that_takes_too_long_is_ended(colours):
 
 
 def test_a_host_that_is_not_this_machine_is_refused_unless_others_are_let_in(colours):
-    elsewhere = {"host": "evil.example:8000"}
-    assert client(colours).get("/readyz", headers=elsewhere).status_code == 403
+    elsewhere = {"host": "127.evil.example:8000"}
+    for name in (elsewhere["host"], "evil.example", "localhost.evil.example", "10.0.0.1:8000", ""):
+        assert client(colours).get("/readyz", headers={"host": name}).status_code == 403
     assert client(colours, loopback=False).get("/readyz", headers=elsewhere).status_code == 200
-    for name in ("localhost:8000", "[::1]:8000", "127.0.0.1"):
+    for name in ("localhost:8000", "[::1]:8000", "127.0.0.1", "127.0.0.2:8000"):
         assert client(colours).get("/readyz", headers={"host": name}).status_code == 200
 
 

@@ -281,6 +281,26 @@ def test_what_answers_is_what_the_openapi_document_says(service, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_a_port_that_is_taken_is_an_error_before_a_model_is_opened(cvt, model_folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, out, err = cvt("serve", model_folder, "--port", port)
+    assert (code, out) == (1, "")
+    assert f"port {port}: " in err
+    assert "opening the models" not in err
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "localhost"])
+def test_a_service_answers_at_the_address_that_it_prints(models, tmp_path, host):
+    options = [models[0], "--host", host, "--threads", 1, "--runtime", "torch"]
+    with Server("serve", options, tmp_path / "log") as running:
+        assert httpx.get(f"{running.address}/readyz").status_code == 200
+        port = running.address.rpartition(":")[2]
+        elsewhere = {"Host": f"127.evil.example:{port}"}
+        assert httpx.get(f"{running.address}/readyz", headers=elsewhere).status_code == 403
+        assert "everyone" not in running.printed
+
+
 def test_sigterm_answers_what_is_in_flight_and_nothing_new(models, tmp_path):
     key = tmp_path / "key"
     key.write_text(KEY)

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cvt.app import limits
 from cvt.app.texts import TEXTS, Texts, preferred
-from cvt.http_server import LOOPBACK, host_of
+from cvt.http_server import host_of, is_loopback
 
 API = "/gradio_api"
 PAGES = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json")
@@ -61,7 +61,7 @@ class Guard:
                 await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        if self.private and host_of(headers.get("host", "")) not in LOOPBACK:
+        if self.private and not is_loopback(host_of(headers.get("host", ""))):
             await PlainTextResponse("not the name of this machine", 403)(scope, receive, send)
             return
         if scope["path"] == "/":

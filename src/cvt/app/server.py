@@ -69,7 +69,8 @@ def serve(
     ports = PORTS if port is None else [port]
     with upload_folder() as folder, listening(host, ports) as listener:
         os.environ |= SETTINGS | {"GRADIO_TEMP_DIR": str(folder)}
-        app = build(model, folder, is_loopback(host), language, examples, device, threads)
+        private = is_loopback(listener.getsockname()[0])
+        app = build(model, folder, private, language, examples, device, threads)
         uvicorn_server(app, listener, ready, graceful_seconds=1).run([listener])
 
 

@@ -8,6 +8,7 @@ import click
 
 from cvt.cli.options import (
     FILE,
+    FiniteRange,
     argument,
     command,
     device_option,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 @device_option
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=3.0,
     help="To spend on each row; it has eight turns at least.",
 )

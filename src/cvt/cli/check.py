@@ -9,6 +9,7 @@ import click
 
 from cvt.cli.options import (
     FILE,
+    FiniteRange,
     argument,
     command,
     data_options,
@@ -43,7 +44,7 @@ SHOWN = 20  # classes in the table
 @click.option("--model", help="MODEL by whose features images are compared, too; no export.")
 @click.option(
     "--similarity",
-    type=click.FloatRange(min=0, max=1, min_open=True),
+    type=FiniteRange(min=0, max=1, min_open=True),
     default=0.95,
     help="Cosine of the features of images that look alike to --model.",
 )

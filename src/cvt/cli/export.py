@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from cvt.cli.options import FILE, PRECISIONS, argument, command, force_option, no_verify_option
+from cvt.cli.options import (
+    FILE,
+    PRECISIONS,
+    FiniteRange,
+    argument,
+    command,
+    force_option,
+    no_verify_option,
+)
 
 if TYPE_CHECKING:
     from cvt.runtime.manifest import Manifest
@@ -45,7 +53,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--min-agreement",
-    type=click.FloatRange(min=0, max=1),
+    type=FiniteRange(min=0, max=1),
     default=0.99,
     help="Share of images that int8 must classify as fp32 does.",
 )

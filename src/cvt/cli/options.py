@@ -1,5 +1,6 @@
 """What commands are built from: their class, their arguments, and the options that they share."""
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,19 @@ LONGEST_CHOICES = 28  # characters; of a setting with more, an error lists them
 RUNTIMES = (
     *("auto", "torch", "fused", "compiled", "onnxruntime", "openvino", "tensorflow", "litert"),
 )
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers, of which inf and nan are none."""
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> Any:
+        """The number; a usage error if it is none, or out of the range."""
+        number = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", parameter, context)
+        return number
 
 
 def check_model(name: str) -> None:

@@ -78,6 +78,8 @@ def predict(
         raise click.BadParameter(message, param_hint="--output")
     if logits and (output is None or output.suffix != ".parquet"):
         raise click.BadParameter("needs an --output that ends in .parquet", param_hint="--logits")
+    if as_json and output is not None:
+        raise click.BadParameter("prints, and --output writes", param_hint="--json")
     if resume and output is None:
         raise click.BadParameter("needs an --output", param_hint="--resume")
     from cvt.checkpoints import model_source

@@ -7,6 +7,7 @@ import click
 
 from cvt.cli.options import (
     FILE,
+    FiniteRange,
     argument,
     command,
     count_option,
@@ -38,7 +39,7 @@ from cvt.cli.options import (
 @count_option("max_batch", "Images that are run through a model at a time.", 32)
 @click.option(
     "--batch-wait-ms",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=5.0,
     help="Milliseconds that an image waits for others.",
 )
@@ -54,7 +55,7 @@ from cvt.cli.options import (
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     default=30.0,
     help="Seconds of a request; beyond: 504.",
 )
@@ -89,7 +90,7 @@ def serve(
 ) -> None:
     """Serve models over HTTP: POST images, get their classes; batched as they come."""
     from cvt.cli.console import err, out, quiet_libraries
-    from cvt.http_server import is_loopback
+    from cvt.http_server import is_loopback, listening
     from cvt.serving.server import open_models, serve
     from cvt.serving.settings import MIB, Settings, read_key
 
@@ -120,8 +121,9 @@ def serve(
         write(write_config, models, settings, (host, port), how, force)
         out.print(f"{write_config}: serve.yaml for Ray Serve, rayservice.yaml for KubeRay")
         return
-    err.print("opening the models; one that is new to this machine is converted first")
-    opened = open_models(models, runtime, precision, device, threads, verify=not no_verify)
-    for name, model in opened.items():
-        err.print(f"{name}: {model.runtime.describe}")
-    serve(opened, settings, host, port, ready)
+    with listening(host, [port]) as listener:  # a port that is taken is an error at once
+        err.print("opening the models; one that is new to this machine is converted first")
+        opened = open_models(models, runtime, precision, device, threads, verify=not no_verify)
+        for name, model in opened.items():
+            err.print(f"{name}: {model.runtime.describe}")
+        serve(opened, settings, listener, ready)

@@ -8,7 +8,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cvt.http_server import LOOPBACK, host_of
+from cvt.http_server import host_of, is_loopback
 from cvt.serving.metrics import Metrics
 from cvt.serving.settings import MIB, Settings
 
@@ -64,7 +64,7 @@ class Boundary:
 
     def refusal(self, headers: Headers) -> Response | None:
         """The answer to a request that is refused by its headers; None for others."""
-        if self.settings.loopback and host_of(headers.get("host", "")) not in LOOPBACK:
+        if self.settings.loopback and not is_loopback(host_of(headers.get("host", ""))):
             return problem(403, "the Host header is not a name of this machine")
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > self.settings.max_bytes:

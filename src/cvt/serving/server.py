@@ -3,12 +3,13 @@
 import math
 import re
 import signal
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from cvt.checkpoints import load_preprocessing, model_source
-from cvt.http_server import is_loopback, listening, uvicorn_server
+from cvt.http_server import is_loopback, uvicorn_server
 from cvt.runtime import FeatureSettings, open_runtime
 from cvt.runtime.factory import MANY
 from cvt.serving.served_model import OpenedModel
@@ -80,8 +81,7 @@ def named_models(words: Sequence[str]) -> dict[str, str]:
 def serve(
     opened: Mapping[str, OpenedModel],
     settings: Settings,
-    host: str = "127.0.0.1",
-    port: int = 8000,
+    listener: socket.socket,
     ready: Callable[[str], None] = print,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C: no new requests then, and those in flight are answered.
@@ -89,22 +89,21 @@ def serve(
     Args:
         opened: as in `cvt.serving.application.create_app`.
         settings: limits and batches; `loopback` follows from the address.
-        host: the address to listen on; others than this machine's own let others in.
-        port: the port; 0 is any free one.
+        listener: of `cvt.http_server.listening`; addresses other than this machine's own let
+            others in.
         ready: called with the address when requests are answered.
 
     Raises:
-        OSError: the port is in use, or the address is not one of this machine.
         ValueError: a model has no classes.
     """
     from cvt.serving.application import create_app
 
-    with listening(host, [port]) as listener:
-        app = create_app(opened, replace(settings, loopback=is_loopback(host)))
-        server = uvicorn_server(app, listener, ready, math.ceil(settings.timeout) + 1)
-        # uvicorn ends with the signal that it received; with this handler, with 0.
-        before = signal.signal(signal.SIGTERM, server.handle_exit)
-        try:
-            server.run([listener])
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    loopback = is_loopback(listener.getsockname()[0])
+    app = create_app(opened, replace(settings, loopback=loopback))
+    server = uvicorn_server(app, listener, ready, math.ceil(settings.timeout) + 1)
+    # uvicorn ends with the signal that it received; with this handler, with 0.
+    before = signal.signal(signal.SIGTERM, server.handle_exit)
+    try:
+        server.run([listener])
+    finally:
+        signal.signal(signal.SIGTERM, before)
