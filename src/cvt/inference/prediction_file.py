@@ -101,7 +101,7 @@ class PredictionTable(RowFile):
         overwrite: bool = False,
         with_logits: bool = False,
     ) -> None:
-        require(str(target), "pyarrow", extra="ray")
+        require(str(target), "pyarrow", extra="search")
         super().__init__(target, resume, overwrite)
         self.with_logits = with_logits
 
