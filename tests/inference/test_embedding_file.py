@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from pyarrow import parquet
 
@@ -127,6 +128,21 @@ def test_what_is_no_file_of_embeddings_is_refused_by_its_name(tmp_path):
         (tmp_path / "bad.json").write_text("{}")
         with pytest.raises(ValueError, match=rf"bad\{suffix} is not what cvt embed writes"):
             read_embeddings(tmp_path / f"bad{suffix}")
+    for column, message in (
+        (pyarrow.array(["x"]), "its features are of string, not lists"),
+        (pyarrow.array([1.0]), "its features are of double, not lists"),
+        (pyarrow.array([["x"]]), "has features of object"),
+    ):
+        table = pyarrow.table({"path": ["a"], "features": column})
+        parquet.write_table(table, tmp_path / "other.parquet")
+        with pytest.raises(ValueError, match=rf"other\.parquet .*{message}"):
+            read_embeddings(tmp_path / "other.parquet")
+    for columns in ({"path": [1]}, {"path": ["a"], "label": [1]}):
+        features = pyarrow.array([[1.0]], pyarrow.list_(pyarrow.float32()))
+        table = pyarrow.table({**columns, "features": features})
+        parquet.write_table(table, tmp_path / "other.parquet")
+        with pytest.raises(ValueError, match=r"other\.parquet has paths or labels that are no"):
+            read_embeddings(tmp_path / "other.parquet")
     write_embeddings(Embeddings(VALUES, NAMES, LABELS), tmp_path / "few.npy")
     np.save(tmp_path / "few.npy", VALUES[:5])
     with pytest.raises(ValueError, match=r"few\.npy has 5 rows of features, 6 paths"):

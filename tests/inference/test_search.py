@@ -4,14 +4,21 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
+from cvt.inference import embed as embedding
 from cvt.inference.embedding_file import Embeddings, read_embeddings, write_embeddings
 from cvt.inference.predict import Result
-from cvt.inference.search import Index, answers, with_rows, without, write_answers
+from cvt.inference.result_file import claimed
+from cvt.inference.search import Index, answers, distinct, with_rows, without, write_answers
 
 NAMES = ["a/0.png", "a/1.png", "b/2.png", "b/3.png"]
 
@@ -88,6 +95,23 @@ def test_an_image_does_not_find_itself(four):
     assert (found.query, [each.path for each in found.neighbours]) == ("a/0.png", NAMES[1:3])
 
 
+def test_an_image_is_the_same_however_its_path_is_spelt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "linked").symlink_to("a")
+    spellings = ["a/0.png", f"{tmp_path}/a/0.png", "./a/../a/0.png", "linked/0.png"]
+    assert distinct(map(Path, [*spellings, "a/1.png"])) == [Path("a/0.png"), Path("a/1.png")]
+    rows = Embeddings(np.eye(3, 2, dtype="float32"), ["a/0.png", "t.tar#0", "b/2.png"], ["b"] * 3)
+    for path in spellings:
+        (found,) = answers(Index(rows), [Result(path, features=np.array([1, 0], "float32"))])
+        assert {each.path for each in found.neighbours} == {"t.tar#0", "b/2.png"}
+    new = [Result(Path(path), features=np.full(2, 7, "float32")) for path in spellings]
+    more = with_rows(rows, [*new, Result(Path("b/3.png"), features=np.ones(2, "float32"))])
+    assert more.paths == ["t.tar#0", "b/2.png", "linked/0.png", "b/3.png"]
+    assert more.labels == ["b", "b", None, "b"]
+    assert more.values.tolist()[2:] == [[7, 7], [1, 1]]
+
+
 def test_sheets_and_tables_have_every_neighbour(four, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
@@ -149,6 +173,67 @@ def test_search_finds_adds_and_removes(cvt, model_folder, photos, tmp_path, monk
         rows.about,
     )
     np.testing.assert_allclose(after.values[-1], rows.values[rows.paths.index("photos/red/03.png")])
+
+    words = ("search", "all.npz", *options, "--add", "photos/red", "--add", "photos/red/01.png")
+    code, out, err = cvt(*words, "--add", tmp_path / "photos/red/02.png")
+    assert (code, re.findall(r"(\d+) (\w+ ?\w*)", out)) == (
+        0, [("0", "rows removed"), ("12", "images added"), ("24", "rows now")]
+    )  # fmt: skip
+
+
+def test_queries_are_decoded_as_the_rows_were(cvt, model_folder, photos, tmp_path, monkeypatch):
+    index, settings = tmp_path / "all.npz", []
+    options = ("--runtime", "torch", "--workers", 0)
+    how = ("--exact-decoding", "--max-pixels", 5000)
+    assert cvt("embed", model_folder, photos, "--output", index, *options, *how)[0] == 0
+    embed = embedding.embed
+
+    def recorded(*arguments, **named):
+        settings.append(arguments[5:7])
+        return embed(*arguments, **named)
+
+    monkeypatch.setattr(embedding, "embed", recorded)
+    for words in ((), ("--max-pixels", 4000)):
+        assert cvt("search", index, photos / "red" / "03.png", *options, *words)[0] == 0
+    assert settings == [(True, 5000), (True, 4000)]
+
+
+def test_a_file_that_another_process_writes_is_not_changed(cvt, model_folder, photos, tmp_path):
+    index, options = tmp_path / "all.npz", ("--runtime", "torch", "--workers", 0)
+    assert cvt("embed", model_folder, photos / "red", "--output", index, *options)[0] == 0
+    before = index.read_bytes()
+    script = (
+        "import sys, pathlib; from cvt.inference.result_file import claimed\n"
+        "with claimed(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, index], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        other.stdout.readline()
+        code, _, err = cvt("search", index, "--add", photos / "blue", *options)
+        assert (code, "all.npz.part is in use by another process" in err) == (1, True)
+        assert index.read_bytes() == before
+        other.stdin.close()
+    assert cvt("search", index, "--add", photos / "blue", *options)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == [index.name]
+    part = tmp_path / "all.npz.part"  # of an interrupted run
+    part.mkdir()
+    (part / "settings.json").write_text("{}")
+    with claimed(index):
+        pass
+    assert [path.name for path in part.iterdir()] == ["settings.json"]
+
+
+def test_a_column_that_was_added_is_not_lost(cvt, tmp_path, four):
+    path = tmp_path / "all.parquet"
+    write_embeddings(four, path)
+    table = parquet.read_table(path).append_column("split", pyarrow.array([*"xyxy"]))
+    parquet.write_table(table, path)
+    assert read_embeddings(path).unread == ["split"]
+    code, _, err = cvt("search", path, "--remove", "a/*")
+    assert code == 1
+    assert "all.parquet has split beside what cvt embed writes, which would be lost" in err
+    assert parquet.read_table(path).column_names[-1] == "split"
 
 
 def test_search_with_another_model_is_refused_by_its_hash(cvt, model_folder, photos, tmp_path):

@@ -77,6 +77,7 @@ def search(
     from cvt.inference.embed import embed
     from cvt.inference.embedding_file import read_embeddings, write_embeddings
     from cvt.inference.predict import Result, find_images
+    from cvt.inference.result_file import claimed
 
     quiet_libraries()
     if not (images or add or remove):
@@ -85,16 +86,24 @@ def search(
         raise click.UsageError("--output needs IMAGES to search for.")
     if output:
         searching.check_output(output)
-    rows = read_embeddings(index)
-    before = len(rows)
-    if remove:
-        rows = searching.without(rows, remove)
-    removed = before - len(rows)
-    new, queries = list(find_images(add)), list(find_images(images))
     done: dict[bool, list[Result]] = {True: [], False: []}  # by whether an image is to be added
     skipped = 0
     # What may not be written is refused before the work begins.
-    with staged(output, force) if output else nullcontext() as sheet:
+    with (
+        claimed(index) if add or remove else nullcontext(),
+        staged(output, force) if output else nullcontext() as sheet,
+    ):
+        rows = read_embeddings(index)
+        if rows.unread and (add or remove):
+            raise ValueError(
+                f"{index} has {', '.join(rows.unread)} beside what cvt embed writes, which would "
+                "be lost: keep them in another file"
+            )
+        before = len(rows)
+        if remove:
+            rows = searching.without(rows, remove)
+        removed = before - len(rows)
+        new, queries = searching.distinct(find_images(add)), list(find_images(images))
         if new or queries:
             source = searching.model_of(rows, index, model)
             how = (runtime, precision, device, threads, len(new) + len(queries), not no_verify)
@@ -102,7 +111,8 @@ def search(
             classifier, processor = open_classifier(source, *how, features=features)
             results = embed(
                 *(classifier, processor, [*new, *queries], batch_size, workers),
-                *(exact_decoding, max_pixels),
+                exact_decoding or bool(rows.about.get("exact_decoding")),
+                max_pixels or rows.about.get("max_pixels"),
                 normalize=bool(rows.about.get("normalize")),
             )
             is_new = [True] * len(new) + [False] * len(queries)

@@ -41,6 +41,7 @@ class Embeddings:
         paths: of the images; of an image in a table or an archive, its name there.
         labels: the class of each image, None where it is unknown.
         about: what computed them, see `about_run`; empty where other software wrote the file.
+        unread: names of what else the file has, such as a column that was added to it.
 
     Example:
         >>> import numpy as np
@@ -53,6 +54,7 @@ class Embeddings:
     paths: list[str]
     labels: list[str | None]
     about: dict[str, Any] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -108,7 +110,7 @@ def check_suffix(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if path.suffix == ".parquet":
-        require(f"{path}", "pyarrow", extra="ray")
+        require(f"{path}", "pyarrow", extra="search")
 
 
 def files_of(path: Path) -> list[Path]:
@@ -157,6 +159,8 @@ def read_embeddings(path: str | Path) -> Embeddings:
             f"{path} has features of {values.dtype} and shape {values.shape}: expected (images, "
             "numbers) of float32"
         )
+    if not all(isinstance(text, str) for text in (*found.paths, *filter(None, found.labels))):
+        raise ValueError(f"{path} has paths or labels that are no texts")
     if not len(values) == count == len(found.labels):
         raise ValueError(
             f"{path} has {len(values)} rows of features, {count} paths and {len(found.labels)} "
@@ -166,16 +170,18 @@ def read_embeddings(path: str | Path) -> Embeddings:
 
 
 def _read_parquet(path: Path) -> Embeddings:
-    import pyarrow
     from pyarrow import parquet
+    from pyarrow.types import is_fixed_size_list, is_large_list, is_list
 
     table = parquet.read_table(path)
     if missing := {"path", "features"} - set(table.column_names):
         raise ValueError(f"it has no column {' and '.join(sorted(missing))}")
     column = table["features"].combine_chunks()
+    if not any(is_kind(column.type) for is_kind in (is_list, is_large_list, is_fixed_size_list)):
+        raise ValueError(f"its features are of {column.type}, not lists of numbers")
     if column.null_count:
         raise ValueError(f"{column.null_count} rows have no features")
-    if pyarrow.types.is_fixed_size_list(column.type):
+    if is_fixed_size_list(column.type):
         widths = {column.type.list_size}
     else:  # of other software
         widths = set(column.value_lengths().to_pylist())
@@ -185,21 +191,24 @@ def _read_parquet(path: Path) -> Embeddings:
     about = json.loads((table.schema.metadata or {}).get(ABOUT, b"{}"))
     has_labels = "label" in table.column_names
     labels = table["label"].to_pylist() if has_labels else [None] * len(column)
-    return Embeddings(values, table["path"].to_pylist(), labels, about)
+    unread = [name for name in table.column_names if name not in ("path", "label", "features")]
+    return Embeddings(values, table["path"].to_pylist(), labels, about, unread)
 
 
 def _read_npz(path: Path) -> Embeddings:
     with np.load(path, allow_pickle=False) as arrays:
         labels = [label or None for label in arrays["label"].tolist()]
         about = json.loads(str(arrays["about"]))
-        return Embeddings(arrays["features"], arrays["path"].tolist(), labels, about)
+        unread = sorted(set(arrays) - {"features", "path", "label", "about"})
+        return Embeddings(arrays["features"], arrays["path"].tolist(), labels, about, unread)
 
 
 def _read_npy(path: Path) -> Embeddings:
     _, beside = files_of(path)
     rows = read_json(beside)
     values = np.load(path, allow_pickle=False)
-    return Embeddings(values, list(rows["path"]), list(rows["label"]), dict(rows["about"]))
+    unread = sorted(rows.keys() - {"about", "path", "label"})
+    return Embeddings(values, list(rows["path"]), list(rows["label"]), dict(rows["about"]), unread)
 
 
 # ------------------------------------------------------------------------------ writing

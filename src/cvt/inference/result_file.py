@@ -6,7 +6,7 @@ import textwrap
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
@@ -52,8 +52,8 @@ class ResultFile(ABC):
     ) -> None:
         self.target = target.resolve()
         self.targets = [self.target, *(path.resolve() for path in beside)]
-        self.part = self.target.with_name(f"{target.name}.part")
-        self.growing = self.part / target.name
+        self.part = part_of(target)
+        self.growing = self.part / self.target.name
         self.working = [self.part / name for name in (SETTINGS, ".lock")]
         self.resume, self.overwrite = resume, overwrite
         self._check_targets()
@@ -269,6 +269,33 @@ class RowFile(ResultFile):
         self.appended = open(self.numbers, "ab")  # noqa: SIM115
         self.claimed.callback(self.appended.close)
         return file
+
+
+def part_of(target: Path) -> Path:
+    """The folder beside a file that whoever writes the file holds a lock on."""
+    target = target.resolve()
+    return target.with_name(f"{target.name}.part")
+
+
+@contextmanager
+def claimed(target: Path) -> Iterator[None]:
+    """Keep other processes that write a file out, while it is read and replaced.
+
+    Raises:
+        FileExistsError: another process writes the file.
+        FileNotFoundError: there is no such file.
+    """
+    if not target.is_file():
+        raise FileNotFoundError(f"{target} does not exist")
+    part = part_of(target)
+    part.mkdir(exist_ok=True)
+    with locked(part):
+        try:
+            yield
+        finally:
+            (part / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):  # it has what an interrupted run left
+                part.rmdir()
 
 
 def run_settings(model: str, runtime: Runtime, **decoding: Any) -> dict[str, Any]:

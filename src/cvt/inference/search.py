@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -20,7 +21,7 @@ from cvt.inference.page import SIDE, embedded_thumbnail, render, thumbnail, writ
 from cvt.inference.predict import Result
 from cvt.libraries import require
 from cvt.runtime import FeatureSettings
-from cvt.text import csv_cell
+from cvt.text import csv_cell, utf8
 
 EXACT_ROWS = 100_000  # up to here, queries are compared with all rows
 RECALL = 0.95  # of a clustered index, at least
@@ -180,10 +181,12 @@ def answers(index: Index, images: Sequence[Result], top: int = TOP) -> list[Answ
     """
     paths = [str(each.path) for each in images]
     found = index(np.stack([np.asarray(each.features) for each in images]), top + 1)
-    return [
-        Answer(path, [each for each in neighbours if each.path != path][:top])
-        for path, neighbours in zip(paths, found, strict=True)
-    ]
+    answers = []
+    for path, place, neighbours in zip(paths, places(paths), found, strict=True):
+        of_rows = places([each.path for each in neighbours])
+        others = [each for each, own in zip(neighbours, of_rows, strict=True) if own != place]
+        answers.append(Answer(path, others[:top]))
+    return answers
 
 
 # ------------------------------------------------------------------------------ the model
@@ -223,6 +226,30 @@ def features_of(embeddings: Embeddings) -> FeatureSettings:
 # ------------------------------------------------------------------------------ rows
 
 
+def places(paths: Iterable[str | Path]) -> list[str]:
+    """Where images lie: the same for every spelling of a path, relative or through a linked folder.
+
+    Of an image in a table or an archive it is a name of its own.
+    """
+    folders: dict[str, str] = {}
+    found = []
+    for path in paths:
+        folder, name = os.path.split(utf8(str(path)))  # as a file has it
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        found.append(os.path.join(folders[folder], name))
+    return found
+
+
+def distinct(paths: Iterable[Path]) -> list[Path]:
+    """The paths without those that spell an earlier one in another way."""
+    paths = list(paths)
+    first: dict[str, Path] = {}
+    for place, path in zip(places(paths), paths, strict=True):
+        first.setdefault(place, path)
+    return list(first.values())
+
+
 def without(embeddings: Embeddings, patterns: Sequence[str]) -> Embeddings:
     """The rows whose path matches none of these patterns of the shell, such as `photos/old/*`.
 
@@ -249,22 +276,25 @@ def without(embeddings: Embeddings, patterns: Sequence[str]) -> Embeddings:
 
 
 def with_rows(embeddings: Embeddings, images: Sequence[Result]) -> Embeddings:
-    """The rows with those of other images behind them, which replace rows of the same path.
+    """The rows with those of other images behind them, which replace rows of the same image.
 
-    An image in a folder that is named as a class of the rows gets this class.
+    An image is the same however its path is spelt; see `places`. An image in a folder that is
+    named as a class of the rows gets this class.
 
     Args:
         embeddings: the rows.
         images: with features, by the model of the rows.
     """
-    paths = [str(each.path) for each in images]
-    classes, added = set(embeddings.labels), set(paths)
-    kept = _rows(embeddings, [i for i, path in enumerate(embeddings.paths) if path not in added])
-    folders = (Path(path).parent.name for path in paths)
+    added = dict(zip(places([str(each.path) for each in images]), images, strict=True))
+    of_rows = places(embeddings.paths)
+    kept = _rows(embeddings, [i for i, place in enumerate(of_rows) if place not in added])
+    classes = set(embeddings.labels)
+    folders = (Path(place).parent.name for place in added)
+    new = [np.asarray(each.features) for each in added.values()]
     return replace(
         kept,
-        values=np.concatenate([kept.values, np.stack([np.asarray(i.features) for i in images])]),
-        paths=[*kept.paths, *paths],
+        values=np.concatenate([kept.values, np.stack(new)]),
+        paths=[*kept.paths, *(str(each.path) for each in added.values())],
         labels=[*kept.labels, *(name if name in classes else None for name in folders)],
     )
 
