@@ -16,7 +16,7 @@ For each engine: seconds until it answers; the median of one client's requests, 
 throughput with 32 clients, and its ratio to `Classifier.stream`, which is what `cvt predict` runs,
 on the same files in the same run; the 50th and 99th percentile of requests that arrive at random
 times at half that throughput, and the latter divided by the time of one; then a burst of 1,000
-requests at once: how many were answered, told to wait (503) and failed, and the memory of all
+requests at once: how many were answered, rejected (503) and failed, and the memory of all
 processes of the engine before it and 10 seconds after.
 
 Prints a table and writes it to `results/serving-<processor>-torch<version>-<date>.csv`.
@@ -265,7 +265,7 @@ async def measured(
         "p99 ms": round(1000 * p99, 1),
         "p99 / one": round(p99 / one, 1),
         "answered": statuses.pop(200, 0),
-        "told to wait": statuses.pop(503, 0),
+        "rejected (503)": statuses.pop(503, 0),
         "failed": statuses.total(),
         "MiB before": round(before),
         "MiB after": round(after),

@@ -503,7 +503,7 @@ def test_a_large_job_labels_each_row_once(load, tmp_path):
 def test_an_engine_is_measured_beside_files(load, tmp_path):
     (row,) = results(load("serving"), tmp_path, "--engines=cvt serve")
     assert float(row["p99 ms"]) >= float(row["p50 ms"]) > 0
-    assert int(row["answered"]) + int(row["told to wait"]) == 50
+    assert int(row["answered"]) + int(row["rejected (503)"]) == 50
     assert row["failed"] == "0"
     assert float(row["images/s"]) > 0
 

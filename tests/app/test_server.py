@@ -152,7 +152,7 @@ def test_the_page_names_no_folder_of_the_machine(page, model_folder, photos):
 
 
 def visit(address, number, times):
-    """Give a picture so many times; returns how many were answered and how many told to wait."""
+    """Give a picture so many times; returns how many were answered and how many rejected."""
     answered = waited = 0
     visitor = Visitor(address, ("en", "zh")[number % 2])
     busy = (EN, ZH)[number % 2].busy
@@ -199,7 +199,7 @@ def test_fifty_clients_with_twenty_requests_each(page, capsys):
     answered, waited = load(page, 50, 20)
     after = swept_memory(page)
     with capsys.disabled():
-        print(f"\n{answered} answered, {waited} told to wait; {before:.0f} MiB, then {after:.0f}")
+        print(f"\n{answered} answered, {waited} rejected; {before:.0f} MiB, then {after:.0f}")
     assert answered > 0
     assert after < before + 16
 

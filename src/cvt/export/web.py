@@ -56,7 +56,7 @@ def check_page(model: CvtForImageClassification, processor: Any) -> Preprocessin
     """The preprocessing of a model, which the page computes too.
 
     Raises:
-        ValueError: the page cannot show the model; says why.
+        ValueError: the page cannot show the model; names the reason.
     """
     preprocessing = preprocessing_of(processor)
     if not isinstance(preprocessing, Preprocessing):

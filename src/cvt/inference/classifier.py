@@ -137,7 +137,7 @@ class Classifier:
     ) -> None:
         check_counts(batch_size=batch_size)
         check_processor(model, processor)
-        self._anew = partial(
+        self._rebuild = partial(
             Classifier,
             *(model, runtime, precision, device, threads),
             batch_size=batch_size,
@@ -166,7 +166,7 @@ class Classifier:
         self.exact, self.max_pixels, self.tta = exact, max_pixels, tta
 
     def __reduce__(self) -> tuple:
-        return self._anew, ()  # a runtime does not travel; its arguments do
+        return self._rebuild, ()  # a runtime does not travel; its arguments do
 
     def __call__(self, images: Any, top_k: int = 5) -> Any:
         """Classify an image or a list of them, or a batch of Ray Data.

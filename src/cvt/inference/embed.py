@@ -97,7 +97,7 @@ def embed(
         >>> runtime = open_runtime(model, "fused", features=FeatureSettings(stage=2))
         >>> images = [StoredImage("grey", Image.new("L", (32, 32))), StoredImage("bytes", b"?")]
         >>> results = [*embed(runtime, cvt.image_processor(config, image_size=32), images)]
-        >>> results[0].features.shape, results[1].features  # and results[1].error says why
+        >>> results[0].features.shape, results[1].features  # results[1].error has the reason
         ((64,), None)
     """
     settings = (batch_size, workers, exact, max_pixels)
