@@ -19,6 +19,7 @@ from cvt.cli.options import (
     words,
 )
 from cvt.limits import BOUNDS
+from cvt.runtime import PRECISIONS, RUNTIMES
 
 if TYPE_CHECKING:
     from cvt.inference.benchmark import Measurement
@@ -28,19 +29,25 @@ if TYPE_CHECKING:
 @argument("model", help="MODEL, an exported folder, or a variant: cvt-13, cvt-21, cvt-w24.")
 @click.option(
     "--runtimes",
-    help="Of auto, torch, fused, compiled, onnxruntime, openvino, commas between; ratios "
-    "are to the first. By default all but compiled.",
+    help=f"Runtimes to measure, separated by commas: {', '.join(('auto', *RUNTIMES))}; "
+    "ratios refer to the first. Default: all but compiled.",
 )
-@click.option("--precisions", help="Of fp32, bf16, fp16, int8. By default fp32,bf16.")
-@click.option("--batch-sizes", default="1,32", help="Images at a time.")
-@click.option("--image-sizes", help="Heights and widths in pixels, if not the model's.")
-@threads_option("Of the processor, if not the runtimes' choice.")
+@click.option(
+    "--precisions",
+    help=f"Precisions to measure, separated by commas: {', '.join(PRECISIONS)}. "
+    "Default: fp32,bf16.",
+)
+@click.option("--batch-sizes", default="1,32", help="Batch sizes, separated by commas.")
+@click.option(
+    "--image-sizes", help="Heights and widths in pixels, separated by commas, if not the model's."
+)
+@threads_option("Number of CPU threads; default: each runtime's own.")
 @device_option
 @click.option(
     "--seconds",
     type=FiniteRange(min=0),
     default=3.0,
-    help="To spend on each row; it has eight turns at least.",
+    help="Seconds per row; every row gets at least eight turns.",
 )
 @click.option("--output", type=FILE, help="New folder for benchmark.csv and benchmark.png.")
 @no_verify_option

@@ -41,7 +41,7 @@ SHOWN = 20  # classes in the table
     default=12,
     help="Bits of 256 in which the hashes of nearly equal images may differ.",
 )
-@click.option("--model", help="MODEL by whose features images are compared, too; no export.")
+@click.option("--model", help="MODEL whose features are compared, too; no export.")
 @click.option(
     "--similarity",
     type=FiniteRange(min=0, max=1, min_open=True),

@@ -31,7 +31,9 @@ DIALECTS = (
     type=click.IntRange(min=1),
     help="Create a new classifier of this many classes.",
 )
-@click.option("--config", type=FILE, help="config.json of a file that is no variant.")
+@click.option(
+    "--config", type=FILE, help="config.json for weights that match no published variant."
+)
 @click.option("--key", help="Entry of a checkpoint, or beginning of names, to read.")
 @click.option(
     "--hidden-act",

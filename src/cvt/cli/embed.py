@@ -31,16 +31,18 @@ from cvt.cli.options import (
 )
 @click.option("--output", type=FILE, required=True, help="Write .parquet, .npz or .npy.")
 @click.option(
-    "--stage", type=click.IntRange(min=1), help="Stage whose output is pooled, if not the last."
+    "--stage", type=click.IntRange(min=1), help="Stage whose output is pooled; default: the last."
 )
 @click.option(
     "--pool",
     type=click.Choice(("cls", "mean")),
-    help="Class token, or mean of the others; by default the first where there is one.",
+    help="Class token, or mean of the other tokens; default: the class token, if there is one.",
 )
 @click.option("--normalize", is_flag=True, help="Scale the features of an image to length 1.")
 @click.option(
-    "--plot", type=FILE, help="Write a map of the images, .html; a point shows its picture."
+    "--plot",
+    type=FILE,
+    help="Write a map of the images to this .html; each point shows its picture.",
 )
 @click.option(
     "--plot-method",

@@ -8,13 +8,14 @@ import click
 
 from cvt.cli.options import (
     FILE,
-    PRECISIONS,
     FiniteRange,
     argument,
     command,
     force_option,
     no_verify_option,
 )
+from cvt.runtime import PRECISIONS
+from cvt.runtime.manifest import FORMATS
 
 if TYPE_CHECKING:
     from cvt.runtime.manifest import Manifest
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 @click.option(
     "--to",
     required=True,
-    type=click.Choice(("onnx", "openvino", "torch-export", "saved-model", "litert", "web")),
-    help="Software that is to run it; web: a page that runs it in the visitor's browser.",
+    type=click.Choice(list(FORMATS)),
+    help="Format to write; web: a page that runs the model in the visitor's browser.",
 )
 @click.option(
-    "--precision", type=click.Choice(PRECISIONS), default="fp32", help="What it computes in."
+    "--precision", type=click.Choice(PRECISIONS), default="fp32", help="Precision of the export."
 )
 @click.option(
     "--dynamic",
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 @click.option(
     "--image-size",
     type=click.IntRange(min=1),
-    help="Height and width of its images, if not the model's.",
+    help="Height and width of the images, if not the model's.",
 )
 @click.option(
     "--features", is_flag=True, help="Give features too, as a second output beside the logits."
@@ -49,16 +50,16 @@ if TYPE_CHECKING:
 @click.option(
     "--calibration",
     type=FILE,
-    help="For int8: a folder of images, such as it will be used on.",
+    help="For int8: a folder of images like those the model will process.",
 )
 @click.option(
     "--min-agreement",
     type=FiniteRange(min=0, max=1),
     default=0.99,
-    help="Share of images that int8 must classify as fp32 does.",
+    help="For int8: share of images that it must classify as fp32 does.",
 )
 @click.option(
-    "--lang", type=click.Choice(("en", "zh")), default="en", help="Language of the page of web."
+    "--lang", type=click.Choice(("en", "zh")), default="en", help="Language of the web page."
 )
 @click.option(
     "--runtime-files",
@@ -70,8 +71,8 @@ if TYPE_CHECKING:
 def export(
     model: str,
     output: Path,
-    to: Literal["onnx", "openvino", "torch-export", "saved-model", "litert", "web"],
-    precision: Literal["fp32", "bf16", "fp16", "int8"],
+    to: str,
+    precision: str,
     dynamic: str,
     image_size: int | None,
     features: bool,

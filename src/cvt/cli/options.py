@@ -10,16 +10,13 @@ import click
 
 from cvt.limits import BOUNDS
 from cvt.problem_type import PROBLEMS
+from cvt.runtime import OF_EXPORTS, PRECISIONS, RUNTIMES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
 
 FILE = click.Path(path_type=Path)  # or a folder; whether it is there, the command checks
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 LONGEST_CHOICES = 28  # characters; of a setting with more, an error lists them
-RUNTIMES = (
-    *("auto", "torch", "fused", "compiled", "onnxruntime", "openvino", "tensorflow", "litert"),
-)
 
 
 class FiniteRange(click.FloatRange):
@@ -166,9 +163,9 @@ def known_device(ctx: click.Context, parameter: click.Parameter, name: str) -> s
 
 runtime_option = click.option(
     "--runtime",
-    type=click.Choice(RUNTIMES),
+    type=click.Choice(("auto", *RUNTIMES, *OF_EXPORTS)),
     default="auto",
-    help="Runtime; auto is the one that is through first.",
+    help="Runtime; auto takes the one expected to finish first.",
 )
 precision_option = click.option(
     "--precision",
@@ -176,13 +173,13 @@ precision_option = click.option(
     help="Precision of the arithmetic; default: fp32, or an export's own.",
 )
 verbose_option = click.option(
-    "-v", "--verbose", is_flag=True, help="Print which runtime auto takes, and why."
+    "-v", "--verbose", is_flag=True, help="Print which runtime auto takes, and the reason."
 )
 device_option = click.option(
     "--device",
     default="auto",
     callback=known_device,
-    help="cpu, cuda, cuda:1, ...; auto is CUDA where there is.",
+    help="cpu, cuda, cuda:1, ...; auto uses CUDA if there is a GPU, else the CPU.",
 )
 max_pixels_option = click.option(
     "--max-pixels",
@@ -222,8 +219,8 @@ data_options = with_options(
             "--classes", type=FILE, help="Names of the classes of the data, one per line."
         ),
         click.option("--image-column", help="Column of a table's images."),
-        click.option("--label-column", help="Column of a table's labels, or A,B,C."),
-        click.option("--label-separator", help="What is between several classes of a label."),
+        click.option("--label-column", help="Column of a table's labels, or several: A,B,C."),
+        click.option("--label-separator", help="Separator between the classes of a label."),
         click.option(
             "--problem-type",
             type=click.Choice(PROBLEMS),

@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 @click.option(
     "--add",
     multiple=True,
-    help="Images whose rows INDEX gets, or replaces, as IMAGES names them; several times.",
+    help="Images to add to INDEX, or to replace there; can be repeated.",
 )
 @click.option(
     "--remove",
     multiple=True,
-    help="Pattern of paths, such as 'old/*', whose rows leave INDEX; several times.",
+    help="Pattern of the paths to remove from INDEX, such as 'old/*'; can be repeated.",
 )
-@click.option("--model", help="MODEL that computed INDEX, if it is no longer where INDEX says.")
+@click.option("--model", help="MODEL that computed INDEX, if it has moved since.")
 @run_options(0)
 @exact_decoding_option
 @max_pixels_option
@@ -68,7 +68,8 @@ def search(
 ) -> None:
     """Find the images that look most alike to a model, among those that `cvt embed` embedded.
 
-    Images that cannot be decoded are skipped (exit code 3). Rows are added and removed before.
+    Images that cannot be decoded are skipped (exit code 3). Rows are added and removed before
+    the search. The settings of decoding are those of INDEX, unless they are given.
     """
     from cvt.cli.console import open_classifier, out, quiet_libraries
     from cvt.cli.progress import consume, exit_if_skipped

@@ -43,27 +43,30 @@ from cvt.cli.options import (
     default=5.0,
     help="Milliseconds that an image waits for others.",
 )
-@count_option("max_queue", "Images in work at a time; beyond them the answer is 503.", 256)
+@count_option("max_queue", "Images in work at a time; more get status 503.", 256)
 @click.option(
-    "--max-mib", type=click.IntRange(min=1), default=32, help="MiB of a request; beyond: 413."
+    "--max-mib",
+    type=click.IntRange(min=1),
+    default=32,
+    help="Largest request in MiB; larger ones get status 413.",
 )
 @click.option(
     "--max-pixels",
     type=click.IntRange(min=1),
     default=50_000_000,
-    help="Pixels of an image; beyond: 422.",
+    help="Largest image in pixels; larger ones get status 422.",
 )
 @click.option(
     "--timeout",
     type=FiniteRange(min=0, min_open=True),
     default=30.0,
-    help="Seconds of a request; beyond: 504.",
+    help="Longest time of a request in seconds; longer ones get status 504.",
 )
-@click.option("--api-key-file", type=FILE, help="File with the key that requests must have.")
+@click.option("--api-key-file", type=FILE, help="File with the key that requests must send.")
 @click.option(
     "--write-config",
     type=FILE,
-    help="Do not serve: write the files for a cluster with Ray Serve or KubeRay here.",
+    help="Folder for the files of a cluster with Ray Serve or KubeRay; nothing is served.",
 )
 @no_verify_option
 @verbose_option

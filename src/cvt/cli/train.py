@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     "--config",
     type=FILE,
     help="Recipe, a yaml file or a name that `cvt recipes` lists; the settings given here "
-    "win over it.",
+    "override it.",
 )
 @click.option(
     "--output",

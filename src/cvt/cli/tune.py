@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     "searches",
     multiple=True,
     metavar="KEY=VALUES",
-    help="Setting to search, as often as you like: lr=1e-5..1e-3:log (by orders of magnitude), "
+    help="Setting to search, can be repeated: lr=1e-5..1e-3:log (by orders of magnitude), "
     "flip=0..0.5, or optimizer=adamw,lion.",
 )
 @click.option(
