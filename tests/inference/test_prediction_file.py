@@ -186,6 +186,16 @@ def test_a_file_that_appeared_meanwhile_is_not_overwritten(tmp_path):
     assert write(target, PATHS, resume=True) == []
 
 
+def test_a_link_stays_one_and_the_file_behind_it_is_written(tmp_path):
+    real, link = tmp_path / "real.csv", tmp_path / "link.csv"
+    real.write_text("old")
+    link.symlink_to(real.name)
+    assert write(link, PATHS, overwrite=True) == PATHS
+    assert link.is_symlink()
+    assert write(tmp_path / "alone.csv", PATHS) == PATHS
+    assert real.read_bytes() == (tmp_path / "alone.csv").read_bytes()
+
+
 def test_a_place_that_cannot_be_is_refused_at_once(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="has no folder to be in"):
