@@ -83,7 +83,7 @@ def serve_config(
 def backpressure() -> dict[str, Any]:
     """The setting that gives Ray's own answer to a full queue a Retry-After, as ours has it.
 
-    It is empty where Ray is not installed here, or does not have the setting yet.
+    It is empty where Ray is not installed here, or is older than 2.58, which brought the setting.
     """
     if not is_installed("ray"):
         return {}
