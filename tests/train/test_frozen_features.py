@@ -12,7 +12,7 @@ from cvt import CvtForImageClassification, fuse
 from cvt.checkpoints import load_classifier, load_processor
 from cvt.data import open_training
 from cvt.inference.evaluate import evaluate
-from cvt.train import frozen_features, resume, train
+from cvt.train import Callback, frozen_features, resume, train
 from cvt.train.frozen_features import TrainedStages
 from cvt.train.trainer import Stopped
 
@@ -90,6 +90,27 @@ def test_a_run_on_kept_features_resumes_to_the_bit(recipe, tmp_path, frozen, dur
             begin(progress=Watcher(stop_after=2, during=during))
     resume(stopped)
     equal(final_state(tmp_path / "whole"), final_state(stopped))
+
+
+class StopAfterAStep(Callback):
+    def on_step_end(self, run):
+        run.stop("enough")
+
+
+@pytest.mark.parametrize("how", ["stopped", "ended"])
+def test_a_resumed_run_computes_the_features_with_the_weights_of_its_start(recipe, tmp_path, how):
+    """Stopped, it lacks view 1 and the validation; ended early, it has deleted all features."""
+    train(recipe(epochs=1, seed=5), tmp_path / "start")
+    settings = recipe(model=str(tmp_path / "start/best"), epochs=2, head_only=True, views=2)
+    train(settings, tmp_path / "whole")
+    again = tmp_path / "again"
+    if how == "stopped":
+        with pytest.raises(Stopped):
+            train(settings, again, Watcher(stop_after=2))
+    else:
+        train(settings, again, callbacks=[StopAfterAStep()])
+    resume(again)
+    equal(final_state(tmp_path / "whole"), final_state(again))
 
 
 def test_statistics_of_frozen_norms_do_not_move(recipe, tmp_path):

@@ -166,17 +166,15 @@ class Setup:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Load weights, moments, average and scale of a checkpoint.
+        """Load moments, average and scale of a checkpoint, whose weights the model has.
 
         Raises:
-            ValueError: the weights are not those of the model, or the teacher is another.
+            ValueError: the average is not that of the model, or the teacher is another.
         """
         if self.teacher and state.get("teacher") != self.teacher.digest:
             raise ValueError(f"teacher = {self.recipe.teacher}: is not the one of the run")
-        check_weights(state["model"], self.model.state_dict(), "model")
         if self.ema:
             check_weights(state["ema"] or {}, self.averaged.state_dict(), "ema")
-        set_model_state_dict(self.model, state["model"], options=FULL)
         if found := state["optimizer"]:
             set_optimizer_state_dict(self.model, self.optimizer, found, options=FULL)
         self.scaler.load_state_dict(state["scaler"])
@@ -249,6 +247,9 @@ def set_up(
     augment = augmentation(recipe, processor)
     mix = mixing(recipe, len(start.config.class_names))
     model, ema = _prepared(start, recipe, accelerator.device, plan.world)
+    if state:  # before the features of the frozen stages are computed from them
+        check_weights(state["model"], model.state_dict(), "model")
+        set_model_state_dict(model, state["model"], options=FULL)
     schedule = Schedule(recipe, plan)
     optimizer = optimizer_for(model, recipe, schedule.peak)
     is_sharded = recipe.fsdp and plan.world > 1
