@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score, f1_score, mean_absolute_err
 
 from cvt import Classifier
 from cvt.checkpoints import load_classifier, load_processor
-from cvt.data import LabelledImages, Task, open_labelled, without_trained
+from cvt.data import LabelledImages, Task, open_labelled, open_splits, without_trained
 from cvt.inference.evaluate import evaluate, write_evaluation
 from cvt.train import Recipe, cross_validate, resume, train
 from cvt.train.loss import batch_loss
@@ -109,6 +109,23 @@ def test_several_classes_are_learned_and_written_with_their_thresholds(
 
 def written_classifier(run):
     return Classifier(run / "best", runtime="torch", exact=True)
+
+
+def test_held_out_images_are_evaluated_at_the_thresholds_of_the_model(make, table, tmp_path):
+    header, *lines = table.read_text().splitlines()
+    splits = [f"{line},{('train', 'val', 'test')[i % 3]}" for i, line in enumerate(lines)]
+    divided = table.with_name("divided.csv")
+    divided.write_text("\n".join([f"{header},split", *splits]))
+    train(make(data=str(divided), **SEVERAL), tmp_path / "run")
+    model = load_classifier(tmp_path / "run/best")
+    assert model.config.thresholds != [0.5] * 3
+    processor = load_processor(tmp_path / "run/best", model.config)
+    expected = evaluate(model, processor, open_splits(divided, **SEVERAL)["test"])
+    metrics = json.loads((tmp_path / "run/test/metrics.json").read_text())
+    assert not metrics.pop("failures")
+    assert metrics == pytest.approx(expected.metrics, abs=1e-6)
+    with open(tmp_path / "run/test/per_class.csv", newline="") as file:
+        assert [float(row["threshold"]) for row in csv.DictReader(file)] == expected.thresholds
 
 
 @pytest.mark.pictures

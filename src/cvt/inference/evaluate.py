@@ -57,7 +57,6 @@ def evaluate(
     real_labels: list[list[int]] | None = None,
     rank: int = 0,
     world: int = 1,
-    config: Architecture | None = None,
     exact: bool = True,
     max_pixels: int | None = None,
     interrupted: Callable[[], bool] = lambda: False,
@@ -83,7 +82,6 @@ def evaluate(
         real_labels: ImageNet-ReaL's, see `read_real_labels`.
         rank: whose share of the images, from 0 to `world` - 1.
         world: how many processes share.
-        config: the classifier's, where `model` does not have it.
         exact: decode every image whole, see `cvt.inference.predict.classify`.
         max_pixels: the pixels that an image may have, likewise.
         interrupted: whether to give up while a worker is stuck, likewise.
@@ -103,7 +101,7 @@ def evaluate(
         cvt.data.workers.Interrupted: `interrupted` was true while no image came.
     """
     check_counts(batch_size=batch_size, workers=workers)
-    runtime = runtime_of(model, config)
+    runtime = runtime_of(model)
     config = runtime.config
     check_problem(images.task, config)
     if not images.task.has_one_class and (subset or real_labels is not None):

@@ -247,18 +247,13 @@ def mean_of_views(logits: np.ndarray, config: Architecture) -> np.ndarray:
     return log_mean(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
 
 
-def runtime_of(model: "Runtime | nn.Module", config: Architecture | None = None) -> Runtime:
-    """What runs a classifier; one of PyTorch, or what wraps it, runs as it is.
-
-    Args:
-        model: the classifier, or what runs it.
-        config: the classifier's, where `model` does not have it.
-    """
+def runtime_of(model: "Runtime | nn.Module") -> Runtime:
+    """What runs a classifier; one of PyTorch, or what wraps it, runs as it is."""
     if isinstance(model, Runtime):
         return model
     from cvt.runtime.torch_runtime import TorchRuntime
 
-    return TorchRuntime(model, config)
+    return TorchRuntime(model)
 
 
 Numbered = tuple[int, Source]

@@ -56,7 +56,6 @@ def evaluate_shared(
         after_image,
         rank=setup.plan.rank,
         world=setup.plan.world,
-        config=setup.config,
         max_pixels=setup.recipe.max_pixels,
         interrupted=interrupted,
         keep=keep,
@@ -82,10 +81,9 @@ def evaluate_held_out(
     (is_known,) = broadcast_object_list([folder.exists()])
     if is_known:
         return
-    model: Any = rebuilt(setup.config.to_dict())
-    if setup.is_main:
-        model = load_classifier(setup.output / "best")
-    model.to(setup.device)
+    best = load_classifier(setup.output / "best") if setup.is_main else None
+    (config,) = broadcast_object_list([best and best.config.to_dict()])  # with its thresholds
+    model: Any = (best or rebuilt(config)).to(setup.device)
     if setup.plan.world > 1:
         for parameter in model.parameters():
             torch.distributed.broadcast(parameter.data, 0)
