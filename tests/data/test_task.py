@@ -169,6 +169,13 @@ def test_several_classes_of_a_table(parquet):
     assert labels_of(open_labelled(flags, **how))[:4] == ["cat;dog", "dog", "cat", ""]
 
 
+@pytest.mark.parametrize("cells", [["y;x", None], [["x", "y"], None]], ids=["text", "lists"])
+def test_an_empty_cell_of_several_classes_is_none_of_them(parquet, cells):
+    images = open_labelled(parquet(tags=cells * 10), problem_type=MULTI, label_separator=";")
+    assert images.classes == ["x", "y"]
+    assert labels_of(images)[:2] == ["x;y", ""]
+
+
 def test_values_of_a_table(parquet, tmp_path):
     path = parquet(age=[i / 4 for i in range(20)], height=list(range(20)))
     one = open_training(path, label_column="age", problem_type="regression")
@@ -186,11 +193,16 @@ def test_values_of_a_table(parquet, tmp_path):
         ({"tags": ["a", "b"] * 10}, {"problem_type": MULTI}, "give label_separator for a column"),
         ({"tags": [1.5] * 20}, {"problem_type": MULTI}, "no column that could be the label"),
         ({"age": ["x"] * 20}, {"problem_type": "regression"}, "no column that could be the label"),
-        ({"age": [1.0, None] * 10}, {"problem_type": "regression"}, "#1: age is 'None', not a num"),
+        ({"age": [1.0, None] * 10}, {"problem_type": "regression"}, "#1: age is '', not a number"),
         (
             {"a": [0, 2] * 10, "b": [1] * 20},
             {"label_column": "a,b", "problem_type": MULTI},
             "#1: a is '2', neither 0 nor 1",
+        ),
+        (
+            {"a": [0, None] * 10, "b": [1] * 20},
+            {"label_column": "a,b", "problem_type": MULTI},
+            "#1: a is '', neither 0 nor 1",
         ),
         ({"a": ["x"] * 20, "b": ["y"] * 20}, {"label_column": "a,b"}, "are several columns"),
         ({"a": [1] * 20}, {"label_column": "a,c", "problem_type": MULTI}, "no column c"),

@@ -69,7 +69,8 @@ class Columns:
                 return self._class_of(first, cells[first])
             if isinstance(cells[first], list):
                 return self.task.joined([self._class_of(first, cell) for cell in cells[first]])
-            label = self.task.label_of({column: str(cell) for column, cell in cells.items()})
+            words = {name: "" if cell is None else str(cell) for name, cell in cells.items()}
+            label = self.task.label_of(words)
             if self.task.problem_type == REGRESSION:
                 return label
             return self.task.joined([self._class_of(first, x) for x in self.task.classes_of(label)])
