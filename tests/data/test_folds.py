@@ -125,11 +125,16 @@ def test_a_table_says_which_groups_it_lacks(table):
 
 def test_splits_of_the_data_that_share_a_group_are_refused(table):
     path = table / "table.csv"
-    lines = path.read_text().splitlines()
-    marked = [f"{line},{'val' if i % 3 else 'train'}" for i, line in enumerate(lines[1:])]
-    path.write_text("\n".join([f"{lines[0]},split", *marked]))
-    with pytest.raises(ValueError, match=r"14 groups, such as object 0, have images in"):
-        open_training(path, group_column="thing")
+    header, *lines = path.read_text().splitlines()
+    for splits, shared in (
+        (["train", "val", "val"], "14 groups, such as object 0, have images in the training and"),
+        (["train"] * 4 + ["val"] * 4 + ["train"] * 3 + ["test"], "training and in the test split"),
+        (["val"] * 4 + ["train"] * 4 + ["val"] * 3 + ["test"], "validation and in the test split"),
+    ):
+        marked = [f"{line},{splits[i % len(splits)]}" for i, line in enumerate(lines)]
+        path.write_text("\n".join([f"{header},split", *marked]))
+        with pytest.raises(ValueError, match=shared):
+            open_training(path, group_column="thing")
     with pytest.raises(ValueError, match=r"folds = 2: .*table.csv has a validation split, whose"):
         open_training(path, folds=2)
 

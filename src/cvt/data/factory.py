@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 from cvt.data.cifar import cifar_splits, is_cifar
@@ -181,12 +182,14 @@ def _check(
                 "%s: %d of the %d classes have validation images",
                 *(where, len(used), len(train.classes)),
             )
-    named = [set(getattr(images, "groups", None) or ()) for images in (train, validation)]
-    if shared := sorted(set.intersection(*named)):
-        raise ValueError(
-            f"{where}: {len(shared)} groups, such as {shared[0]}, have images in the training and "
-            "in the validation split"
-        )
+    every = {"training": train, "validation": validation, "test": test}
+    groups = {name: set(getattr(images, "groups", None) or ()) for name, images in every.items()}
+    for one, other in combinations(groups, 2):
+        if shared := sorted(groups[one] & groups[other]):
+            raise ValueError(
+                f"{where}: {len(shared)} groups, such as {shared[0]}, have images in the {one} and "
+                f"in the {other} split"
+            )
     if len(train.classes) < 2 and train.task.has_one_class:
         raise ValueError(
             f"{where} has a single class, {', '.join(train.classes)}; at least two are needed"
