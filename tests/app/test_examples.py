@@ -46,9 +46,12 @@ def test_of_a_run_that_drew_its_validation_images_none_that_it_was_trained_on(ru
     train, validation = split(images, 3)
     write_split(run / "split.csv", train, validation)
     settings(run, data=str(photos))
-    found = find_examples(str(run / "best"), None, private=True)
-    assert [each.name for each in found] == ["blue", "green", "red"]
-    assert {each.source for each in found} <= set(validation.sources)
+    (run / "best/adapter").mkdir()
+    (run / "best/adapter/adapter_config.json").write_text("{}")
+    for folder in ("best", "best/adapter"):
+        found = find_examples(str(run / folder), None, private=True)
+        assert [each.name for each in found] == ["blue", "green", "red"]
+        assert {each.source for each in found} <= set(validation.sources)
 
 
 def test_digits_are_examples_too(run):

@@ -20,7 +20,7 @@ from cvt.cli import console, progress, rich_console, verbs
 from cvt.cli.explain import cold
 from cvt.cli.progress import TrainingBars
 from cvt.cli.train import default_output
-from cvt.data import open_training, read_split, write_split
+from cvt.data import open_training, read_split
 from cvt.runtime import factory
 from cvt.train.recipe import FIELDS
 
@@ -496,13 +496,14 @@ def test_folds_print_a_table_and_what_to_do_next(cvt, photos, model_folder, tmp_
 
 def test_evaluate_takes_the_validation_images_of_the_run(cvt, model_folder, photos, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(model_folder, run / "best")
-    train, validation, _ = open_training(photos)
-    write_split(run / "split.csv", train, validation)
-    code, out, err = cvt("evaluate", *TORCH, run / "best", photos)
-    assert code == 0
-    assert "6 images" in out
-    assert f"the 6 validation images of 36, by {run / 'split.csv'}" in err
+    settings = ("lora_r=2", "steps=1", "batch_size=4", "image_size=32", "track=none")
+    assert cvt("train", photos, "--model", model_folder, *settings, "--output", run)[0] == 0
+    train, _, _ = open_training(photos)
+    for folder in ("best", "best/adapter"):
+        code, out, err = cvt("evaluate", *TORCH, run / folder, photos)
+        assert code == 0, err
+        assert "6 images" in out
+        assert f"the 6 validation images of 36, by {run / 'split.csv'}" in err
     data = tmp_path / "data"
     for name in ("red/00.png", "red/01.png", "red/02.png", "red/new.png"):
         (data / name).parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from cvt.data import LabelledImages, StoredImage, images_below, open_labelled, without_trained
 from cvt.data.decoding import Source
+from cvt.data.split_file import run_of
 from cvt.libraries import is_installed
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def run_examples(model: Path) -> Iterator[Example]:
     """The first validation image of each class, of the run that a model folder is in."""
     import yaml
 
-    settings, split = (model.resolve().parent / name for name in ("args.yaml", "split.csv"))
+    settings, split = (run_of(model) / name for name in ("args.yaml", "split.csv"))
     if not settings.is_file():
         return
     recipe = yaml.safe_load(settings.read_text("utf-8"))

@@ -248,8 +248,9 @@ def not_trained_on(images: "Images", model: str) -> "Images":
     """
     from cvt.cli.console import err
     from cvt.data import LabelledImages, without_trained
+    from cvt.data.split_file import run_of
 
-    split_file = Path(model).resolve().parent / "split.csv"
+    split_file = run_of(model) / "split.csv"
     if not isinstance(images, LabelledImages) or not split_file.is_file():
         return images
     kept, trained = without_trained(images, split_file)

@@ -4,10 +4,16 @@ import csv
 from pathlib import Path
 
 from cvt.data.labelled import LabelledImages, divide
-from cvt.files import staged
+from cvt.files import ADAPTER, staged
 
 COLUMNS = ["path", "split"]
 TRAIN, VALIDATION = "train", "validation"
+
+
+def run_of(model: str | Path) -> Path:
+    """The folder of the run that a model folder is in, or the adapter in a model folder."""
+    folder = Path(model).resolve()
+    return folder.parent.parent if (folder / ADAPTER).is_file() else folder.parent
 
 
 def write_split(path: str | Path, train: LabelledImages, validation: LabelledImages) -> None:
