@@ -9,10 +9,12 @@ from cvt import CvtConfig
 from cvt.train import Recipe, load_recipe
 from cvt.train.recipe import (
     FIELDS,
+    SETTLED,
     find_recipe,
     json_schema,
     packaged_recipe,
     packaged_recipes,
+    resumed_recipe,
 )
 
 RECIPES = packaged_recipes()
@@ -159,6 +161,15 @@ def test_the_schema_accepts_the_packaged_recipes_and_refuses_what_a_recipe_refus
         assert not validator.is_valid(wrong)
         with pytest.raises(ValueError, match=next(iter(wrong))):
             load_recipe(changes=wrong)
+
+
+def test_a_run_may_be_resumed_with_what_its_start_has_settled():
+    run = Recipe(head_only=True, views=3, precision="fp32", lr=0.1)
+    for name, value in SETTLED.items():
+        assert resumed_recipe(run, {name: value}) == run
+    assert resumed_recipe(run, {"views": "none", "workers": 2}).views == 3
+    with pytest.raises(ValueError, match="views = 0, but the run has 3"):
+        resumed_recipe(run, {"views": 0})
 
 
 def test_large_numbers_in_words_stay_exact():

@@ -462,8 +462,8 @@ RESUME_OVERRIDES = (
     "keep", *LENGTH, "patience", "max_hours", "track",
 )  # fmt: skip
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Recipe)}
-# Words that the start of a run replaces by what they mean there: a resumed run may be given them.
-SETTLED = {"precision": "auto", "batch_size": "auto", "lr": "find"}
+# Values that the start of a run replaces by what they mean there: a resumed run may be given them.
+SETTLED = {"precision": "auto", "batch_size": "auto", "lr": "find", "views": None}
 
 
 @cache
@@ -688,7 +688,8 @@ def resumed_recipe(run: Recipe, given: Mapping[str, Any], source: str = "") -> R
     Raises:
         ValueError: another setting differs; names each.
     """
-    given = {name: value for name, value in given.items() if value != SETTLED.get(name, ())}
+    settings = read_settings(None, given).items()
+    given = {name: value for name, value in settings if value != SETTLED.get(name, ())}
     new = load_recipe(None, {**dataclasses.asdict(run), **given})
     differing = [
         f"{name} = {getattr(new, name)}, but the run has {getattr(run, name)}"
