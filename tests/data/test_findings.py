@@ -163,6 +163,16 @@ def test_the_files_of_findings_and_groups_can_be_read(clean, tmp_path):
     assert len(train) + len(validation) == len(found.images) == 25
 
 
+def test_the_file_of_groups_of_several_values_is_a_data_set(clean, tmp_path):
+    rows = "".join(f"{path},{i},{i / 4}\n" for i, path in enumerate(sorted(clean.rglob("*.png"))))
+    (tmp_path / "all.csv").write_text(f"path,age,mass\n{rows}")
+    how = {"label_column": "age,mass", "problem_type": "regression"}
+    splits = open_splits(tmp_path / "all.csv", **how)
+    write_groups(check(splits), tmp_path / "groups.csv", tmp_path)
+    again = open_splits(tmp_path / "groups.csv", **how)[""]
+    assert (again.classes, again.labels) == (["age", "mass"], splits[""].labels)
+
+
 def test_names_in_a_csv_file_are_as_a_spreadsheet_takes_them(tmp_path):
     images = LabelledImages([StoredImage("=1+1", b"damaged")], ["=cat"])
     write_findings(check({"": images}), tmp_path / "findings.csv")

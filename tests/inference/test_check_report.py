@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cvt.data import LabelledImages, check
+from cvt.data import LabelledImages, Task, check
 from cvt.data.decoding import StoredImage
 from cvt.inference import check_report
 from cvt.inference.check_report import write_check
@@ -58,6 +58,13 @@ def test_the_page_of_clean_data_says_so(page):
     text = page(images, min_images=2)
     assert "Nothing was found" in text
     assert "<img" not in text
+
+
+def test_the_page_of_images_with_values_has_no_classes(page):
+    task = Task("regression")
+    text = page(LabelledImages(list(pictures(2, copies=2)), ["1.0", "2.0"] * 2, ["age"], task))
+    assert "two_labels" in text
+    assert "Classes" not in text
 
 
 def test_of_many_findings_the_page_shows_the_largest_groups(page, monkeypatch):

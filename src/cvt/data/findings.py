@@ -405,6 +405,8 @@ def write_findings(found: Check, path: Path) -> None:
 def write_groups(found: Check, path: Path, folder: Path) -> None:
     """Write the groups of all images as a csv file: path, label, group, and split where there are.
 
+    Values have a column each, under their names, in place of the label.
+
     Args:
         found: what `check` returned.
         path: the csv file.
@@ -412,10 +414,14 @@ def write_groups(found: Check, path: Path, folder: Path) -> None:
             Images that are no files have their names.
     """
     has_splits = any(found.splits)
+    (*_, of_data) = found.splits.values()
+    has_values = of_data.task.problem_type == REGRESSION
+    columns = of_data.classes if has_values else ["label"]
     with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("path", "label", "group", *["split"] * has_splits))
+        writer.writerow(("path", *columns, "group", *["split"] * has_splits))
         for image, group in zip(found.images, found.groups, strict=True):
             is_file = os.path.isfile(image.path)
             name = os.path.relpath(image.path, folder) if is_file else image.path
-            writer.writerow((name, image.label, group, *[image.split] * has_splits))
+            labels = image.label.split(of_data.task.separator) if has_values else [image.label]
+            writer.writerow((name, *labels, group, *[image.split] * has_splits))

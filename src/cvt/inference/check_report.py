@@ -61,7 +61,7 @@ def write_check(found: Check, folder: Path, data: str) -> None:
         check=found,
         kinds=KINDS,
         sections=[_section(kind, of_kind) for kind in KINDS if (of_kind := found.of_kind(kind))],
-        most=max(each.images for each in found.classes),
+        most=max((each.images for each in found.classes), default=1),
         picture=picture,
         short=lambda path: path.removeprefix(f"{data}/"),
     )
