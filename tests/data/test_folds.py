@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from sklearn.model_selection import StratifiedKFold
 
-from cvt.data import LabelledImages, StoredImage, fold, open_labelled, open_training, split
+from cvt.data import LabelledImages, StoredImage, Task, fold, open_labelled, open_training, split
 from cvt.data.folds import fold_numbers
 from cvt.data.labelled import kept_together
 
@@ -63,6 +63,32 @@ def test_a_drawn_split_keeps_groups_whole():
     assert {name: validation.labels.count(name) for name in "ab"} == {"a": 8, "b": 8}
     with pytest.raises(ValueError, match=r"class a .* or of one group, such as 0, are"):
         split(images(["a"] * 4 + ["b"] * 4, list("xxxxyzvw")), seed=0)
+
+
+def test_every_fold_has_its_share_of_rare_classes_of_which_an_image_may_have_several():
+    generator = np.random.default_rng(0)
+    has = np.zeros((300, 10), bool)
+    for column in has.T:
+        column[generator.choice(300, 12, replace=False)] = True
+    labels = [";".join(f"c{k}" for k in np.flatnonzero(row)) for row in has]
+    groups = [str(i // 2) if i < 40 else f"alone {i}" for i in range(300)]
+    task, drawn = Task("multi_label_classification"), []
+    for seed in range(5):
+        photos = images(labels, groups)
+        photos = LabelledImages(photos.sources, labels, task=task, groups=groups)
+        drawn.append(fold_numbers(photos, 5, seed))
+        counts = np.array([has[drawn[-1] == number].sum(axis=0) for number in range(1, 6)])
+        assert counts.min() >= 1
+        assert counts.max() <= 4
+        assert np.ptp(np.bincount(drawn[-1])[1:]) < 12
+        assert (drawn[-1][:40:2] == drawn[-1][1:40:2]).all()
+    assert not np.array_equal(drawn[0], drawn[1])
+
+
+def test_folds_of_images_with_values_are_of_equal_size():
+    photos = images([f"{i}.0" for i in range(31)])
+    photos = LabelledImages(photos.sources, photos.labels, ["age"], Task("regression"))
+    assert sorted(np.bincount(fold_numbers(photos, 4, seed=0))) == [0, 7, 8, 8, 8]
 
 
 def test_a_class_for_too_few_folds_is_named():
