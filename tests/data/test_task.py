@@ -94,6 +94,8 @@ MULTI = "multi_label_classification"
         (["1,0"], {"label_column": "label,x"}, "label_column = label,x are several columns"),
         (["1,2"], {"label_column": "label,x", "problem_type": MULTI}, "x is '2', neither 0 nor 1"),
         (["1,0"], {"label_column": "label,y", "problem_type": MULTI}, "none is called y"),
+        (["1,0"], {"label_column": "x,x", "problem_type": MULTI}, "x,x: a column is named twice"),
+        (["1,0"], {"label_column": "x,", "problem_type": MULTI}, "x,: a name is missing"),
     ],
     ids=str,
 )
@@ -101,6 +103,14 @@ def test_labels_of_another_task_are_reported(table, rows, options, fault):
     header = "path,label,x" if "," in rows[0] else "path,label"
     with pytest.raises(ValueError, match=fault.replace("|", r"\|")):
         open_training(table(header, *rows), **options)
+
+
+def test_a_column_that_is_there_twice_is_no_choice(table):
+    path = table("path,label,label", "a,b", "b,a")
+    with pytest.raises(ValueError, match="path, label, label: name the one to use with label_col"):
+        open_training(path)
+    with pytest.raises(ValueError, match="path, label, label: several are called label"):
+        open_training(path, label_column="label")
 
 
 def test_one_class_is_not_mistaken_for_others(table):

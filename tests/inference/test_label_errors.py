@@ -76,6 +76,7 @@ def test_labels_that_a_confident_model_shares_are_no_errors():
     [
         ([0, 1], [[0.5, 0.5]], "labels .2,., scores .1, 2.: their shapes must be"),
         ([0, 2], [[0.5, 0.5]] * 2, "labels: must be indices of the 2 classes"),
+        ([0.0, 1.0], [[0.5, 0.5]] * 2, "labels: must be indices of the 2 classes"),
         ([0, 1], [[0.5, np.nan]] * 2, "scores: must be finite"),
     ],
 )

@@ -155,13 +155,14 @@ def _read(path: Path) -> list[tuple[int, list[str]]]:
 def _column(
     path: Path, header: list[str], chosen: str | None, known: tuple[str, ...], option: str
 ) -> int:
-    lower = [cell.lower() for cell in header]
-    found = [chosen] if chosen else [name for name in lower if name in known]
-    if len(found) == 1 and found[0] in (header if chosen else lower):
-        return (header if chosen else lower).index(found[0])
+    names = header if chosen else [cell.lower() for cell in header]
+    found = [i for i, name in enumerate(names) if name in ((chosen,) if chosen else known)]
+    if len(found) == 1:
+        return found[0]
+    fault = f"{'several are' if found else 'none is'} called {chosen}"
     raise ValueError(
         f"{path} has the columns {', '.join(header)}: "
-        + (f"none is called {chosen}" if chosen else f"name the one to use with {option}")
+        + (fault if chosen else f"name the one to use with {option}")
     )
 
 

@@ -45,7 +45,7 @@ class Task:
         """The names of columns in a setting: of one column, or of several with commas between.
 
         Raises:
-            ValueError: they are several, and an image has one class.
+            ValueError: they are several, and an image has one class; or a name is missing or twice.
         """
         if chosen in columns or "," not in chosen:
             return [chosen]
@@ -54,7 +54,11 @@ class Task:
                 f"label_column = {chosen} are several columns: give problem_type={MULTI_LABEL} if "
                 f"they are classes, of 0 and 1, or {REGRESSION}"
             )
-        return [name.strip() for name in chosen.split(",")]
+        names = [name.strip() for name in chosen.split(",")]
+        if "" in names or len(set(names)) < len(names):
+            fault = "a name is missing" if "" in names else "a column is named twice"
+            raise ValueError(f"label_column = {chosen}: {fault}")
+        return names
 
     def joined(self, names: Collection[str]) -> str:
         """The label of an image that has these classes.

@@ -95,7 +95,7 @@ def find_label_errors(labels: np.ndarray, scores: np.ndarray) -> list[LabelError
         )
     if not np.isfinite(scores).all():
         raise ValueError("scores: must be finite")
-    if not np.isin(labels, np.arange(scores.shape[1])).all():
+    if labels.dtype.kind not in "iu" or not np.isin(labels, np.arange(scores.shape[1])).all():
         raise ValueError(f"labels: must be indices of the {scores.shape[1]} classes")
     rows, classes = np.arange(len(labels)), confident_classes(labels, scores)
     own = scores[rows, labels]
