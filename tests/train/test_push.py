@@ -94,6 +94,9 @@ def test_the_card_names_base_and_data_of_the_hub(model, data, base, datasets):
         assert card.data.base_model == base
         assert card.data.base_model_relation == relation
         assert card.data.datasets == datasets
+        taught = trained_card(config, Recipe(data=data, teacher="/home/me/big/best"), ROW)
+        assert "teacher: best\n" in taught.text
+        assert "/home" not in str(taught)
     scratch = trained_card(config, Recipe(data=data, model=model, from_scratch=True), ROW)
     assert scratch.data.base_model is None
     assert "trained from random weights" in scratch.text

@@ -51,10 +51,12 @@ def trained_card(
         row: the metrics of its epoch.
         is_adapter: whether it is the folder of the run's adapter.
     """
-    start = hub.repository(recipe.model)
-    model = recipe.model if start else printable(Path(recipe.model).name)
+    start, model = hub.repository(recipe.model), model_name(recipe.model)
     dataset, data = data_names(recipe.data)
-    shown = dataclasses.replace(recipe, model=model, data=data, val_data=None, classes=None)
+    teacher = recipe.teacher and model_name(recipe.teacher)
+    shown = dataclasses.replace(
+        recipe, model=model, teacher=teacher, data=data, val_data=None, classes=None
+    )
     settings = yaml.safe_dump(dataclasses.asdict(shown), sort_keys=False, allow_unicode=True)
     metrics = {name: value for name, value in row.items() if name.startswith(("val_", "ema_"))}
     table = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items() if v is not None)
@@ -230,6 +232,11 @@ def about_code(card: ModelCard, config: CvtConfig) -> ModelCard:
     elif "trust_remote_code" not in card.text:
         card.text = f"{card.text.rstrip()}\n\n{section}\n"
     return card
+
+
+def model_name(model: str) -> str:
+    """A model on the hub as a recipe names it; of any other the last name of its path."""
+    return model if hub.repository(model) else printable(Path(model).name)
 
 
 def data_names(data: str) -> tuple[str | None, str]:
