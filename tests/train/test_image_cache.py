@@ -1,4 +1,5 @@
 import os
+import resource
 from functools import partial
 from multiprocessing import get_context
 
@@ -9,6 +10,7 @@ from helpers.small_models import tiny
 from helpers.training_runs import equal
 from helpers.watcher import Watcher, final_state
 from PIL import Image
+from transformers import ConvNextImageProcessor, ViTImageProcessor
 
 from cvt import CvtConfig, CvtForImageClassification, image_processor
 from cvt.data.decoding import decode
@@ -78,6 +80,35 @@ def test_validation_images_are_kept_as_the_model_gets_them(workers, large_photos
     for path in sources[:-1]:  # they are not read again
         path.write_bytes(damaged.read_bytes())
     assert torch.equal(rows(sources, keep), expected)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [ViTImageProcessor(size={"height": 32, "width": 32}), ConvNextImageProcessor(do_resize=False)],
+    ids=["vit", "unresized"],
+)
+def test_of_other_image_processors_no_validation_image_is_kept(processor, large_photos):
+    model = CvtForImageClassification(tiny()).eval()
+    sources = sorted(large_photos.rglob("*.jpg"))[:2]
+    found = predict.classify(model, processor, sources, exact=True, keep=lambda *_: refuse())
+    assert all(result.logits is not None for result in found)
+
+
+def test_an_image_for_which_the_disk_is_full_is_not_kept(tmp_path, caplog):
+    cache = ImageCache("disk", tmp_path, 4, 32, 1)
+    white = Image.new("RGB", (32, 32), "white")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (cache.place + 200, limits[1]))
+    try:
+        found = [cache.get(index, lambda: white) for index in (0, 1, 1, 2)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert all(image.tobytes() == white.tobytes() for image in found)
+    assert cache.get(0, refuse).tobytes() == white.tobytes()
+    with pytest.raises(AssertionError):
+        cache.get(1, refuse)
+    (record,) = caplog.records
+    assert "cache: File too large; other images are decoded every time" in record.message
 
 
 def _pixels(cache, index):

@@ -19,7 +19,13 @@ from cvt.architecture import Architecture
 from cvt.data import images_below
 from cvt.data.decoding import ImageError, Source, StoredImage, decode
 from cvt.data.folder import Skipped, unreadable
-from cvt.data.preprocessing import AnyPreprocessing, FiveCrops, check_range, preprocessing_of
+from cvt.data.preprocessing import (
+    AnyPreprocessing,
+    FiveCrops,
+    Preprocessing,
+    check_range,
+    preprocessing_of,
+)
 from cvt.data.workers import computed_ahead
 from cvt.files import check_path
 from cvt.problem_type import MULTI_LABEL, REGRESSION
@@ -182,8 +188,8 @@ def classify(
             and the four corners of the resized image. All views of a batch run at once, and the
             scores of an image are the mean of those of its views, and so are its features.
         needed: what the runtime must compute, `logits` or `features`.
-        keep: keeps resized images for the next call, by their number among the sources. The
-            processor must resize and crop.
+        keep: keeps resized images for the next call, by their number among the sources; unused
+            where the images are not resized, or by another image processor than CvT's.
 
     Raises:
         ValueError: the processor is not for decoded images; names its setting. `tta` is none of
@@ -193,6 +199,8 @@ def classify(
     runtime = runtime_of(model)
     preprocessing = with_crops(preprocessing_of(processor), tta)
     read = reader(preprocessing, exact, max_pixels)
+    if not (isinstance(preprocessing, Preprocessing) and preprocessing.do_resize):
+        keep = None
     batch_size = batch_size if preprocessing.do_resize else 1
     batches, sent = tee(_batches(enumerate(sources), batch_size))
     prepared = _prepared(preprocessing, read, keep, sent, workers, interrupted)

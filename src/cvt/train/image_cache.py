@@ -9,6 +9,7 @@ All processes of a loader share one file without a name, in memory or in the run
 with the process that opened it, however that ends.
 """
 
+import logging
 import os
 import struct
 import sys
@@ -20,8 +21,10 @@ from typing import IO, Any
 
 from PIL import Image
 
+from cvt.files import FULL
 from cvt.train.memory import free_disk, free_memory
 
+logger = logging.getLogger(__name__)
 WIDEST = 16 / 9  # times as long as wide; what is longer is decoded in every epoch
 SIZE = struct.Struct("<II")  # width and height, in front of the pixels
 
@@ -69,6 +72,7 @@ class ImageCache:
         self.path = own if is_linux else self.file.name
         self.reader: tuple[int, IO[bytes]] | None = None
         self.lock = Lock()  # of the place in the file
+        self.is_full = False
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"file": None, "reader": None, "lock": None}
@@ -89,15 +93,23 @@ class ImageCache:
             file = self._opened()
             file.seek(start)
             size = SIZE.unpack(file.read(SIZE.size) or bytes(SIZE.size))
-            if any(size):
+            if all(size):
                 return Image.frombytes("RGB", size, file.read(3 * size[0] * size[1]))
         image = self._reduced(decode())
         if SIZE.size + len(pixels := image.tobytes()) <= self.place:
-            with self.lock:
-                file.seek(start + SIZE.size)
-                file.write(pixels)
-                file.seek(start)  # last: other processes read what has a size
-                file.write(SIZE.pack(*image.size))
+            try:
+                with self.lock:
+                    file.seek(start + SIZE.size)
+                    while pixels:  # what is written of them is all, but on a full disk
+                        pixels = pixels[file.write(pixels) :]
+                    file.seek(start)  # last: other processes read what has a size
+                    file.write(SIZE.pack(*image.size))
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                if not self.is_full:
+                    logger.warning(f"cache: {error.strerror}; other images are decoded every time")
+                self.is_full = True
         return image
 
     def _reduced(self, image: Image.Image) -> Image.Image:
