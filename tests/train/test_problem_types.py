@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import ClassLabel, Dataset, Features, List
+from datasets import Image as ImageFeature
 from helpers.training_runs import equal
 from helpers.watcher import Watcher, final_state
 from PIL import Image
@@ -126,6 +128,29 @@ def test_held_out_images_are_evaluated_at_the_thresholds_of_the_model(make, tabl
     assert metrics == pytest.approx(expected.metrics, abs=1e-6)
     with open(tmp_path / "run/test/per_class.csv", newline="") as file:
         assert [float(row["threshold"]) for row in csv.DictReader(file)] == expected.thresholds
+
+
+def test_thresholds_are_those_of_their_classes_however_validation_data_orders_them(
+    make, table, tmp_path
+):
+    lines = list(csv.DictReader(table.read_text().splitlines()))
+    for file, names, rows in (("t", "rgb", lines[:40]), ("v", "bgr", lines[40:])):
+        columns = {
+            "image": [str(table.parent / row["path"]) for row in rows],
+            "tags": [
+                [names.index(name) for name in row["tags"].split(";") if name] for row in rows
+            ],
+        }
+        types = {"image": ImageFeature(), "tags": List(ClassLabel(names=list(names)))}
+        Dataset.from_dict(columns, Features(types)).to_parquet(tmp_path / f"{file}.parquet")
+    how = {"problem_type": "multi_label_classification"}
+    data = {"data": str(tmp_path / "t.parquet"), "val_data": str(tmp_path / "v.parquet")}
+    best = train(make(**data, **how, metric="f1_macro"), tmp_path / "run")
+    model = load_classifier(tmp_path / "run/best")
+    processor = load_processor(tmp_path / "run/best", model.config)
+    found = evaluate(model, processor, open_labelled(data["val_data"], **how))
+    assert len(set(model.config.thresholds)) == 3
+    assert found.f1_macro == pytest.approx(best["val_f1_macro"], abs=1e-6)
 
 
 @pytest.mark.pictures

@@ -556,7 +556,8 @@ class Trainer:
         row = history[-1]
         model, adapter = self.setup.final_model(state)
         if isinstance(evaluation, MultiLabelEvaluation):
-            model.config.thresholds = evaluation.thresholds
+            of_classes = dict(zip(evaluation.labels, evaluation.thresholds, strict=True))
+            model.config.thresholds = [of_classes[name] for name in model.config.class_names]
         is_first = len(history) <= self.recipe.eval_every
         for failure in evaluation.failures if is_first else ():
             logger.warning(f"not counted: {failure.error}")
