@@ -4,16 +4,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from helpers.training_runs import equal
 from helpers.watcher import Watcher, final_state
 from PIL import Image
 
 from cvt import CvtForImageClassification, fuse
 from cvt.checkpoints import load_classifier, load_processor
-from cvt.data import open_training
+from cvt.data import huggingface, open_training
 from cvt.inference.evaluate import evaluate
 from cvt.train import Callback, frozen_features, resume, train
-from cvt.train.frozen_features import TrainedStages
+from cvt.train.frozen_features import TrainedStages, chosen_views
 from cvt.train.trainer import Stopped
 
 # Views without anything random: then a new view in every epoch is the one that was kept.
@@ -167,6 +169,40 @@ def test_by_default_a_head_is_trained_on_three_views_unless_batches_are_mixed(re
 def test_views_need_frozen_stages_and_plain_batches(recipe, changes, fault):
     with pytest.raises(ValueError, match=fault):
         recipe(**changes)
+
+
+def test_of_a_table_images_are_read_once_for_their_features(recipe, photos, tmp_path, monkeypatch):
+    paths = sorted(photos.rglob("*.png"))
+    rows = {"image": [{"bytes": path.read_bytes(), "path": None} for path in paths]}
+    rows["label"] = [path.parent.name for path in paths]
+    features = Features({"image": ImageFeature(), "label": Value("string")})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "table.parquet")
+    reads, read = [], huggingface._Rows.__getitem__
+
+    def counted(self, index):
+        reads.append(index)
+        return read(self, index)
+
+    monkeypatch.setattr(huggingface._Rows, "__getitem__", counted)
+    counts = []
+
+    class Count(Callback):
+        def on_train_begin(self, run):
+            counts.append(len(reads))
+
+        def on_epoch_end(self, run):
+            counts.append(len(reads))
+
+    settings = {"data": str(tmp_path / "table.parquet"), "head_only": True, "views": 1}
+    train(recipe(**settings), tmp_path / "run", callbacks=[Count()])
+    assert np.diff(counts).tolist() == [36, 0, 0]
+
+
+def test_several_processes_keep_no_features_and_a_resumed_run_is_no_other(recipe, photos):
+    images, _, _ = open_training(photos)
+    with pytest.raises(ValueError, match="2; a new run with views=0 keeps none"):
+        chosen_views(recipe(head_only=True, views=3), images, world=2)
+    assert chosen_views(recipe(head_only=True), images, world=2) == 0
 
 
 def test_features_may_not_fill_the_disk(recipe, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from cvt.data import Images, LabelledImages
+from cvt.data import Images, LabelledImages, StoredImage
 from cvt.data.preprocessing import preprocessing_of
 from cvt.data.workers import Interrupted
 from cvt.files import staged
@@ -42,6 +43,7 @@ FOLDER = "features"
 DEFAULT_VIEWS = 3  # with head_only
 LARGEST = 2**35  # bytes of the features of a run
 VALIDATION = "validation"
+WITHOUT = "a new run with views=0 keeps none"  # a run keeps its number of views
 
 
 def chosen_views(recipe: Recipe, images: Images, world: int) -> int:
@@ -59,7 +61,7 @@ def chosen_views(recipe: Recipe, images: Images, world: int) -> int:
         sees_pixels = recipe.mixes or recipe.teacher
         return 0 if fault or sees_pixels or not recipe.head_only else DEFAULT_VIEWS
     if recipe.views and fault:
-        raise ValueError(f"views = {recipe.views}: {fault}; views=0 keeps none")
+        raise ValueError(f"views = {recipe.views}: {fault}; {WITHOUT}")
     return recipe.views
 
 
@@ -136,8 +138,7 @@ class FrozenFeatures:
         if size > allowed and not self.folder.exists():
             raise ValueError(
                 f"views = {views}: the features of {images:,} images take {size / 2**30:.1f} GiB, "
-                f"and may take {allowed / 2**30:.1f} GiB, at most half of the free disk; views=0 "
-                "keeps none"
+                f"and may take {allowed / 2**30:.1f} GiB, at most half of the free disk; {WITHOUT}"
             )
 
     def views_in(self, epoch: int) -> list[int]:
@@ -156,31 +157,37 @@ class FrozenFeatures:
             FloatingPointError: a feature is not finite.
             Interrupted: the run is to stop; nothing is kept of the view.
         """
-        seed = self.recipe.seed
-        draws = [Draw(image, i, (seed, view, i), i) for i, (image, _) in enumerate(self.training)]
         views = self.random_views if view else self.plain_views
-        self._compute(f"view-{view}", draws, views, progress)
+        seed = (self.recipe.seed, view)
+        self._compute(f"view-{view}", self.training, seed, views, progress)
 
     def _compute(
-        self, name: str, draws: list[Draw], views: Views, progress: Callable[[], Any]
+        self,
+        name: str,
+        images: LabelledImages,
+        seed: tuple[int, ...],
+        views: Views,
+        progress: Callable[[], Any],
     ) -> None:
         folder = self.folder / name
         if folder.exists():
             return
         with staged(folder) as beside:
             beside.mkdir()
-            shape = (len(draws), *self.shape)
+            shape = (len(images), *self.shape)
             array = np.lib.format.open_memmap(beside / "features.npy", "w+", np.float32, shape)
             failures: dict[int, str] = {}
-            size = self.plan.batch_size
-            in_batches = [draws[i : i + size] for i in range(0, len(draws), size)]
-            found = loaded(in_batches, views, self.recipe, self.interrupted)
-            for batch, drawn in zip(found, in_batches, strict=True):
-                if len(batch.targets):
-                    array[batch.targets.numpy()] = self._features(batch)
-                unread = {draw.target for draw in drawn} - set(batch.targets.tolist())
-                failures |= {i: batch.failures[str(draws[i].image)] for i in sorted(unread)}
-                for _ in drawn:
+            draws = (Draw(images.sources[i], i, (*seed, i), i) for i in range(len(images)))
+            batched = iter(lambda: list(islice(draws, self.plan.batch_size)), [])
+            sent, kept = tee(batched)  # of a table, so the images of a few batches are in memory
+            found = loaded(sent, views, self.recipe, self.interrupted)
+            for batch, drawn in zip(found, kept, strict=True):
+                read = batch.targets.tolist()
+                if read:
+                    array[read] = self._features(batch)
+                for draw in drawn:
+                    if draw.target not in read:
+                        failures[draw.target] = batch.failures[str(draw.image)]
                     progress()
                 if self.interrupted():
                     raise Interrupted
@@ -233,8 +240,7 @@ class FrozenFeatures:
             FloatingPointError: the model's answer is not finite.
             Interrupted: as in `compute_view`.
         """
-        draws = [Draw(image, i, (i,)) for i, (image, _) in enumerate(images)]
-        self._compute(VALIDATION, draws, self.plain_views, progress)
+        self._compute(VALIDATION, images, (), self.plain_views, progress)
         results = self._results(model, images)
         pairs = zip(results, images.labels, strict=True)
         return evaluation_of(pairs, model.config, images.task)
@@ -248,13 +254,20 @@ class FrozenFeatures:
             tensor = torch.tensor(features[start : start + size], device=self.device)
             rows = trained(tensor).logits.float().cpu().numpy()
             for i, logits in enumerate(rows, start):
-                source, error = images.sources[i], failures.get(i)
+                source = StoredImage(images.name(i), partial(_content, images, i))
+                error = failures.get(i)
                 yield Result(source, error=error) if error else Result(source, logits)
 
     def delete(self) -> None:
         """Delete the features of a complete run."""
         self.opened.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _content(images: LabelledImages, index: int) -> Any:
+    """What is in an image: of a table, reading it takes time, and few are drawn."""
+    source = images.sources[index]
+    return source.content if isinstance(source, StoredImage) else source.read_bytes()
 
 
 def preprocessed(preprocessing: Any, image: Image.Image) -> Tensor:
