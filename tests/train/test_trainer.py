@@ -376,6 +376,46 @@ def test_a_run_is_neither_overwritten_nor_invented(recipe, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"lr": "find", "head_only": True, "views": 1, "seed": 5}], ids=["plain", "find"]
+)
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
+    recipe, tmp_path, changes, monkeypatch
+):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    run, settings = tmp_path / "run", recipe(epochs=1, head_only=True, views=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "save", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(replace(settings, **changes), run)
+    assert {"args.yaml", "split.csv"} < {path.name for path in run.iterdir()}
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="with no run to resume"):
+        train(settings, run)
+    (run / "notes.txt").unlink()
+    code = (
+        "import sys, pathlib; from cvt.files import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(run)], **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(FileExistsError, match="in use by another process"):
+            train(settings, run)
+        other.stdin.close()
+    train(settings, run)
+    train(settings, tmp_path / "other")
+    equal(final_state(run), final_state(tmp_path / "other"))
+    assert not (run / "lr_find.csv").exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "args.yaml").write_text("epochs: 1")  # no run wrote it: there is no environment.json
+    with pytest.raises(FileExistsError, match="with no run to resume"):
+        train(settings, mine)
+
+
 def test_data_that_cannot_be_used_leaves_no_run(recipe, tmp_path):
     with pytest.raises(FileNotFoundError):
         train(recipe(data=str(tmp_path / "nowhere")), tmp_path / "run")

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from cvt.files import staged, write_checksums
+from cvt.files import locked, staged, write_checksums
 from cvt.inference.evaluate import AnyEvaluation
 from cvt.inference.metrics import Evaluation
 from cvt.inference.report import (
@@ -57,13 +57,38 @@ PACKAGES = ("cvt-vision", "torch", "torchvision", "transformers", "timm", "accel
             "peft", "numpy", "pillow")  # fmt: skip
 CORRUPT = "corrupt.txt"
 OF_BEST = ("best", "confusion_matrix.png", "predictions.png", "mistakes.png")
+# What a run writes before its first checkpoint, and what one of them is always among.
+BEFORE_CHECKPOINT = {"environment.json", "args.yaml", "split.csv", "lr_find.csv", "lr_find.png",
+                     "features", "checkpoints"}  # fmt: skip
+FIRST_WRITTEN = {"environment.json", "lr_find.csv"}
 KEPT = "checkpoints/best"  # what a run is resumed with that ended between two validations
 
 
+def killed_start(output: Path) -> list[Path]:
+    """What a run has left that ended before its first checkpoint, if there is nothing else.
+
+    Args:
+        output: a folder without a checkpoint.
+    """
+    left = [path for path in output.glob("*") if path.name[0] != "."]
+    names = {path.name for path in left}
+    return left if names <= BEFORE_CHECKPOINT and names & FIRST_WRITTEN else []
+
+
+def delete_killed_start(output: Path) -> None:
+    """Delete what `killed_start` finds.
+
+    Raises:
+        FileExistsError: the run is not killed, but starts in another process.
+    """
+    if left := killed_start(output):
+        with locked(output):
+            for path in left:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def write_settings(output: Path, recipe: Recipe, plan: Plan, device: torch.device) -> None:
-    """Write `args.yaml`, and a further entry of `environment.json`."""
-    with staged(output / "args.yaml", overwrite=True) as file:
-        file.write_text(write_yaml(dataclasses.asdict(recipe)), "utf-8")
+    """Write a further entry of `environment.json`, and `args.yaml`."""
     entry = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -79,6 +104,8 @@ def write_settings(output: Path, recipe: Recipe, plan: Plan, device: torch.devic
     earlier = json.loads(path.read_text("utf-8")) if path.exists() else []
     with staged(path, overwrite=True) as file:
         file.write_text(json.dumps([*earlier, entry], indent=2) + "\n", "utf-8")
+    with staged(output / "args.yaml", overwrite=True) as file:
+        file.write_text(write_yaml(dataclasses.asdict(recipe)), "utf-8")
 
 
 def git_state() -> dict[str, Any] | None:

@@ -103,7 +103,7 @@ def train(
         )
     if checkpoints(output / "checkpoints"):
         raise FileExistsError(f"{output} exists already; --resume resumes the run in it")
-    if is_occupied(output):
+    if is_occupied(output) and not run_folder.killed_start(output):
         raise FileExistsError(f"{output} exists already, with no run to resume; take another")
     return _run(recipe, output, {}, progress, callbacks)
 
@@ -168,6 +168,8 @@ def _run(
         if opening:
             shown.log(opening)
         stop_signal = StopSignal()
+        if not state and accelerator.is_main_process:
+            run_folder.delete_killed_start(output)
         if recipe.lr == "find":
             recipe = found_rate(recipe, output, accelerator, shown)
         setup = set_up(recipe, output, state, accelerator, shown, stop_signal.received)
