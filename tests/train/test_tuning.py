@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import optuna
 import pytest
+import torch
 from helpers.training_runs import equal
 from helpers.watcher import Watcher, final_state
 from sqlalchemy import URL
@@ -148,6 +149,35 @@ def test_a_trial_that_fails_is_noted_and_the_search_continues(recipe, tmp_path):
     assert "in step" in errors
     with pytest.raises(ValueError, match="all 1 trials failed; the first: batch_size = 7: mixup"):
         tune(recipe(mixup=0.8), {"batch_size": "5,7"}, tmp_path / "y", trials=1)
+
+
+def test_settings_that_do_not_fit_fail_their_trial_alone(recipe, tmp_path, monkeypatch):
+    search = {"lr": "1e-4,1e-2", "min_lr": "0,1e-3"}
+    found = tune(recipe(epochs=1, steps=1), search, tmp_path / "x", trials=4)
+    assert [trial.state for trial in found] == [*3 * ["complete"], "failed"]
+    assert found[3].settings == {"lr": 1e-4, "min_lr": 1e-3}
+    assert "min_lr = 0.001" in found[3].error
+
+    def train(chosen, folder, *others):
+        if chosen.batch_size > 8:
+            raise torch.OutOfMemoryError("out of memory")
+        trainer.train(chosen, folder, *others)
+        raise ValueError("too many images are unreadable")  # no fault of the settings
+
+    monkeypatch.setattr(tuning, "train", train)
+    for sizes, error in (
+        ("16,32", "all 2 trials failed; the first: out of m"),
+        ("4,6", "too many"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            tune(recipe(epochs=1, steps=1), {"batch_size": sizes}, tmp_path / sizes, trials=2)
+    assert not study(tmp_path / "4,6").trials
+
+
+def test_a_search_trains_no_folds(recipe, tmp_path):
+    with pytest.raises(ValueError, match="folds = 2: a trial is one run; fold chooses one of them"):
+        tune(recipe(folds=2), SEARCH, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_search_space_is_that_of_the_settings():

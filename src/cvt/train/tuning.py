@@ -2,13 +2,13 @@
 
 import csv
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from cvt.files import check_path, is_occupied, locked, staged
 from cvt.inference.metrics import metric_text
@@ -108,8 +108,8 @@ def tune(
         FileExistsError: `output` exists already.
         ImportError: Optuna is not installed.
         OSError: as `train`.
-        ValueError: a setting cannot be searched like this, the search in `output` is another one,
-            or all trials failed; else as `train`.
+        ValueError: a setting cannot be searched like this, the recipe has folds, the search in
+            `output` is another one, or all trials failed; else as `train`.
         Stopped: as `train`.
 
     Example:
@@ -124,6 +124,8 @@ def tune(
     check_path(output, "output")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("a search runs in one process: start it without torchrun")
+    if recipe.folds and not recipe.fold:
+        raise ValueError(f"folds = {recipe.folds}: a trial is one run; fold chooses one of them")
     output, bars = Path(output), progress or NullProgress()
     space = search_space(search)
     has_study = (output / STUDY).exists()
@@ -308,28 +310,29 @@ def _run(
     folder: Path,
     progress: Progress | None,
 ) -> "optuna.trial.FrozenTrial":
-    """Train with the settings of a trial, or resume that; returns the trial as it ended."""
+    """Train with the settings of a trial, or resume that; returns the trial as it ended.
+
+    Settings that exclude each other, or do not fit the data, fail the trial. What is refused once
+    there is a checkpoint is no fault of the settings, and is raised.
+    """
     from optuna.trial import TrialState, create_trial
 
     pruning = _Pruning(trial, recipe.metric)
     value, state = None, TrialState.FAIL
+    attributes: dict[str, Any]
     try:
-        chosen = _chosen(recipe, trial.params)
-    except ValueError as error:  # settings that exclude each other
-        attributes: dict[str, Any] = {"error": str(error)}
-    else:
-        try:
-            if checkpoints(folder / "checkpoints"):
-                row = resume_run(folder, trial.params, progress, [pruning])
-            else:
-                shutil.rmtree(folder, ignore_errors=True)  # of a run killed as it began
-                row = train(chosen, folder, progress, [pruning])
-        except FloatingPointError as error:
-            attributes = {"error": str(error)}
+        if checkpoints(folder / "checkpoints"):
+            row = resume_run(folder, trial.params, progress, [pruning])
         else:
-            attributes = {"epoch": row["epoch"]}
-            value = result(row, recipe.metric)
-            state = TrialState.PRUNED if pruning.is_pruned else TrialState.COMPLETE
+            row = train(_chosen(recipe, trial.params), folder, progress, [pruning])
+    except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
+        if isinstance(error, ValueError) and checkpoints(folder / "checkpoints"):
+            raise
+        attributes = {"error": str(error)}
+    else:
+        attributes = {"epoch": row["epoch"]}
+        value = result(row, recipe.metric)
+        state = TrialState.PRUNED if pruning.is_pruned else TrialState.COMPLETE
     return create_trial(
         state=state,
         value=value,
