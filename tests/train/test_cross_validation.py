@@ -11,7 +11,7 @@ from cvt import find_label_errors
 from cvt.checkpoints import load_classifier, load_processor
 from cvt.data import open_training
 from cvt.inference.evaluate import evaluate
-from cvt.train import cross_validate, load_recipe, resume, resume_folds, train
+from cvt.train import cross_validate, load_recipe, resume, resume_folds, train, trainer
 from cvt.train.trainer import Stopped
 
 FILES = ("folds.csv", "out_of_fold/predictions.csv", "out_of_fold/label_errors.csv",
@@ -82,6 +82,26 @@ def test_folds_that_are_stopped_and_resumed_end_as_folds_that_were_not(recipe, t
     for number in (1, 2, 3):
         runs = (folder / f"fold-{number}" for folder in (output, tmp_path / "whole"))
         equal(*({k: v for k, v in final_state(run).items() if k != "recipe"} for run in runs))
+
+
+def test_folds_of_other_found_values_are_joined_and_a_killed_one_starts_again(
+    recipe, tmp_path, monkeypatch
+):
+    settings, output = {"folds": 3, "epochs": 1, "steps": 1}, tmp_path / "folds"
+    for fold, lr in ((1, 1e-3), (2, 3e-3)):  # as lr=find may set them
+        train(recipe(**settings, fold=fold, lr=lr), output / f"fold-{fold}")
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "save", kill)
+        with pytest.raises(KeyboardInterrupt):
+            resume_folds(output)
+    assert (output / "fold-3/args.yaml").exists()
+    assert resume_folds(output).evaluation.images == 36
+    rates = [load_recipe(output / f"fold-{fold}/args.yaml").lr for fold in (1, 2, 3)]
+    assert rates == [1e-3, 3e-3, 1e-3]
 
 
 def test_what_folds_cannot_do_is_refused_by_name(recipe, tmp_path, monkeypatch):

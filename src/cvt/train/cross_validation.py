@@ -1,4 +1,4 @@
-"""Cross-validation: a run for each fold, and what they say together about images they did not see.
+"""Cross-validation: a run for each fold, and the evaluation of all on images they did not see.
 
 | file in the folder | what is in it |
 |---|---|
@@ -28,7 +28,7 @@ from cvt.train import trainer
 from cvt.train.best_epoch import quality
 from cvt.train.checkpointing import checkpoints
 from cvt.train.progress import NullProgress, Progress
-from cvt.train.recipe import METRICS_OF, Recipe, load_recipe, resumed_recipe
+from cvt.train.recipe import METRICS_OF, SETTLED, Recipe, load_recipe, resumed_recipe
 from cvt.train.run_folder import write_rows
 from cvt.train.setup import splits_for
 
@@ -151,7 +151,9 @@ def _run(recipe: Recipe, output: Path, progress: Progress | None) -> CrossValida
         own = dataclasses.replace(recipe, fold=fold)
         progress.log(f"fold {fold} of {recipe.folds}, in {folder}")
         if checkpoints(folder / "checkpoints"):
-            best = trainer.resume(folder, dataclasses.asdict(own), progress)
+            given = dataclasses.asdict(own).items()  # but for what each fold may find for itself
+            changes = {name: value for name, value in given if name not in SETTLED}
+            best = trainer.resume(folder, changes, progress)
         else:
             best = trainer.train(own, folder, progress)
         # What the first one has found, such as the precision, the others have too.
