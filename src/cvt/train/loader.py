@@ -1,9 +1,9 @@
 """The order of the images, and their way through worker processes into batches.
 
 Everything random is drawn from the seed and a place in the run: the order from the epoch, a view
-of an image from its slot in the epoch, dropout and mixup from the batch's number. So a run can go
-on at any step as if it had never stopped, with any number of workers, and processes can be traded
-for accumulated batches.
+of an image from its slot in the epoch, dropout and mixup from the batch's number. So a run resumes
+at any step as if it had never stopped, with any number of workers, and processes can be traded for
+accumulated batches.
 """
 
 import math
