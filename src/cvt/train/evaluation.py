@@ -81,9 +81,10 @@ def evaluate_held_out(
     (is_known,) = broadcast_object_list([folder.exists()])
     if is_known:
         return
-    best: Any = load_classifier(setup.output / "best") if setup.is_main else None
+    best = load_classifier(setup.output / "best") if setup.is_main else None
     (config,) = broadcast_object_list([best and best.config.to_dict()])  # with its thresholds
-    model = (best or rebuilt(config)).to(setup.device)
+    model: Any = best or rebuilt(config)
+    model.to(setup.device)
     if setup.plan.world > 1:
         for parameter in model.parameters():
             torch.distributed.broadcast(parameter.data, 0)
