@@ -99,7 +99,9 @@ def test_folds_of_other_found_values_are_joined_and_a_killed_one_starts_again(
         with pytest.raises(KeyboardInterrupt):
             resume_folds(output)
     assert (output / "fold-3/args.yaml").exists()
-    assert resume_folds(output).evaluation.images == 36
+    watcher = Watcher()
+    assert resume_folds(output, progress=watcher).evaluation.images == 36
+    assert "the folds have different values of lr: 0.001, 0.003, 0.001" in watcher.lines
     rates = [load_recipe(output / f"fold-{fold}/args.yaml").lr for fold in (1, 2, 3)]
     assert rates == [1e-3, 3e-3, 1e-3]
 

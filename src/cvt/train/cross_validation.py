@@ -159,6 +159,11 @@ def _run(recipe: Recipe, output: Path, progress: Progress | None) -> CrossValida
         # What the first one has found, such as the precision, the others have too.
         recipe = recipe_of_folds(output) or recipe
         epochs.append(best["epoch"] or 0)
+    recipes = [load_recipe(output / f"fold-{fold}/args.yaml") for fold in numbers]
+    for name in SETTLED:
+        values = [str(getattr(each, name)) for each in recipes]
+        if len(set(values)) > 1:
+            progress.log(f"the folds have different values of {name}: {', '.join(values)}")
     images = [_validation(output / f"fold-{fold}") for fold in numbers]
     positions = np.concatenate([each.positions for each in images])
     if len(set(positions.tolist())) < len(positions):
