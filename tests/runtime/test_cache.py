@@ -1,5 +1,6 @@
 """Graphs that were converted once, in the user's cache."""
 
+import json
 import os
 import shutil
 
@@ -79,6 +80,19 @@ def test_other_weights_or_settings_have_a_graph_of_their_own(model, graph):
         assert graphs(model).find(SIZE) is None
         (model / file).write_bytes(content)
         assert graphs(model).find(SIZE)
+
+
+@pytest.mark.parametrize("file", ["tf_model.h5", "pytorch_model.bin", "any-1.safetensors"])
+def test_other_weights_of_any_software_have_a_graph_of_their_own(model, graph, file):
+    (model / "model.safetensors").rename(model / file)
+    if file.startswith("any"):  # a shard, as the index names it
+        index = {"weight_map": {"cvt.encoder.stages.0.cls_token": file}}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    graphs(model).keep(SIZE, graph)
+    assert graphs(model).find(SIZE)
+    content = (model / file).read_bytes()
+    (model / file).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert graphs(model).find(SIZE) is None
 
 
 @pytest.mark.parametrize("version", ["torch", "openvino", "cvt-vision", "processor"])

@@ -76,11 +76,11 @@ class ModelSource:
 
         Of a published checkpoint, whose files are not here yet, that of its name and revision.
         """
-        files = [self.path] if self.kind == "file" else []
+        files = {self.path} if self.kind == "file" else set()
         if self.path.is_dir():
-            patterns = (*MODEL_FILES, *PICKLED, TENSORFLOW)
-            files = [file for pattern in patterns for file in self.path.glob(pattern)]
-            files += self.path.glob("model/variables/*")
+            patterns = (*MODEL_FILES, *PICKLED, TENSORFLOW, "model/variables/*")
+            files = {file for pattern in patterns for file in self.path.glob(pattern)}
+            files |= set(weight_files(self.path))  # an index may name shards in any way
         sums = sorted(
             (file.name, sha256(file))
             for file in files

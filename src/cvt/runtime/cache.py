@@ -13,15 +13,7 @@ from pathlib import Path
 
 from cvt import __version__
 from cvt.checkpoints import ModelSource
-from cvt.files import (
-    CHECKSUMS,
-    read_json,
-    sha256,
-    staged,
-    sums_of,
-    weight_files,
-    write_checksums,
-)
+from cvt.files import CHECKSUMS, read_json, staged, sums_of, write_checksums
 from cvt.libraries import version_of
 from cvt.runtime.features import FeatureSettings
 
@@ -102,9 +94,7 @@ class GraphCache:
     def __init__(self, source: ModelSource, features: FeatureSettings | None = None) -> None:
         self.name = source.name
         self.outputs = {"features": f"stage {features.stage}, {features.pool}"} if features else {}
-        files = [source.path] if source.kind == "file" else weight_files(source.path)
-        config = source.path / "config.json"
-        self.files = {file.name: sha256(file) for file in [*files, config] if file.is_file()}
+        self.sha256 = source.sha256
 
     def _about(self, image_size: tuple[int, int]) -> dict[str, str]:
         libraries = {name: str(version_of(name)) for name in ("torch", "openvino")}
@@ -118,7 +108,7 @@ class GraphCache:
         }
 
     def _folder(self, image_size: tuple[int, int]) -> Path:
-        key = json.dumps([self.files, self._about(image_size)], sort_keys=True)
+        key = json.dumps([self.sha256, self._about(image_size)], sort_keys=True)
         return cache_folder() / new_digest(key.encode()).hexdigest()[:32]
 
     def find(self, image_size: tuple[int, int]) -> Path | None:
