@@ -21,6 +21,10 @@ from helpers.small_models import (
     tiny,
 )
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import initialization
 from transformers.models.cvt import CvtForImageClassification as PortForImageClassification
 
 from cvt import CvtBackbone, CvtConfig, CvtForImageClassification, CvtModel, fuse
@@ -517,6 +521,26 @@ def test_memory_grows_linearly_with_the_number_of_pixels(cls):
 
 
 # ------------------------------------------------------------------------------ devices
+
+
+class DoubleOnCpu(TorchDispatchMode):
+    """Fails where anything but a CPU computes in float64, which Apple's GPUs cannot."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        found = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        assert all(each.dtype is not torch.float64 or each.device.type == "cpu" for each in found)
+        return result
+
+
+@every_class
+def test_weights_are_folded_on_the_cpu_and_come_back(cls):
+    with FakeTensorMode(), initialization.no_init_weights():
+        with torch.device("cuda"):
+            model = cls(mixed()).eval()
+        with DoubleOnCpu():
+            fast = fuse(model)
+    assert {buffer.device.type for buffer in fast.buffers()} == {"cuda"}
 
 
 @pytest.mark.gpu

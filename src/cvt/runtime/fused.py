@@ -44,13 +44,17 @@ def silu_is_separate() -> bool:
 
 
 class Weights:
-    """The weights of a part of a model, by the names that transformers gives them in it."""
+    """The weights of a part of a model, on the CPU, by transformers' names of them in it.
+
+    They are folded in float64, which the GPUs of Apple do not have.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
         self.tensors, self.prefix = tensors, prefix
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[self.prefix + name].detach()
+        tensor = self.tensors[self.prefix + name].detach()
+        return tensor if tensor.is_meta else tensor.cpu()
 
     def get(self, name: str) -> Tensor | None:
         """A weight, or None if the part has none of that name."""
@@ -331,7 +335,7 @@ class FusedCvt(nn.Module):
     """What `fuse` returns: called like the original model, but without labels.
 
     It stays in eval mode, gives no gradients, and no state dict holds its weights: save the model
-    that it was computed from. `.to(device)` moves it.
+    that it was computed from. It is built on the CPU; `.to(device)` moves it.
     """
 
     def __init__(
@@ -593,4 +597,5 @@ def fuse(
     feature_maps = None
     if isinstance(model, CvtBackbone):
         feature_maps = [model.stage_names.index(name) for name in model.out_features]
-    return FusedCvt(config, model.state_dict(), dtype, feature_maps, outputs[kind])
+    fused = FusedCvt(config, model.state_dict(), dtype, feature_maps, outputs[kind])
+    return fused.to(model.device)
