@@ -191,8 +191,12 @@ def write_checksums(folder: Path, names: Iterable[str] | None = None) -> None:
     """
     if names is None:
         names = [path.name for form in SUMMED for path in folder.glob(form)]
-    content = json.dumps(sums_of(folder, names), indent=2) + "\n"
-    (folder / CHECKSUMS).write_text(content, encoding="utf-8")
+    (folder / CHECKSUMS).write_text(checksums_text(sums_of(folder, names)), encoding="utf-8")
+
+
+def checksums_text(sums: Sums) -> str:
+    """The content of a `checksums.json`."""
+    return json.dumps(sums, indent=2) + "\n"
 
 
 def check_checksums(folder: str | os.PathLike) -> None:

@@ -215,13 +215,18 @@ def test_help_loads_only_click(many):
         *((f"{name} nowhere {{tmp}}/a.png", "model") for name in ("explain", "predict")),
         ("embed nowhere {tmp}/a.png --output {tmp}/a.npz", "model"),
         ("export nowhere {tmp}/onnx --to onnx", "model"),
+        ("push nowhere someone/model", "folder"),
     ],
 )
 def test_a_typing_error_is_reported_before_pytorch_is_imported(arguments, fault, tmp_path):
     code, printed, loaded = loaded_by(arguments.format(tmp=tmp_path))
     assert code == 1
-    message = {"data": "nowhere is not a folder, nor a file", "model": "no model nowhere: "}[fault]
-    assert any(message in line for line in printed), printed
+    messages = {
+        "data": "nowhere is not a folder, nor a file",
+        "model": "no model nowhere: ",
+        "folder": "nowhere is no folder here",
+    }
+    assert any(messages[fault] in line for line in printed), printed
     assert not {"torch", "transformers", "keras", "tensorflow"} & loaded
 
 

@@ -186,14 +186,18 @@ def test_a_second_push_replaces_the_files_and_deletes_those_of_the_old_model(
     assert "someone/colours" in server.private
     edited = run / "best/README.md"
     edited.write_text(edited.read_text().replace("library_name: cvt-vision", "library_name: peft"))
-    (server.repositories["someone/colours"] / "by-hand.txt").write_text("stays")
+    by_hand = ["files.py", "labels.txt", "losses.py", "model/notes.txt", "notes.txt"]
+    (server.repositories["someone/colours"] / "model").mkdir()
+    for name in by_hand:
+        (server.repositories["someone/colours"] / name).write_text("stays")
     code, out, err = cvt("push", run / "best", "someone/colours")
     assert code == 0, err
     assert "replaced in someone/colours: README.md, checksums.json, config.json" in out
     assert "deleted in someone/colours: model-00001-of-" in out
     assert "model.safetensors.index.json" in out
-    left = {path.name for path in server.repositories["someone/colours"].iterdir()}
-    assert left == {*MODEL, ".gitattributes", "by-hand.txt"}
+    place = server.repositories["someone/colours"]
+    left = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+    assert left == {*MODEL, ".gitattributes", *by_hand}
     assert len(server.commits) == 2
     load_classifier("someone/colours")
     card = server.repositories["someone/colours"] / "README.md"
@@ -280,6 +284,17 @@ def test_with_the_code_a_repository_is_what_saving_with_it_writes(server, run, c
     assert {path.name for path in snapshot.iterdir()} == set(MODEL)  # nothing of the code
 
 
+def test_a_file_of_others_that_has_the_name_of_a_module_is_left_unless_forced(server, run):
+    push(run, "someone/colours")
+    theirs = server.repositories["someone/colours"] / "text.py"
+    theirs.write_text("theirs")
+    with pytest.raises(FileExistsError, match=r"files of other content, text\.py; nothing was"):
+        push(run, "someone/colours", with_code=True)
+    assert theirs.read_text() == "theirs"
+    push(run, "someone/colours", with_code=True, overwrite=True)
+    assert theirs.read_bytes() == code_files()["text.py"].read_bytes()
+
+
 def test_the_card_says_how_transformers_runs_the_code(run):
     card = push(run, "someone/colours", with_code=True, dry_run=True).card
     call = 'pipeline("image-classification", model="someone/colours", trust_remote_code=True)'
@@ -287,6 +302,11 @@ def test_the_card_says_how_transformers_runs_the_code(run):
     assert "it computes\n`gelu` and needs Python 3.11" in card
     assert "val_top1 | 0.9100" in card
     assert "The activation of its MLPs is `gelu`." in card
+    (run / "best/README.md").write_text(push(run, "someone/first", dry_run=True).card)  # as fetched
+    card = push(run, "someone/colours", with_code=True, dry_run=True).card
+    assert card.count("## In transformers") == card.count("from transformers import") == 1
+    assert call in card
+    assert card.index(call) < card.index("## Training") < card.index("## Licence")
     (run / "best/README.md").write_text("# Mine\n\nText.\n")
     card = push(run, "someone/colours", with_code=True, dry_run=True).card
     assert card.index("# Mine\n\nText.") < card.index("## In transformers") < card.index(call)

@@ -14,15 +14,17 @@ from cvt.hub import PUBLISHED
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", TENSORFLOW, ADAPTER)
 # What a repository of the hub holds of a model, an adapter or an export; all else in it is left.
-MODEL_FILES = (
-    "README.md", "config.json", "preprocessor_config.json", "processor_config.json",
-    "checksums.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
-    ADAPTER, "adapter_model.safetensors",
+EXPORT_FILES = (
     "export.json", "labels.txt", "model/*", "model.onnx", "model.onnx.data", "model.xml",
     "model.bin", "model.pt2", "model.tflite",
 )  # fmt: skip
+MODEL_FILES = (
+    "README.md", "config.json", "preprocessor_config.json", "processor_config.json",
+    "checksums.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
+    ADAPTER, "adapter_model.safetensors", *EXPORT_FILES,
+)  # fmt: skip
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
-# What says nothing of how a model computes, or is written anew with each export.
+# What a model does not compute by, or what is written anew with each export.
 DESCRIBING = ("README.md", "checksums.json", "export.json", "labels.txt")
 BY_FILE = {checkpoint.authors_file: checkpoint for checkpoint in PUBLISHED.values()}
 
@@ -144,6 +146,17 @@ def check_exists(name: str | Path) -> None:
     text = str(name)
     if not (Path(name).exists() or hub.repository(text) or text in VARIANTS):
         raise unknown_model(name)
+
+
+def check_folder(folder: Path) -> None:
+    """Make sure that the folder of a model, or of a run, is there, without opening it.
+
+    Raises:
+        FileNotFoundError: it is a file, or nothing.
+    """
+    if not folder.is_dir():
+        what = "a file; `cvt convert` writes a folder" if folder.is_file() else "no folder here"
+        raise FileNotFoundError(f"{folder} is {what}; the folder of a model can be uploaded")
 
 
 def folder_kind(folder: Path) -> Literal["folder", "adapter"]:

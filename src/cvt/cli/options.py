@@ -46,7 +46,19 @@ def check_data(name: str) -> None:
     check_exists(name)
 
 
-CHECKS = {"model": check_model, "source": check_model, "data": check_data}  # by argument
+def check_folder(folder: Path) -> None:
+    """Raise a FileNotFoundError if there is no such folder of a model or of a run."""
+    from cvt.checkpoints.source import check_folder
+
+    check_folder(folder)
+
+
+CHECKS: dict[str, Callable[[Any], None]] = {  # by argument
+    "model": check_model,
+    "source": check_model,
+    "data": check_data,
+    "folder": check_folder,
+}
 
 
 class Argument(click.Argument):
@@ -80,11 +92,11 @@ class Command(click.Command):
     """A command whose help has a section of arguments, and one for each group of options."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it; an argument that names no model or no data fails before PyTorch is imported."""
+        """Run it; what names no model, data or folder fails before PyTorch is imported."""
         for parameter in self.params:
             check = CHECKS.get(str(parameter.name))
             value = ctx.params.get(str(parameter.name))
-            if check and isinstance(parameter, Argument) and isinstance(value, str):
+            if check and isinstance(parameter, Argument) and isinstance(value, str | Path):
                 check(value)
         return super().invoke(ctx)
 

@@ -21,6 +21,8 @@ from cvt.train.recipe import Recipe
 
 # What stands in a card until `cvt push` knows better.
 PLACE = "path/to/this/folder"
+IN_TRANSFORMERS = "## In transformers"
+SECTION = re.compile(rf"^{IN_TRANSFORMERS}$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 NO_LICENCE = "None is given: ask the author before you use the model."
 METRICS = {  # of the model-index, by the hub's names of their kinds
     "top1": "accuracy",
@@ -164,7 +166,7 @@ def in_transformers(
 ) -> str:
     """A section about transformers alone: how it loads the model, and whether it computes the same.
 
-    It has one activation and one epsilon, whatever a configuration says, and projections by
+    It has one activation and one epsilon, whatever a configuration has, and projections by
     depthwise convolutions only.
 
     Args:
@@ -174,7 +176,7 @@ def in_transformers(
         with_code: whether the folder carries this package's code.
     """
     if with_code:
-        return f"""## In transformers
+        return f"""{IN_TRANSFORMERS}
 
 ```python
 from transformers import pipeline
@@ -189,7 +191,7 @@ always computes exact GELU."""
     kinds = {*config.qkv_projection_method, *config.position_embedding}
     if not blocks or kinds != {"dw_bn", "none"} or any(config.cls_token[:-1]):
         return (
-            "## In transformers\n\nIts own CvT has no such stages; after "
+            f"{IN_TRANSFORMERS}\n\nIts own CvT has no such stages; after "
             "`cvt.register_auto_classes()` its Auto classes and `pipeline` use this package's."
         )
     if kind == "adapter" and not base_model:
@@ -218,19 +220,21 @@ model = PeftModel.from_pretrained(base, "{PLACE}")"""
             "`cvt.register_auto_classes()`, transformers loads this package's class, and they are "
             "the same."
         )
-    return f"## In transformers\n\n```python\n{code}\n```\n\n{caveat}"
+    return f"{IN_TRANSFORMERS}\n\n```python\n{code}\n```\n\n{caveat}"
 
 
 def about_code(card: ModelCard, config: CvtConfig) -> ModelCard:
     """The card of a model whose repository carries this package's code.
 
-    What the user has written into it stays.
+    A card that has `trust_remote_code` stays as it is. In any other, the section about transformers
+    is replaced, which does not hold with the code, or added.
     """
-    plain, section = in_transformers(config), in_transformers(config, with_code=True)
-    if plain in card.text:
-        card.text = card.text.replace(plain, section)
-    elif "trust_remote_code" not in card.text:
-        card.text = f"{card.text.rstrip()}\n\n{section}\n"
+    if "trust_remote_code" in card.text:
+        return card
+    section = f"{in_transformers(config, with_code=True)}\n\n"
+    text, replaced = SECTION.subn(lambda _: section, card.text, count=1)
+    text = text if replaced else f"{text.rstrip()}\n\n{section}"
+    card.text = f"{text.rstrip()}\n"
     return card
 
 

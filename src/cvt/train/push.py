@@ -23,8 +23,8 @@ from huggingface_hub.utils import filter_repo_objects
 from cvt.architecture import LIBRARY
 from cvt.checkpoints import ModelSource, load_classifier, load_config, model_source
 from cvt.checkpoints.adapters import read_adapter, settings
-from cvt.checkpoints.source import MODEL_FILES
-from cvt.files import CHECKSUMS, check_checksums, read_json
+from cvt.checkpoints.source import EXPORT_FILES, MODEL_FILES, check_folder
+from cvt.files import CHECKSUMS, check_checksums, checksums_text, read_json
 from cvt.hub import Repository, repository
 from cvt.model_code import AUTO_MAP, carries_code, code_files, other_code
 from cvt.runtime.manifest import Manifest
@@ -85,7 +85,8 @@ def push(
         dry_run: upload nothing.
 
     Raises:
-        FileExistsError: the repository has files that this package has not written.
+        FileExistsError: the repository has files that this package has not written, or a file of
+            other content that has the name of a module of its code.
         OSError: the hub cannot be reached, or refuses; the folder is no model.
         ValueError: the folder is no model that can be uploaded, a file is damaged or has a path of
             this machine in it, its code is another version's, or `name` is none.
@@ -120,9 +121,7 @@ def uploadable(folder: Path) -> ModelSource:
     """
     if (folder / "args.yaml").is_file() and not (folder / "config.json").is_file():
         folder = folder / "best"
-    if not folder.is_dir():
-        what = "a file; `cvt convert` writes a folder" if folder.is_file() else "no folder here"
-        raise FileNotFoundError(f"{folder} is {what}; the folder of a model can be uploaded")
+    check_folder(folder)
     source = model_source(folder)
     check_checksums(folder)
     if source.is_export:
@@ -186,12 +185,12 @@ def code_of(source: ModelSource, replace_other: bool) -> dict[str, Path | bytes]
         if (folder / CHECKSUMS).is_file():
             sums = read_json(folder / CHECKSUMS)
             sums["config.json"] = len(config), hashlib.sha256(config).hexdigest()
-            code[CHECKSUMS] = (json.dumps(sums, indent=2) + "\n").encode()
+            code[CHECKSUMS] = checksums_text(sums).encode()
     return code
 
 
 def card_of(source: ModelSource) -> ModelCard:
-    """The model card in a folder, or a new one of what the files tell."""
+    """The model card in a folder, or a new one of what is in its files."""
     path = source.path / CARD
     if path.is_file():
         try:
@@ -259,8 +258,16 @@ def _commit(
             )
         if existing and private and not existing.private:
             raise ValueError(f"{place} exists and is public: make it private in its settings")
-        patterns = [*MODEL_FILES, *code_files()]
-        stale = set(filter_repo_objects(sorted(names), allow_patterns=patterns))
+        code = own_code(api, existing, names) if existing else set()
+        theirs = names & code_files().keys() & upload.files.keys() - code
+        if theirs and not overwrite:
+            raise FileExistsError(
+                f"{place} has files of other content, {', '.join(sorted(theirs))}; nothing was "
+                "overwritten (--force uploads)"
+            )
+        is_export = "export.json" in names
+        patterns = [each for each in MODEL_FILES if is_export or each not in EXPORT_FILES]
+        stale = code.union(filter_repo_objects(sorted(names), allow_patterns=patterns))
         deleted = sorted(stale - upload.files.keys())
         if existing:
             upload = with_licence_of(existing, upload)
@@ -306,6 +313,18 @@ def is_ours(existing: ModelInfo, names: set[str]) -> bool:
     """Whether a repository is empty, or this package's by the tag in its card."""
     card = existing.card_data
     return names <= {".gitattributes"} or (card is not None and LIBRARY in (card.tags or []))
+
+
+def own_code(api: HfApi, existing: ModelInfo, names: set[str]) -> set[str]:
+    """The modules of this package in a repository: its config.json takes the classes from them.
+
+    Without that, a file of such a name is another's.
+    """
+    found = names & code_files().keys()
+    if not found or "config.json" not in names:
+        return set()
+    config = api.hf_hub_download(existing.id, "config.json", revision=existing.sha)
+    return found if carries_code(Path(config).parent) else set()
 
 
 @contextmanager
