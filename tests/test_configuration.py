@@ -243,6 +243,24 @@ def test_a_config_survives_its_file_unchanged(tmp_path, values):
         assert again.to_dict() == config.to_dict()
 
 
+def test_what_is_not_set_is_not_in_the_file():
+    assert None not in json.loads(CvtConfig().to_json_string()).values()
+    set_ = CvtConfig(problem_type="multi_label_classification", thresholds=[0.5, 0.1])
+    assert json.loads(set_.to_json_string())["thresholds"] == [0.5, 0.1]
+
+
+def test_another_number_of_classes_takes_no_names_and_no_thresholds(tmp_path, monkeypatch):
+    task = {"problem_type": "multi_label_classification", "thresholds": [0.1, 0.2, 0.3]}
+    CvtConfig(id2label={0: "cat", 1: "dog", 2: "owl"}, **task).save_pretrained(tmp_path)
+    warnings = []
+    monkeypatch.setattr("transformers.configuration_utils.logger.warning", warnings.append)
+    config = CvtConfig.from_pretrained(tmp_path, num_labels=2)
+    assert (config.class_names, config.thresholds) == (["LABEL_0", "LABEL_1"], None)
+    assert warnings == []
+    same = CvtConfig.from_pretrained(tmp_path, num_labels=3)
+    assert (same.class_names, same.thresholds) == (["cat", "dog", "owl"], [0.1, 0.2, 0.3])
+
+
 def test_reading_leaves_the_given_dictionary_alone():
     given = {"model_type": "cvt", "layer_norm_eps": 1e-12, "depth": [1, 1, 1]}
     before = json.dumps(given)
@@ -540,10 +558,20 @@ def test_a_folder_without_config_or_of_another_model_is_refused(tmp_path):
     with pytest.raises(OSError, match=r"config\.json"):
         CvtConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(ValueError, match="a model of type vit, not cvt"):
+    with pytest.raises(ValueError, match=r"config\.json: .*a model of type vit, not cvt"):
         CvtConfig.from_pretrained(tmp_path)
+    for content, message in (("[1]", "must be an object"), ("{", "Expecting property name")):
+        (tmp_path / "config.json").write_text(content)
+        for read in (CvtConfig.from_pretrained, CvtConfig.from_json_file):
+            with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+                read(tmp_path / "config.json")
     with pytest.raises(ValueError, match="id2label"):
         CvtConfig(id2label={1: "one", 2: "two"})
+
+
+def test_an_unknown_problem_is_refused():
+    with pytest.raises(ValueError, match="problem_type = 'nonsense': must be one of single_label"):
+        CvtConfig(problem_type="nonsense")
 
 
 TWELVE = [f"class {i}" for i in range(12)]

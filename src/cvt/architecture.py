@@ -14,7 +14,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .files import read_json
+from .files import named_in_errors, read_json
+from .problem_type import PROBLEMS
 
 MODEL_TYPE = "cvt"  # in config.json
 LIBRARY = "cvt-vision"  # the `library_name` in a config.json that this package wrote
@@ -397,6 +398,8 @@ class Architecture:
                 f"depth gives {blocks} blocks in {len(self.depth)} stages: there may be at most "
                 f"{MAX_BLOCKS} in all"
             )
+        if self.problem_type is not None:
+            _one_of(PROBLEMS).check("problem_type", self.problem_type)
         if list(self.id2label or {}) != list(range(self.num_labels or 0)):
             raise ValueError(
                 f"id2label = {reprlib.repr(self.id2label)}: its keys must count from 0"
@@ -546,29 +549,29 @@ class ClassifierConfig(Architecture):
             OSError: it cannot be read.
             ValueError: it is not the configuration of a CvT; names the file.
         """
-        try:
-            saved = read_json(path)
-            if not isinstance(saved, dict):
-                raise ValueError("must be an object")
-            saved = plain_fields(saved)
-            if saved.get("model_type", MODEL_TYPE) != MODEL_TYPE:
-                raise ValueError(f"is of a model of type {saved['model_type']}, not {MODEL_TYPE}")
+        with named_in_errors(path):
+            saved = plain_fields(read_json(path))
             refuse_code(saved)
             names = {each.name for each in fields(cls)}
             saved = with_activation(saved, hidden_act)
             return cls(**{n: value for n, value in saved.items() if n in names})
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
-def plain_fields(saved: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json; those of lucid-dl in our names.
+def plain_fields(saved: Any) -> dict[str, Any]:
+    """The fields in the config.json of a CvT; those of lucid-dl in our names.
 
     lucid-dl computes GELU; what it ported from microsoft/cvt-* was trained with QuickGELU.
 
     Sources: github.com/ChanLumerico/lucid, lucid/models/vision/cvt/_config.py and _model.py,
     tools/convert_weights/_templates.py.
+
+    Raises:
+        ValueError: the file holds no object, or is of another model.
     """
+    if not isinstance(saved, dict):
+        raise ValueError("must be an object")
+    if saved.get("model_type", MODEL_TYPE) != MODEL_TYPE:
+        raise ValueError(f"is of a model of type {saved['model_type']}, not {MODEL_TYPE}")
     if saved.get("library_name") == "lucid" and isinstance(saved.get("config"), dict):
         theirs = saved["config"]
     else:

@@ -17,6 +17,7 @@ from .architecture import (
     refuse_code,
     with_activation,
 )
+from .files import named_in_errors
 from .hub import published, resolved
 
 
@@ -130,12 +131,6 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
             config_dict, kwargs = super().get_config_dict(source, **kwargs)
         if not config_dict:
             raise OSError(f"{pretrained_model_name_or_path} has no config.json")
-        config_dict = plain_fields(config_dict)
-        if config_dict.get("model_type", cls.model_type) != cls.model_type:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is a model of type {config_dict['model_type']}, "
-                "not cvt"
-            )
         if "hidden_act" not in config_dict and published(pretrained_model_name_or_path):
             config_dict["hidden_act"] = "quick_gelu"
             config_dict["layer_norm_eps"] = 1e-5
@@ -162,6 +157,10 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
         # Overrides go through the constructor, which checks them; transformers sets them after it.
         maps = ("out_features", "out_indices")
         given = {n: kwargs.pop(n) for n in (*FIELDS, *maps) if n in kwargs}
+        labels, count = config_dict.get("id2label"), kwargs.get("num_labels")
+        if count is not None and labels is not None and len(labels) != count:
+            of_labels = ("id2label", "label2id", "thresholds")  # of other classes
+            config_dict = {n: value for n, value in config_dict.items() if n not in of_labels}
         depth, saved = given.get("depth"), config_dict.get("depth", cls.depth)
         resized = isinstance(depth, list | tuple) and len(depth) != len(saved)
         if resized or given.keys() & set(maps):  # the saved choice of maps is of other stages
@@ -174,11 +173,23 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
         transformers' own CvtConfig keeps the one and adds the other: a file with both is of a model
         that it loaded and saved, and may have trained, with GELU.
         """
-        fields = super().to_diff_dict()
-        fields.pop("transformers_version", None)
-        return fields | {"library_name": LIBRARY}
+        fields = super().to_diff_dict() | {"library_name": LIBRARY}
+        unset = [n for n in fields if fields[n] is getattr(Architecture, n, "") is None]
+        return {n: fields[n] for n in fields if n not in ("transformers_version", *unset)}
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike) -> "CvtConfig":
         """As in transformers."""
-        return cls.from_dict(with_activation(cls._dict_from_json_file(json_file)))
+        fields = cls._dict_from_json_file(json_file)
+        with named_in_errors(json_file):
+            return cls.from_dict(with_activation(fields))
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """By this, which is private, transformers reads every config.json; it does not check it.
+
+        Raises:
+            ValueError: the file is not the configuration of a CvT; names it.
+        """
+        with named_in_errors(json_file):
+            return plain_fields(super()._dict_from_json_file(json_file))

@@ -234,6 +234,19 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is nested too deep") from None
 
 
+@contextmanager
+def named_in_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Put the name of a file in front of what is wrong with its content.
+
+    Raises:
+        ValueError: something is.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def weight_files(
     folder: str | os.PathLike,
     subfolder: str = "",

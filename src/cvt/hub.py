@@ -171,17 +171,21 @@ def _reason(
     )
 
 
-def snapshot(name: str | os.PathLike, patterns: Sequence[str]) -> Path:
+def snapshot(name: str | os.PathLike, patterns: Sequence[str], **options: Any) -> Path:
     """The folder in the hub library's cache with the files of a repository that match `patterns`.
 
     Files that are there are not asked for again. The folder is named after the commit.
+
+    Args:
+        name: of the repository, as `repository` takes it.
+        patterns: of names of files.
+        options: of `huggingface_hub.snapshot_download`.
 
     Raises:
         UnavailableError: the repository is neither here nor within reach; names what to do.
     """
     from huggingface_hub import snapshot_download
 
-    options: dict[str, Any] = {}
     with resolved(name, options) as hub_id:
         return Path(snapshot_download(str(hub_id), allow_patterns=list(patterns), **options))
 

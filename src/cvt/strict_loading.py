@@ -22,7 +22,7 @@ from .files import (
     pointer_fault,
     weight_files,
 )
-from .hub import resolved
+from .hub import published, repository, resolved, snapshot
 from .text import printable
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,10 @@ def load_pretrained(
 ) -> Any:
     """Call `PreTrainedModel.from_pretrained`, given as `load`, strictly; published names too.
 
-    Weights of other software are read as well: a file of any dialect, a folder of transformers 4 in
-    TensorFlow or of lucid-dl. A folder is compared with its `checksums.json`, if it has one, unless
-    `verify=False` is given; its config is compared with the size of its files before a tensor
-    exists.
+    Weights of other software are read as well: a file of any dialect, a folder or a repository of
+    transformers 4 in TensorFlow or of lucid-dl. A folder is compared with its `checksums.json`, if
+    it has one, unless `verify=False` is given; its config is compared with the size of its files
+    before a tensor exists.
 
     Raises:
         ValueError: a file is damaged, or as in `load_strictly`.
@@ -66,7 +66,12 @@ def load_pretrained(
         new_head = "num_labels" in kwargs or "id2label" in kwargs
         size = sum(file.stat().st_size for file in files if file.is_file())
         check_file_size(config, size, name, new_head)
-    return load_strictly(load, name, *args, **kwargs)
+    try:
+        return load_strictly(load, name, *args, **kwargs)
+    except (OSError, ValueError):
+        if (folder := foreign_snapshot(name, kwargs)) is None:
+            raise
+    return load_pretrained(load, folder, *args, **kwargs)
 
 
 def load_strictly(
@@ -145,6 +150,27 @@ def foreign_file(name: str | os.PathLike, kwargs: Mapping[str, Any]) -> Path | N
     with suppress(SafetensorError, OSError), safe_open(files[0], "pt") as file:  # or it is damaged
         if not any(map(re.compile(r"(cvt|encoder)\.[^:]+$").match, file.keys())):
             return files[0]
+    return None
+
+
+def foreign_snapshot(name: str | os.PathLike, kwargs: Mapping[str, Any]) -> Path | None:
+    """The files of a repository whose weights transformers does not read; None if there is none.
+
+    Args:
+        name: of the model.
+        kwargs: as in `foreign_file`.
+    """
+    found = repository(name)
+    if found is None or published(name):
+        return None
+    choices = ("revision", "cache_dir", "token", "local_files_only")
+    options = {each: kwargs[each] for each in choices if each in kwargs}
+    with suppress(OSError, ValueError):  # the error of what was tried before is the better one
+        folder = snapshot(name, ("config.json", CHECKSUMS, "model.safetensors"), **options)
+        if not _weight_files(folder, kwargs):
+            options["revision"] = folder.name
+            snapshot(found.hub_id, (TENSORFLOW,), **options)
+        return folder if foreign_file(folder, kwargs) else None
     return None
 
 

@@ -214,6 +214,40 @@ def test_a_config_tells_what_the_tensors_do_not(tmp_path):
     torch.testing.assert_close(logits(done.model), logits(model), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "must be an object"),
+        ('{"model_type": "resnet", "depths": [1, 2]}', "of a model of type resnet, not cvt"),
+        ('{"model_type": "cvt", "hidden_act": "gelu", "depth": [0]}', r"depth = \[0\] lists 1"),
+    ],
+)
+def test_a_config_that_is_none_of_a_cvt_is_named(authors_file, tmp_path, content, message):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    for load in (load_authors, CvtForImageClassification.from_pretrained):
+        with pytest.raises(ValueError, match=rf"other\.json: .*{message}"):
+            load(authors_file, config=path)
+
+
+def test_a_file_takes_the_folder_of_its_config_and_its_attention(model, authors_file, tmp_path):
+    model.config.save_pretrained(tmp_path / "folder")
+    load = CvtForImageClassification.from_pretrained
+    for config in (tmp_path / "folder", str(tmp_path / "folder/config.json")):
+        torch.testing.assert_close(logits(load(authors_file, config=config)), logits(model))
+    config = CvtConfig(**TINY, hidden_act="quick_gelu", num_labels=7, attn_implementation="eager")
+    assert load(authors_file, config=config).config._attn_implementation == "eager"
+    found = load(authors_file, config=config, attn_implementation="sdpa")
+    assert found.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("field", [{"image_size": 64}, {"labels": "labels.txt"}])
+def test_a_file_takes_nothing_that_it_cannot_record(authors_file, tmp_path, field):
+    with pytest.raises(ValueError, match=rf"{next(iter(field))} = .*: is for a folder"):
+        convert(authors_file, tmp_path / "out.pth", to="authors", **field)
+
+
 def test_the_activation_that_a_config_names_is_kept(model, authors_file, tmp_path):
     model.config.hidden_act = "gelu"
     model.config.save_pretrained(tmp_path)
@@ -334,6 +368,15 @@ def ambiguous(kind, weights):
         "unknown": prefixed(weights, "model.") | {"model.pos_embed": torch.ones(1)},
         "compiled and not": weights | prefixed(weights, "_orig_mod."),
     }[kind]
+
+
+@pytest.mark.parametrize(("kind", "key"), [("two models", "teacher"), ("two dicts", "net")])
+def test_one_of_several_models_is_asked_for_by_key(model, tmp_path, kind, key):
+    torch.save(ambiguous(kind, transformers_to_authors(model.state_dict())), tmp_path / "a.pth")
+    for load in (load_authors, CvtForImageClassification.from_pretrained):
+        torch.testing.assert_close(logits(load(tmp_path / "a.pth", key=key)), logits(model))
+        with pytest.raises(CheckpointError, match=r"by key \(`cvt convert .*a\.pth FOLDER --key"):
+            load(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ from golden.cases import (
     TF_MODEL,
     image,
 )
+from helpers.hub_server import HubServer, connect
 from helpers.small_models import make, tiny
+from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -243,6 +245,9 @@ def test_a_file_of_another_kind_than_its_software_reads_is_not_written(model, tm
     model.save_pretrained(tmp_path / "folder")
     with pytest.raises(ValueError, match=r"a\.pth: paddlevit is written to a file \.pdparams"):
         convert(tmp_path / "folder", tmp_path / "a.pth", to="paddlevit")
+    for name in ("a.h5", "a.pdparams"):
+        with pytest.raises(ValueError, match=rf"{name}: authors is written to a file \.pth or"):
+            convert(tmp_path / "folder", tmp_path / name, to="authors")
     with pytest.raises(ValueError, match="must be one of transformers, authors"):
         convert(tmp_path / "folder", tmp_path / "a.h5", to="cvt-tensorflow")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
@@ -293,14 +298,35 @@ def test_a_folder_of_lucid_opens_with_its_activation(model, tmp_path, hub, caplo
         assert image_size_of(load_processor(folder, config)) == 96
 
 
+@pytest.mark.parametrize("software", ["lucid", "tensorflow"])
+def test_a_repository_of_other_software_opens_with_from_pretrained(
+    model, tmp_path, software, monkeypatch
+):
+    folder = TF_CLASSIFIER
+    if software == "lucid":
+        folder = lucid_folder(model, tmp_path / "lucid", True)
+    expected = CvtForImageClassification.from_pretrained(folder).state_dict()
+    with HubServer({"someone/theirs": folder}) as server:
+        connect(monkeypatch, server, tmp_path / "cache")
+        online = CvtForImageClassification.from_pretrained("someone/theirs", revision="main")
+        with pytest.raises(OSError, match="someone/nothing"):
+            CvtForImageClassification.from_pretrained("someone/nothing")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        cached = CvtForImageClassification.from_pretrained("someone/theirs")
+    for found in (online, cached):
+        assert all(torch.equal(w, expected[n]) for n, w in found.state_dict().items())
+
+
 @pytest.mark.usefixtures("tiny_variant")
 def test_a_file_of_lucid_asks_for_its_activation(model, tmp_path):
     folder = lucid_folder(model, tmp_path / "lucid", True)
     path = (folder / "model.safetensors").rename(tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match=r"of lucid-dl and does not record its activation"):
         load_classifier(path)
-    found = load_classifier(path, hidden_act="quick_gelu")
-    torch.testing.assert_close(outputs(found), outputs(model), rtol=0, atol=0)
+    for given in ({"hidden_act": "quick_gelu"}, {"config": folder}):
+        for load in (load_classifier, CvtForImageClassification.from_pretrained):
+            found = load(path, **given)
+            torch.testing.assert_close(outputs(found), outputs(model), rtol=0, atol=0)
 
 
 def test_weights_of_no_dialect_in_a_folder_are_listed(model, tmp_path):

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from cvt.architecture import VARIANTS, check_file_size, with_activation
+from cvt.architecture import VARIANTS, check_file_size, plain_fields, with_activation
 from cvt.checkpoints.errors import CheckpointError
 from cvt.checkpoints.names import DIALECTS, POSITIONS, Dialect, dialect_of
 from cvt.checkpoints.reading import read_weights
 from cvt.configuration import CvtConfig
 from cvt.data.class_names import imagenet_classes
+from cvt.files import named_in_errors, read_json
 from cvt.modeling import CvtForImageClassification
 from cvt.strict_loading import CLASSIFIER, COUNTER, HEAD, list_faults
 
@@ -58,8 +59,8 @@ def read_file(
 
     Args:
         path: the file; see `read_weights`.
-        config: what does not follow from the tensors, or the config.json that has it; by default
-            that of the published variant they fit.
+        config: what does not follow from the tensors, or the config.json or folder that has it; by
+            default that of the published variant they fit.
         hidden_act: the activation, if not the config's. Without one there it is that of the
             dialect, QuickGELU of the authors; under the names of transformers and lucid-dl weights
             may be of either.
@@ -68,6 +69,7 @@ def read_file(
     Raises:
         CheckpointError: the file cannot be read, is no published variant and comes without config,
             or does not record its activation.
+        ValueError: the config.json is not that of a CvT; names it.
     """
     found = read_weights(path, key)
     dialect = dialect_of(found) or DIALECTS["authors"]
@@ -75,11 +77,13 @@ def read_file(
     weights = {name: weight.contiguous() for name, weight in weights.items()}
     announce(dialect, path)
     if isinstance(config, str | Path):
-        fields = CvtConfig._dict_from_json_file(config)
-        if "hidden_act" not in fields:
-            hidden_act = hidden_act or dialect.hidden_act
-        known = {"hidden_act": hidden_act} if hidden_act else {}
-        config = CvtConfig.from_dict(with_activation(fields, hidden_act), **known)
+        path_of_config = Path(config, "config.json") if Path(config).is_dir() else Path(config)
+        with named_in_errors(path_of_config):
+            fields = plain_fields(read_json(path_of_config))
+            if "hidden_act" not in fields:
+                hidden_act = hidden_act or dialect.hidden_act
+            given = {"hidden_act": hidden_act} if hidden_act else {}
+            config = CvtConfig.from_dict(with_activation(fields, hidden_act), **given)
     elif config is not None:
         config = copy.deepcopy(config)
     elif not (dialect.hidden_act or hidden_act):
@@ -94,7 +98,10 @@ def read_file(
             config = recognise(weights)
         except ValueError as error:
             unknown = f"; unexpected {', '.join(unexpected)}" if unexpected else ""
-            raise CheckpointError(f"{path}: {error}{unknown}") from error
+            raise CheckpointError(
+                f"{path}: {error}{unknown}; if you have its config.json, run `cvt convert {path} "
+                "FOLDER --config config.json`, and use FOLDER"
+            ) from error
         config.hidden_act = dialect.hidden_act or config.hidden_act
     refuse_positions(config, dialect, path)
     config.hidden_act = hidden_act or config.hidden_act
@@ -241,25 +248,19 @@ def recognise(weights: Mapping[str, Tensor]) -> CvtConfig:
         if depth == variant.depth and embed_dim == variant.embed_dim:
             break
     else:
-        raise ValueError(
-            f"depth {depth} with widths {embed_dim} is none of {', '.join(VARIANTS)}; name its "
-            "config.json with --config"
-        )
+        raise ValueError(f"depth {depth} with widths {embed_dim} is none of {', '.join(VARIANTS)}")
 
     def has(s: int, name: str) -> bool:
         return any(key.startswith(f"{stages}.{s}.") and key.endswith(name) for key in weights)
 
     if any(name.endswith(".position_embedding") for name in weights):
-        raise ValueError(
-            "the grid of its position embedding does not follow from the weights; name its "
-            "config.json with --config"
-        )
+        raise ValueError("the grid of its position embedding does not follow from the weights")
     everywhere = range(len(depth))
     convolved = [has(s, "convolution_projection.convolution.weight") for s in everywhere]
     if not all(convolved):
         raise ValueError(
-            "the projections of a stage leave no weights, so it is avg or linear; name which in a "
-            "config.json and name it with --config"
+            "the projections of a stage leave no weights: its qkv_projection_method may be avg or "
+            "linear"
         )
     head = weights.get("classifier.weight", weights.get("classifier.bias"))
     first = weights.get(f"{stages}.0.embedding.convolution_embeddings.projection.weight")

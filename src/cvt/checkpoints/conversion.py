@@ -74,9 +74,10 @@ def convert(
         dest: the model folder to write, or the file if `to` is not "transformers".
         to: "transformers" (a model folder, ours and transformers'), or the dialect of a file, one
             of `WRITTEN`.
-        image_size: resolution of the preprocessing in pixels; else the source's, else that of
-            the published file of this name, else 224.
-        labels: a file of class names, see `cvt.data.class_names.read_labels`; else the source's.
+        image_size: resolution of the folder's preprocessing in pixels; else the source's, else that
+            of the published file of this name, else 224.
+        labels: a file of the folder's class names, see `cvt.data.class_names.read_labels`; else the
+            source's.
         num_labels: create a new, random classifier for so many classes if the source's has others.
         config: a config.json for weights of no published variant, or without `dw_bn` projections.
         hidden_act: the activation, where the source's own is wrong, as in a folder downloaded from
@@ -106,6 +107,10 @@ def convert(
     dialect = DIALECTS[to]
     if to != "transformers" and not str(dest).endswith(dialect.suffixes):
         raise ValueError(f"{dest}: {to} is written to a file {' or '.join(dialect.suffixes)}")
+    if to != "transformers":
+        for name, value in {"image_size": image_size, "labels": labels}.items():
+            if value is not None:
+                raise ValueError(f"{name} = {value}: is for a folder; a file of {to} records none")
     with staged(dest, overwrite=force) as written:  # refuses an existing `dest` before the work
         changes: dict[str, Any] = {"num_labels": num_labels, "hidden_act": hidden_act}
         named = model_source(source)

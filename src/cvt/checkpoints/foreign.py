@@ -24,7 +24,7 @@ def read(
     Args:
         path: the file of the weights.
         name: the same, or the folder that has a config.json for it.
-        kwargs: of `from_pretrained`, with `config` and its fields.
+        kwargs: of `from_pretrained`, with `config`, its fields, and `key`, see `read_weights`.
 
     Returns:
         The configuration, the weights, and the names of the arguments that the configuration has;
@@ -38,7 +38,8 @@ def read(
     types = ("dtype", "torch_dtype")  # of the model, too
     fields = {n: value for n, value in kwargs.items() if hasattr(default, n) and n not in types}
     if os.path.isfile(name):
-        file = read_file(path, config=given, hidden_act=fields.get("hidden_act"))
+        act, key = fields.get("hidden_act"), kwargs.get("key")
+        file = read_file(path, config=given, hidden_act=act, key=key)
         config, weights, unexpected = file.config, file.weights, file.unexpected
         if not config.num_labels and not given:  # of a model without a head
             config.num_labels = default.num_labels  # so that a missing classifier is one
@@ -54,9 +55,11 @@ def read(
         config = CvtConfig.from_pretrained(source, **fields) if is_name else source
     if bad := nonfinite(weights):
         raise CheckpointError(f"{path} has NaN or infinity in {', '.join(bad)}")
-    config = CvtConfig.from_dict(config.to_dict(), **fields)
+    attention = {"attn_implementation": config._attn_implementation}  # no dict has it
+    config = CvtConfig.from_dict(config.to_dict() | attention, **fields)
     name_imagenet(config)
     new_head = "num_labels" in kwargs or "id2label" in kwargs
     check_file_size(config, sum(weight.nbytes for weight in weights.values()), path, new_head)
-    contiguous = {name: weight.contiguous() for name, weight in weights.items()}
-    return config, contiguous | dict.fromkeys(unexpected, torch.empty(0)), {"config", *fields}
+    weights = {name: weight.contiguous() for name, weight in weights.items()}
+    weights |= dict.fromkeys(unexpected, torch.empty(0))
+    return config, weights, {"config", "key", *fields}

@@ -220,7 +220,7 @@ DIALECTS = {
             "the authors",
             _AUTHORS,
             hidden_act="quick_gelu",
-            suffixes=("",),
+            suffixes=(".pth", ".pt", ".bin", ".safetensors"),
         ),
         Dialect(
             "transformers-tf",

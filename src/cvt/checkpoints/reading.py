@@ -90,9 +90,10 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} holds no weights, but {describe(content)}")
     if any(isinstance(value, Tensor) for value in content.values()):
         content = {key: v for key, v in content.items() if not isinstance(v, PLAIN)}
-    alien = [f"{key!r} is {describe(v)}" for key, v in content.items() if not isinstance(v, Tensor)]
-    if alien:
-        raise CheckpointError(f"{path} holds things that are no weights:\n  " + "\n  ".join(alien))
+    others = {key: value for key, value in content.items() if not isinstance(value, Tensor)}
+    if others:
+        listed = "".join(f"\n  {key!r} is {describe(value)}" for key, value in others.items())
+        raise CheckpointError(f"{path} holds things that are no weights:{listed}")
     named = {without_wrappers(str(name)): weight for name, weight in content.items()}
     if len(named) < len(content):
         raise CheckpointError(f"{path} holds weights twice: compiled, under _orig_mod., and not")
@@ -158,17 +159,22 @@ def unwrapped(content: Any, path: Path, key: str | None = None) -> Any:
         if len(chosen) > 1:
             raise CheckpointError(
                 f"{path} holds weights in each of {', '.join(map(repr, chosen))}: ask for one of "
-                "them by key (`cvt convert --key`)"
+                f"them by key ({converted_by_key(path)})"
             )
         beside = [key for key, v in content.items() if key not in chosen and is_weights(v)]
         if beside:
             logger.warning(
                 f"{path}: the weights are those in {chosen[0]!r}; not read: "
                 + ", ".join(map(repr, beside))
-                + " (`cvt convert --key` chooses)"
+                + f" ({converted_by_key(path)} for another)"
             )
         content = content[chosen[0]]
     return content
+
+
+def converted_by_key(path: Path) -> str:
+    """How a command gets the model of a file that holds several."""
+    return f"`cvt convert {path} FOLDER --key KEY`, and use FOLDER"
 
 
 def is_weights(value: Any) -> bool:
@@ -200,7 +206,7 @@ def without_prefix(
     if len(chosen) > 1 or (key is not None and not chosen):
         raise CheckpointError(
             f"{path} holds {len(found)} models, whose names begin with "
-            f"{', '.join(map(repr, found))}: ask for one of them by key (`cvt convert --key`)"
+            f"{', '.join(map(repr, found))}: ask for one of them by key ({converted_by_key(path)})"
             if key is None
             else f"{path} holds no {key!r}, neither an entry nor what the names of a model begin "
             f"with: {', '.join(map(repr, found)) or 'nothing'}"
