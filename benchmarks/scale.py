@@ -42,7 +42,7 @@ from cvt.inference.predict import reader
 from cvt.profile import profile
 from cvt.runtime import open_runtime
 from cvt.runtime.base import Runtime
-from cvt.runtime.factory import MANY, fastest
+from cvt.runtime.factory import MANY_IMAGES, fastest
 
 MODELS = {"cvt-13": 224, "cvt-21": 224, "cvt-w24": 384}
 PICTURES = {"640 x 427": (640, 427), "1024 x 768": (1024, 768), "12 megapixels": (4000, 3000)}
@@ -92,7 +92,7 @@ def opened(
         cvt.CvtForImageClassification(config).save_pretrained(folder)
         cvt.image_processor(config, size).save_pretrained(folder)
     if precision != "int8":
-        return open_runtime(folder, fastest("cpu", precision, MANY), precision, threads=1)
+        return open_runtime(folder, fastest("cpu", precision, MANY_IMAGES), precision, threads=1)
     calibration = work / USUAL.replace(" ", "")
     written = work / f"{variant}-int8"
     export(folder, written, "openvino", precision="int8", calibration=calibration, min_agreement=0)

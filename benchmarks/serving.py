@@ -59,7 +59,7 @@ from peers import shape
 
 import cvt
 from cvt.inference.benchmark import device_name, timed, versions
-from cvt.runtime.factory import MANY, fastest
+from cvt.runtime.factory import MANY_IMAGES, fastest
 from cvt.serving.ray_config import write_config
 from cvt.serving.settings import Settings
 
@@ -315,7 +315,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny model, few requests")
     options = parser.parse_args(arguments)
     # What `cvt predict` takes for a large folder, and `cvt serve` always.
-    options.runtime = fastest("cpu", "fp32", MANY)
+    options.runtime = fastest("cpu", "fp32", MANY_IMAGES)
     if options.quick:
         options.variant, options.image_size, options.requests = "tiny", 64, 40
         options.pictures, options.burst = 16, 50

@@ -615,7 +615,7 @@ def plain_fields(saved: Any) -> dict[str, Any]:
 
 
 def with_activation(
-    saved: dict[str, Any], known: str | None = None, is_file: bool = True
+    saved: dict[str, Any], hidden_act: str | None = None, is_file: bool = True
 ) -> dict[str, Any]:
     """The fields of a config.json, with the activation and the epsilon of its weights.
 
@@ -624,7 +624,7 @@ def with_activation(
 
     Args:
         saved: the fields in the file.
-        known: the activation, if it is known from elsewhere.
+        hidden_act: the activation, if it is known from elsewhere.
         is_file: whether they are of a file; in memory, the activation may be left to its default.
 
     Raises:
@@ -640,15 +640,15 @@ def with_activation(
                 "its classes are ImageNet's, as those of the published checkpoints, which need "
                 "quick_gelu; where transformers trained the weights, it is gelu"
             )
-        saved = {**saved, "hidden_act": known or "gelu", "layer_norm_eps": 1e-5}
+        saved = {**saved, "hidden_act": hidden_act or "gelu", "layer_norm_eps": 1e-5}
     elif recorded != "gelu" and version and saved.get("library_name") == LIBRARY:
         doubt = (
             f"transformers' own CvT, which is of gelu, has saved a model of {recorded}; where it "
             "trained the weights, it is gelu"
         )
-        if known == "gelu":  # it trained them, with the one epsilon that it has
+        if hidden_act == "gelu":  # it trained them, with the one epsilon that it has
             saved = {**saved, "layer_norm_eps": 1e-5}
-    if doubt and known is None:
+    if doubt and hidden_act is None:
         raise ValueError(
             f"hidden_act is unknown: {doubt}. `cvt convert FOLDER NEW --hidden-act gelu`, or "
             "quick_gelu, records it; from_pretrained takes hidden_act"

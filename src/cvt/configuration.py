@@ -148,10 +148,10 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
                 the fields, and no `hidden_act` is given.
         """
         refuse_code(config_dict)
-        known = kwargs.get("hidden_act")
+        hidden_act = kwargs.get("hidden_act")
         if published(kwargs.get("name_or_path", "")):  # as AutoConfig passes it
-            known = known or "quick_gelu"
-        config_dict = with_activation(config_dict, known, is_file=False)
+            hidden_act = hidden_act or "quick_gelu"
+        config_dict = with_activation(config_dict, hidden_act, is_file=False)
         here = ("library_name",) if cls.is_remote_code() else ("library_name", "auto_map")
         config_dict = {n: value for n, value in config_dict.items() if n not in here}
         # Overrides go through the constructor, which checks them; transformers sets them after it.

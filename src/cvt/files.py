@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LEAST_SPACE, LEAST_INODES = 2**16, 16  # of a disk; with less, it is why a library fails on it
+MIN_FREE_BYTES, MIN_FREE_INODES = 2**16, 16  # of a disk; with less, it is why a library fails on it
 CHECKSUMS = "checksums.json"
 ADAPTER = "adapter_config.json"  # which an adapter folder of PEFT has
 TENSORFLOW = "tf_model.h5"  # the weights of transformers 4 in TensorFlow
@@ -113,10 +113,10 @@ def full_disk(folder: Path) -> str:
         found = os.statvfs(folder)
     except (AttributeError, OSError):  # Windows; no folder
         return ""
-    if found.f_files and found.f_favail < LEAST_INODES:  # some are free again by now
+    if found.f_files and found.f_favail < MIN_FREE_INODES:  # some are free again by now
         return f"its disk is full, with {found.f_favail} inodes left, of which each file needs one"
     free = found.f_bavail * found.f_frsize
-    return f"its disk is full, with {free:,} bytes left" if free < LEAST_SPACE else ""
+    return f"its disk is full, with {free:,} bytes left" if free < MIN_FREE_BYTES else ""
 
 
 def follow_umask(paths: Iterable[Path], folder: Path) -> None:

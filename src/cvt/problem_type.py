@@ -34,8 +34,8 @@ def problem_of(
     indices = problem == SINGLE_LABEL and integers
     columns = 1 if indices else logits[1]
     fits = (len(labels) == 2 and labels[1] in (columns, None)) or (len(labels) == columns == 1)
-    known = None not in (labels[:1] + logits[:1])
-    if not fits or (known and labels[0] != logits[0]):
+    has_batches = None not in (labels[:1] + logits[:1])
+    if not fits or (has_batches and labels[0] != logits[0]):
         raise ValueError(
             f"labels have shape {labels}, which does not fit {problem} with logits of shape "
             f"{logits}"

@@ -568,7 +568,7 @@ def test_auto_chooses_by_the_number_of_images(cvt, photos, model_folder, monkeyp
         return "fused"
 
     monkeypatch.setattr(factory, "fastest", fastest)
-    monkeypatch.setattr(factory, "MANY", many)
+    monkeypatch.setattr(factory, "MANY_IMAGES", many)
     code, out, _ = cvt("predict", model_folder, photos, "--workers", "0", "--json")
     assert (code, len(out.splitlines()), counted) == (0, 36, [min(36, many)])
     assert cvt("evaluate", model_folder, photos)[0] == 0

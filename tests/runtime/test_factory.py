@@ -10,20 +10,20 @@ from safetensors.torch import load_file, save_file
 
 import cvt
 from cvt.runtime import factory, open_runtime
-from cvt.runtime.factory import MANY, check_device, fastest, has_cuda
+from cvt.runtime.factory import MANY_IMAGES, check_device, fastest, has_cuda
 
 
 @pytest.mark.parametrize(
     ("asked", "expected", "reason"),
     [
         ({}, "fused", "an unknown number of images do not earn"),
-        ({"images": 1}, "fused", f"1 images do not earn a conversion; {MANY} would"),
-        ({"images": MANY}, "openvino", "earn the conversion"),
+        ({"images": 1}, "fused", f"1 images do not earn a conversion; {MANY_IMAGES} would"),
+        ({"images": MANY_IMAGES}, "openvino", "earn the conversion"),
         ({"images": 1, "is_converted": True}, "openvino", "was converted earlier"),
         ({"is_converted": True}, "openvino", "was converted earlier"),
-        ({"images": MANY, "precision": "fp16"}, "fused", "fastest on cpu in fp16"),
-        ({"images": MANY, "device": "cuda"}, "fused", "fastest on cuda in fp32"),
-        ({"images": MANY, "precision": "bf16"}, "fused", "does not compute in bf16"),
+        ({"images": MANY_IMAGES, "precision": "fp16"}, "fused", "fastest on cpu in fp16"),
+        ({"images": MANY_IMAGES, "device": "cuda"}, "fused", "fastest on cuda in fp32"),
+        ({"images": MANY_IMAGES, "precision": "bf16"}, "fused", "does not compute in bf16"),
     ],
     ids=str,
 )
@@ -40,7 +40,7 @@ def test_auto_takes_what_is_through_first_and_logs_why(
 
 def test_without_openvino_auto_is_fused(monkeypatch):
     monkeypatch.setattr(factory, "available", lambda runtime: False)
-    assert fastest("cpu", "fp32", MANY) == "fused"
+    assert fastest("cpu", "fp32", MANY_IMAGES) == "fused"
 
 
 def test_pytorch_is_not_asked_for_a_gpu_where_no_driver_is(monkeypatch):

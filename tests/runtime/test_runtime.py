@@ -26,10 +26,10 @@ from cvt.files import sums_of
 from cvt.runtime import available, open_runtime
 from cvt.runtime.base import PixelError
 from cvt.runtime.capture import onnx_graph, openvino_graph, torch_graph
-from cvt.runtime.factory import MANY
+from cvt.runtime.factory import MANY_IMAGES
 from cvt.runtime.fused import fuse
 from cvt.runtime.manifest import Manifest
-from cvt.runtime.openvino_runtime import KEPT, OpenVinoRuntime, computes
+from cvt.runtime.openvino_runtime import KEPT_GRAPHS, OpenVinoRuntime, computes
 from cvt.runtime.torch_runtime import CompiledRuntime, TorchRuntime
 
 MODELS = ("torch", "fused", "onnxruntime", "openvino")
@@ -225,18 +225,18 @@ def test_an_export_for_single_images_of_one_size_takes_batches_but_no_other_size
 )
 def test_auto_takes_a_runtime_that_computes_in_bf16(model, monkeypatch, capabilities, expected):
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: capabilities)
-    runtime = open_runtime(model, device="cpu", precision="bf16", images=MANY)
+    runtime = open_runtime(model, device="cpu", precision="bf16", images=MANY_IMAGES)
     assert (runtime.name, runtime.precision) == (expected, "bf16")
 
 
 def test_auto_is_the_fastest_that_is_installed(model, monkeypatch):
     monkeypatch.setattr(OpenVinoRuntime, "from_model", lambda *arguments: arguments[1:])
     assert open_runtime(model, device="cpu").describe == "fused fp32 on cpu"
-    assert open_runtime(model, device="cpu", threads=2, images=MANY) == ("fp32", 2, None)
-    assert open_runtime(model, device="cpu", images=MANY - 1).describe == "fused fp32 on cpu"
+    assert open_runtime(model, device="cpu", threads=2, images=MANY_IMAGES) == ("fp32", 2, None)
+    assert open_runtime(model, device="cpu", images=MANY_IMAGES - 1).describe == "fused fp32 on cpu"
     assert open_runtime(model, device="cpu", precision="fp16").describe == "fused fp16 on cpu"
     without(monkeypatch, "openvino")
-    assert open_runtime(model, device="cpu", images=MANY).describe == "fused fp32 on cpu"
+    assert open_runtime(model, device="cpu", images=MANY_IMAGES).describe == "fused fp32 on cpu"
 
 
 @pytest.mark.gpu
@@ -476,9 +476,9 @@ def test_a_gpu_gives_eight_threads_the_logits_of_a_compiled_model(model):
 
 def test_openvino_keeps_few_shapes_compiled_and_runs_large_images_alone(exported):
     runtime = open_runtime(exported["openvino"], threads=2)
-    for side in range(32, 32 + KEPT + 2):
+    for side in range(32, 32 + KEPT_GRAPHS + 2):
         runtime(random_pixels(1, 3, side, 32))
-    assert runtime.compiled.cache_info().currsize == KEPT
+    assert runtime.compiled.cache_info().currsize == KEPT_GRAPHS
     assert runtime.images_at_once(random_pixels(9, 3, 224, 224)) == 9
     assert runtime.images_at_once(random_pixels(1, 3, 224, 224)) == 1
     assert runtime.images_at_once(random_pixels(8, 3, 384, 384)) == 1

@@ -1,6 +1,6 @@
 """One table of dialects: how other software names the weights of a CvT, and lays them out.
 
-It needs neither PyTorch nor NumPy. docs/en/howto_convert.md says where each name comes from.
+It needs neither PyTorch nor NumPy. docs/en/howto_convert.md has the source of each name.
 """
 
 import re
@@ -291,12 +291,12 @@ def dialect_of(names: Iterable[str]) -> Dialect | None:
     """The dialect of names without a prefix; None if they are of no CvT that is known."""
     names = list(names)
     likely = [d for d in DIALECTS.values() if any(map(d.is_first, names))]
-    known = {
+    counts = {
         dialect: sum(dialect.our_name(name) is not None for name in names)
         for dialect in likely or DIALECTS.values()
     }
-    best = max(known, key=lambda dialect: known[dialect])
-    return best if known[best] else None
+    best = max(counts, key=lambda dialect: counts[dialect])
+    return best if counts[best] else None
 
 
 def other_network(names: Iterable[str]) -> str:

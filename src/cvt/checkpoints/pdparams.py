@@ -65,7 +65,7 @@ class _Allowed:
 
 
 class _Type:
-    """What a pickle says of NumPy's type of numbers."""
+    """A type of numbers of NumPy, as a pickle describes it."""
 
     def __init__(self, text: str, *_: Any) -> None:
         self.text = text
@@ -86,7 +86,7 @@ class _Type:
 
 
 class _Array:
-    """What a pickle says of an array, bit by bit."""
+    """An array, which a pickle describes bit by bit."""
 
     array: np.ndarray | None = None
 
@@ -141,7 +141,7 @@ class _Reader(pickle.Unpickler):
 
 
 def _plain(value: Any) -> Any:
-    """Content with arrays in place of what the pickle says of them; a tensor is a named array."""
+    """Content with arrays in place of their descriptions; a tensor is a named array."""
     if isinstance(value, dict):
         return {str(key): _plain(v) for key, v in value.items() if key != _NAMES}
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], _Array):

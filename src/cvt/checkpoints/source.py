@@ -114,8 +114,9 @@ def model_source(name: str | Path | ModelSource) -> ModelSource:
     check_path(name, "source")
     text, path = str(name), Path(name)
     if path.is_file():
-        known = BY_FILE.get(path.name)
-        return ModelSource(text, "file", path, image_size=known.image_size if known else None)
+        published = BY_FILE.get(path.name)
+        image_size = published.image_size if published else None
+        return ModelSource(text, "file", path, image_size=image_size)
     if path.is_dir():
         return ModelSource(text, folder_kind(path), path)
     found = hub.repository(text)

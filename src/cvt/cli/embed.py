@@ -90,7 +90,7 @@ def embed(
     from cvt.inference.embedding_file import EmbeddingFile, about_run, read_embeddings
     from cvt.inference.embedding_map import check_output, write_map
     from cvt.runtime import FeatureSettings
-    from cvt.runtime.factory import MANY
+    from cvt.runtime.factory import MANY_IMAGES
 
     quiet_libraries(verbose)
     if plot_method and not plot:
@@ -103,7 +103,7 @@ def embed(
         EmbeddingFile(output, resume, force) as file,
     ):
         images = open_images(data, **how_labelled)
-        first = list(islice(images, MANY))  # to count them; the rest is read later
+        first = list(islice(images, MANY_IMAGES))  # to count them; the rest is read later
         source, how = model_source(model), (runtime, precision, device, threads)
         features = FeatureSettings(stage, pool)
         classifier, processor = open_classifier(

@@ -89,13 +89,13 @@ def predict(
     from cvt.inference.predict import predict as predict_files
     from cvt.inference.prediction_file import open_predictions
     from cvt.inference.result_file import run_settings
-    from cvt.runtime.factory import MANY
+    from cvt.runtime.factory import MANY_IMAGES
 
     quiet_libraries(verbose)
     paths = find_images(list(images))
     opened = open_predictions(output, resume, force, logits) if output else nullcontext()
     with opened as file:
-        first = list(islice(paths, MANY))  # to count them; the rest is read later
+        first = list(islice(paths, MANY_IMAGES))  # to count them; the rest is read later
         paths = chain(first, paths)
         source, how = model_source(model), (runtime, precision, device, threads)
         classifier, processor = open_classifier(source, *how, len(first), not no_verify)

@@ -188,8 +188,8 @@ def _backward(ctx: Any, *upstream: Tensor) -> tuple:
     grad_tokens, both = convolve_backward(
         grad_outputs, grad_class, outputs, lines, tokens, taps, *ctx.options
     )
-    grad_taps, dbias = both.split((len(both) - 3, 3))
-    return grad_tokens, grad_taps.view_as(taps), dbias, None, None, None, None
+    grad_taps, grad_bias = both.split((len(both) - 3, 3))
+    return grad_tokens, grad_taps.view_as(taps), grad_bias, None, None, None, None
 
 
 convolve.register_autograd(_backward, setup_context=_setup_context)

@@ -31,7 +31,7 @@ ON_A_CPU = ("openvino", *OF_EXPORTS)  # these compute nowhere else
 # Images from which on it pays to convert a model for OpenVINO. For cvt-13 on two cores that took 11
 # seconds longer than to fuse it, and an image, of batches of 32, then 3 ms less in fp32 and 7 ms in
 # bf16 (docs/en/inference.md): the gain begins at 3700 and at 1600 images.
-MANY = 2000
+MANY_IMAGES = 2000
 
 
 def open_model(
@@ -215,11 +215,11 @@ def fastest(
         chosen, reason = "fused", f"OpenVINO does not compute in {precision} on this processor"
     elif is_converted:
         chosen, reason = "openvino", "the model was converted earlier"
-    elif images is not None and images >= MANY:
+    elif images is not None and images >= MANY_IMAGES:
         chosen, reason = "openvino", f"{images} images or more earn the conversion"
     else:
         few = "an unknown number of" if images is None else images
-        chosen, reason = "fused", f"{few} images do not earn a conversion; {MANY} would"
+        chosen, reason = "fused", f"{few} images do not earn a conversion; {MANY_IMAGES} would"
     logger.info("runtime auto takes %s: %s", chosen, reason)
     return chosen
 

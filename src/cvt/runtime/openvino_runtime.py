@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from cvt.modeling import CvtForImageClassification
     from cvt.runtime.fused import FusedCvt
 
-PIECE = 224 * 224  # pixels in all images of a piece together
-MOST = 8  # images of a piece
-LARGE = 256 * 256  # pixels of an image above which it runs alone, for the memory that it takes
-KEPT = 4  # graphs that stay compiled, each with a packed copy of the weights
+PIXELS_PER_PIECE = 224 * 224  # of all its images together
+IMAGES_PER_PIECE = 8
+LARGE_PIXELS = 256 * 256  # of an image that runs alone above that, for the memory that it takes
+KEPT_GRAPHS = 4  # graphs that stay compiled, each with a packed copy of the weights
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "bf16"}
 
 
@@ -71,7 +71,7 @@ class OpenVinoRuntime(Runtime):
         if threads is not None:
             settings["INFERENCE_NUM_THREADS"] = threads
 
-        @lru_cache(KEPT)
+        @lru_cache(KEPT_GRAPHS)
         def compiled(streams: int, *shape: int) -> "openvino.AsyncInferQueue":
             import openvino
 
@@ -134,7 +134,7 @@ class OpenVinoRuntime(Runtime):
         require("the runtime openvino", "openvino")
         demand(precision)
 
-        @lru_cache(KEPT)
+        @lru_cache(KEPT_GRAPHS)
         def graph(height: int, width: int) -> "openvino.Model":
             if kept and (found := kept.find((height, width))):
                 return core().read_model(found)
@@ -172,7 +172,7 @@ class OpenVinoRuntime(Runtime):
         B, _, H, W = pixels.shape
         images = piece(H, W)
         idle_threads = images == 1 and self.streams > B
-        return 1 if idle_threads or H * W > LARGE else B - B % images or 1
+        return 1 if idle_threads or H * W > LARGE_PIXELS else B - B % images or 1
 
     def _run(self, pixels: np.ndarray) -> tuple[np.ndarray, ...]:
         """The outputs of one image, or of pieces that have a thread each."""
@@ -204,7 +204,7 @@ class OpenVinoRuntime(Runtime):
 
 def piece(height: int, width: int) -> int:
     """How many images of a size, in pixels, a thread takes at a time."""
-    return min(MOST, max(1, PIECE // (height * width)))
+    return min(IMAGES_PER_PIECE, max(1, PIXELS_PER_PIECE // (height * width)))
 
 
 def demand(precision: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from cvt.checkpoints import load_preprocessing, model_source
 from cvt.http_server import is_loopback, uvicorn_server
 from cvt.runtime import FeatureSettings, open_runtime
-from cvt.runtime.factory import MANY
+from cvt.runtime.factory import MANY_IMAGES
 from cvt.serving.served_model import OpenedModel
 from cvt.serving.settings import Settings
 
@@ -47,7 +47,7 @@ def open_models(
         source = model_source(model)
         features = None if source.is_export else FeatureSettings()  # an export has its own
         how = (runtime, precision, device, threads)
-        running = open_runtime(source, *how, images=MANY, verify=verify, features=features)
+        running = open_runtime(source, *how, images=MANY_IMAGES, verify=verify, features=features)
         opened[name] = OpenedModel(
             running, load_preprocessing(source, running.config), source.sha256
         )
