@@ -1,6 +1,7 @@
 """CvT in PyTorch, in the order of the paper (arXiv 2103.15808).
 
 B batch, C channels, H W grid, N tokens (H·W, one more with a class token), h heads, d head width.
+Primes mark the sizes of a stage's input, C' H' W', and of strided keys and values, H'·W' and N'.
 Tokens are (B, N, C) everywhere; an image (B, C, H, W) is a channels-last view of them.
 Parameter names are those of `transformers.models.cvt`, so that weights pass both ways.
 "Authors" means `lib/models/cls_cvt.py` of github.com/microsoft/CvT.
@@ -77,6 +78,20 @@ class Dense(nn.Module):
         return self.dropout(self.activation(self.dense(x)))
 
 
+@contextmanager
+def batch_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """BatchNorm updates copies of its running statistics, which are dropped afterwards."""
+    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+    kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers()]
+    for norm, name, buffer in kept:
+        setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)
+
+
 # -------------------------------------------- convolutional token embedding, section 3.1
 
 
@@ -103,7 +118,7 @@ class Projection(nn.Module):
 
     def __init__(self, method: str, width: int, kernel: int, stride: int, padding: int) -> None:
         super().__init__()
-        self.convolution_projection: nn.Module = nn.Identity()
+        self.convolution_projection: nn.Module = nn.Identity()  # of the method "linear"
         if method == "dw_bn":
             convolution = nn.Conv2d(width, width, kernel, stride, padding, groups=width, bias=False)
             self.convolution_projection = nn.Sequential(
@@ -128,7 +143,8 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention written out: context (B, N, h, d) and weights (B, h, N, N')."""
     weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1)
-    return (F.dropout(weights, dropout, module.training) @ value).transpose(1, 2), weights
+    kept = F.dropout(weights, dropout) if dropout else weights
+    return (kept @ value).transpose(1, 2), weights
 
 
 class SelfAttention(nn.Module):
@@ -139,12 +155,14 @@ class SelfAttention(nn.Module):
     def __init__(self, config: CvtConfig, stage: StageConfig) -> None:
         super().__init__()
         self.config = config
-        width, method = stage.embed_dim, stage.projection_methods
+        width = stage.embed_dim
+        method = stage.projection_methods  # "avg" leaves the query alone: its own is "linear"
         q = (width, stage.kernel_qkv, stage.stride_q, stage.padding_q)
         kv = (width, stage.kernel_qkv, stage.stride_kv, stage.padding_kv)
         self.convolution_projection_query = Projection(method["query"], *q)
         self.convolution_projection_key = Projection(method["key"], *kv)
         self.convolution_projection_value = Projection(method["value"], *kv)
+        # The pointwise convolutions that follow depthwise convolution and BatchNorm, section 3.2.1.
         self.projection_query = nn.Linear(width, width, bias=stage.qkv_bias)
         self.projection_key = nn.Linear(width, width, bias=stage.qkv_bias)
         self.projection_value = nn.Linear(width, width, bias=stage.qkv_bias)
@@ -164,7 +182,7 @@ class SelfAttention(nn.Module):
         check_queries(query.shape[2], N, grid)
         implementation = "eager" if output_attentions else self.config._attn_implementation
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        rate = self.dropout if self.training else 0.0
+        rate = self.dropout if self.training else 0.0  # no attention function looks at the mode
         context, weights = attend(self, query, key, value, None, scaling=self.scale, dropout=rate)
         return context.reshape(B, -1, C), weights  # from (B, N, h, d)
 
@@ -203,20 +221,6 @@ class Attention(nn.Module):
 # ------------------------------------------------------------------------------ the network
 
 
-@contextmanager
-def batch_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """BatchNorm updates copies of its running statistics, which are dropped afterwards."""
-    norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers()]
-    for norm, name, buffer in kept:
-        setattr(norm, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for norm, name, buffer in kept:
-            setattr(norm, name, buffer)
-
-
 class Block(GradientCheckpointingLayer):
     """Convolutional Transformer block: attention and MLP, each normed before and residual."""
 
@@ -233,8 +237,7 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self, x: Tensor, grid: tuple[int, int], output_attentions: bool, passes: list | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        # Under gradient checkpointing, the backward pass runs this again with the same list: a
-        # batch counts once in the running statistics.
+        # In the second pass of gradient checkpointing, BatchNorm does not count the batch again.
         with batch_statistics_kept(self) if passes else nullcontext():
             attended, weights = self.attention(self.layernorm_before(x), grid, output_attentions)
         if passes is not None:
@@ -263,6 +266,7 @@ class Stage(nn.Module):
             nn.Parameter(torch.zeros(1, H * W, stage.embed_dim)) if stage.position_grid else None
         )
         embedding = ConvEmbedding(stage, config.layer_norm_eps)
+        # Of one module, for the names of its weights in transformers.
         self.embedding = nn.Sequential(OrderedDict(convolution_embeddings=embedding))
         self.dropout = nn.Dropout(stage.drop_rate)
         self.layers = nn.ModuleList(Block(config, stage, rate) for rate in stage.drop_path_rates)
@@ -278,7 +282,7 @@ class Stage(nn.Module):
         x = self.dropout(x)
         attentions: tuple[Tensor, ...] = ()
         for block in self.layers:
-            # Of a compiled model, operators are computed again, and not `forward`.
+            # Gradient checkpointing repeats this call with the same list; compiled, it does not.
             passes: list | None = None if torch.compiler.is_compiling() else []
             x, weights = block(x, (H, W), output_attentions, passes)
             if output_attentions:
@@ -525,6 +529,7 @@ class CvtForImageClassification(CvtPreTrainedModel):
         tokens = output.cls_token_value  # (B, 1, C)
         if tokens is None:
             tokens = to_tokens(output.last_hidden_state)  # (B, N, C)
+        # The mean over one token is the class token itself.
         logits = self.classifier(self.layernorm(tokens).mean(dim=1))  # (B, classes)
         output = ImageClassifierOutput(
             loss=None if labels is None else classification_loss(logits, labels, self.config),
