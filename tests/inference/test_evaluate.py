@@ -335,11 +335,11 @@ def test_evaluating_leaves_the_random_numbers_alone(classifier, processor, image
 
 
 class Counting(nn.Module):
-    """What wraps a model in training: it has no config, and counts how often it is called."""
+    """Counts how often a model is called."""
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.calls = model, 0
+        self.model, self.config, self.calls = model, model.config, 0
 
     def forward(self, pixels, **options):
         self.calls += 1
@@ -356,8 +356,7 @@ def test_shares_join_to_what_one_process_gives(
     parts, calls = [], []
     for rank in range(world):
         model = Counting(classifier)
-        shared = {"rank": rank, "world": world, "config": classifier.config}
-        parts.append(evaluate(model, processor, images, batch_size, **shared))
+        parts.append(evaluate(model, processor, images, batch_size, rank=rank, world=world))
         calls.append(model.calls)
     assert same(Evaluation.joined(parts), whole)
     assert same(Evaluation.joined(parts[::-1]), whole)

@@ -355,11 +355,11 @@ def test_a_name_that_means_no_model_is_not_found(tmp_path):
 
 
 class Wrapper(nn.Module):
-    """A model without a configuration, as distributed training wraps them."""
+    """What calls a model."""
 
     def __init__(self, model):
         super().__init__()
-        self.module = model
+        self.module, self.config = model, model.config
 
     def forward(self, *inputs, **options):
         return self.module(*inputs, **options)
@@ -370,7 +370,7 @@ def test_a_wrapped_model_runs_in_eval_mode_whatever_was_done_with_it(model):
     for module in dropping.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.9
-    runtime = TorchRuntime(Wrapper(dropping), config=model.config)
+    runtime = TorchRuntime(Wrapper(dropping))
     pixels = random_pixels(2, 3, 32, 32)
     for _ in range(2):
         torch.testing.assert_close(runtime(pixels), model(pixels).logits.detach())

@@ -30,8 +30,7 @@ class TorchRuntime(Runtime):
     """A classifier as it is, or what wraps one; on its device, in its precision, in eval mode.
 
     Args:
-        model: takes pixels and `return_dict=True`, gives `.logits`.
-        config: the classifier's, where the model does not have it.
+        model: takes pixels and `return_dict=True`, gives `.logits`; has the classifier's `config`.
         threads: for all of PyTorch in this process.
         features: of the classifier itself, not of what wraps one.
 
@@ -44,7 +43,6 @@ class TorchRuntime(Runtime):
     def __init__(
         self,
         model: nn.Module,
-        config: Architecture | None = None,
         threads: int | None = None,
         features: FeatureSettings | None = None,
     ) -> None:
@@ -54,9 +52,8 @@ class TorchRuntime(Runtime):
         names = {dtype: name for name, dtype in DTYPES.items()}
         if threads is not None:
             torch.set_num_threads(threads)
-        config = config or cast(Architecture, model.config)
         how = (names[self.dtype], str(weight.device), threads)
-        super().__init__(config, *how, features=features)
+        super().__init__(cast(Architecture, model.config), *how, features=features)
 
     @classmethod
     def from_model(
