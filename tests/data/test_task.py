@@ -111,6 +111,9 @@ def test_a_column_that_is_there_twice_is_no_choice(table):
         open_training(path)
     with pytest.raises(ValueError, match="path, label, label: several are called label"):
         open_training(path, label_column="label")
+    path = table("path,label,split,split", "a,train,val", "b,train,val")
+    with pytest.raises(ValueError, match="path, label, split, split: several are called split"):
+        open_training(path)
 
 
 def test_one_class_is_not_mistaken_for_others(table):

@@ -12,7 +12,7 @@ from cvt.data.split_file import run_of
 from cvt.libraries import is_installed
 
 logger = logging.getLogger(__name__)
-MOST = 12  # examples on the page
+MAX_EXAMPLES = 12  # examples on the page
 REMOTE = ("hub:", "stream:")  # data that is not on this machine
 CREDITS = {  # of scikit-learn's photographs, as their licence demands
     "china.jpg": "© danielbuechele, CC BY 2.0",
@@ -29,7 +29,7 @@ class Example(NamedTuple):
 
 
 def find_examples(model: str, folder: Path | None, private: bool) -> list[Example]:
-    """Up to `MOST` pictures to try.
+    """Up to `MAX_EXAMPLES` pictures to try.
 
     Args:
         model: the name, folder or file of the model.
@@ -44,11 +44,11 @@ def find_examples(model: str, folder: Path | None, private: bool) -> list[Exampl
     if folder is not None:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder of examples")
-        found = [Example(path.name, path) for path in islice(images_below(folder), MOST)]
+        found = [Example(path.name, path) for path in islice(images_below(folder), MAX_EXAMPLES)]
         if not found:
             raise FileNotFoundError(f"{folder} has no images in it")
         return found
-    own = list(islice(run_examples(Path(model)), MOST)) if private else []
+    own = list(islice(run_examples(Path(model)), MAX_EXAMPLES)) if private else []
     return own or scikit_learn_examples()
 
 

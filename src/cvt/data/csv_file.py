@@ -42,7 +42,8 @@ def csv_splits(
     if has_header:
         image = _column(path, rows[0][1], image_column, PATH_NAMES, "image_column")
         labels = _label_columns(path, rows[0][1], label_column, task)
-        split_column = header.index("split") if "split" in header else None
+        if "split" in header:
+            split_column = _column(path, header, "split", (), "")
         if group_column:
             group = _column(path, rows[0][1], group_column, (), "group_column")
         del rows[0]
