@@ -3,7 +3,7 @@ import yaml
 from helpers.training_runs import write_pictures
 from PIL import Image
 
-from cvt.app.examples import MOST, find_examples
+from cvt.app.examples import MAX_EXAMPLES, find_examples
 from cvt.data import decode, open_labelled, write_split
 from cvt.data.labelled import split
 
@@ -23,7 +23,7 @@ def settings(run, **recipe):
 def test_a_folder_of_examples(photos):
     found = find_examples("cvt-13", photos / "blue", private=False)
     assert [each.name for each in found] == [f"{i:02d}.png" for i in range(12)]
-    assert len(find_examples("cvt-13", photos, private=False)) == MOST
+    assert len(find_examples("cvt-13", photos, private=False)) == MAX_EXAMPLES
 
 
 def test_a_folder_without_pictures_is_an_error(tmp_path):
