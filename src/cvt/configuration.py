@@ -174,7 +174,7 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
         that it loaded and saved, and may have trained, with GELU.
         """
         fields = super().to_diff_dict() | {"library_name": LIBRARY}
-        unset = [n for n in fields if fields[n] is getattr(Architecture, n, "") is None]
+        unset = [n for n in fields if fields[n] is None and getattr(Architecture, n, "") is None]
         return {n: fields[n] for n in fields if n not in ("transformers_version", *unset)}
 
     @classmethod

@@ -181,12 +181,12 @@ def answers(index: Index, images: Sequence[Result], top: int = TOP) -> list[Answ
     """
     paths = [str(each.path) for each in images]
     found = index(np.stack([np.asarray(each.features) for each in images]), top + 1)
-    answers = []
-    for path, place, neighbours in zip(paths, places(paths), found, strict=True):
-        of_rows = places([each.path for each in neighbours])
-        others = [each for each, own in zip(neighbours, of_rows, strict=True) if own != place]
-        answers.append(Answer(path, others[:top]))
-    return answers
+    every = {*paths, *(each.path for neighbours in found for each in neighbours)}
+    place = dict(zip(every, places(every), strict=True))
+    return [
+        Answer(path, [each for each in neighbours if place[each.path] != place[path]][:top])
+        for path, neighbours in zip(paths, found, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------ the model

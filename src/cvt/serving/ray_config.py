@@ -96,7 +96,7 @@ def backpressure() -> dict[str, Any]:
 def kuberay_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What KubeRay takes: a RayService that runs the configuration of `serve deploy`."""
     (deployment,) = config["applications"][0]["deployments"]
-    resources = deployment["ray_actor_options"]
+    needs = deployment["ray_actor_options"]
     replicas = deployment["autoscaling_config"]
 
     def pod(name: str, cpus: int, gpus: int = 0, **container: Any) -> dict[str, Any]:
@@ -112,6 +112,7 @@ def kuberay_config(config: Mapping[str, Any]) -> dict[str, Any]:
             }
         }
 
+    worker = pod("ray-worker", needs["num_cpus"], needs.get("num_gpus", 0))
     ports = [
         {"containerPort": number, "name": name}
         for name, number in (
@@ -140,9 +141,7 @@ def kuberay_config(config: Mapping[str, Any]) -> dict[str, Any]:
                         "maxReplicas": replicas["max_replicas"],
                         "replicas": replicas["min_replicas"],
                         "rayStartParams": {},
-                        "template": pod(
-                            *("ray-worker", resources["num_cpus"], resources.get("num_gpus", 0))
-                        ),
+                        "template": worker,
                     }
                 ],
             },
