@@ -156,8 +156,9 @@ def summary(peer: str, by_peer: Mapping[str, Mapping[str, Mapping[str, str]]]) -
         )
         row[name] = f"{statistics.mean(values.values()):.1f}"
         row[f"{name}, CvT = 0"] = "" if rows is ours else with_error(paired(values, of_cvt))
-    seconds = statistics.mean(float(each["core_seconds"]) for each in rows.values())
-    return row | {"core-minutes": f"{seconds / 60:.1f}"}
+    device = next(iter(ours.values()))["device"]  # another one has another speed
+    seconds = [float(each["core_seconds"]) for each in rows.values() if each["device"] == device]
+    return row | {"core-minutes": f"{statistics.mean(seconds) / 60:.1f}"}
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

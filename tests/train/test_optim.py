@@ -170,3 +170,22 @@ def test_every_optimizer_trains_without_decay_of_norms_and_resumes_to_the_bit(mo
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     whole, rest = stepped(model, optimizer, 2), stepped(resumed, again, 2)
     assert all(torch.equal(whole[name], rest[name]) for name in whole)
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_muon_multiplies_in_fp32_where_the_processor_has_no_bf16(model, monkeypatch, has_bf16):
+    from timm.optim import muon
+
+    used, of_timm = [], muon.zeropower_via_newtonschulz
+
+    def recorded(*args, **kwargs):
+        found = of_timm(*args, **kwargs)
+        used.append(found.dtype)
+        return found
+
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", recorded)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    optimizer = optimizer_for(model, Recipe(optimizer="muon"), lr=1e-3)
+    stepped(model, optimizer, 0)
+    assert set(used) == {torch.bfloat16 if has_bf16 else torch.float32}
+    assert muon.zeropower_via_newtonschulz is recorded  # also for others in this process
