@@ -216,10 +216,11 @@ def fastest(
     elif is_converted:
         chosen, reason = "openvino", "the model was converted earlier"
     elif images is not None and images >= MANY_IMAGES:
-        chosen, reason = "openvino", f"{images} images or more earn the conversion"
+        chosen, reason = "openvino", f"with {images} images, conversion saves time"
     else:
-        few = "an unknown number of" if images is None else images
-        chosen, reason = "fused", f"{few} images do not earn a conversion; {MANY_IMAGES} would"
+        number = "an unknown number of" if images is None else images
+        reason = f"{number} images; conversion saves time from {MANY_IMAGES} on"
+        chosen = "fused"
     logger.info("runtime auto takes %s: %s", chosen, reason)
     return chosen
 
