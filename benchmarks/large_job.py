@@ -48,10 +48,11 @@ from cvt.inference.benchmark import device_name, versions
 
 FILES = 20  # of pictures
 GROUP = 1000  # rows of a row group
-BLOCKS = 40  # of the job, about: each is computed by one worker and written at its end
+BLOCKS = 40  # of a small job: each is computed by one worker and written at its end
+BLOCK_ROWS = 2500  # of a large one: Ray 2.60 writes little before the end if few blocks fit its store
 ROW = 400  # bytes, about, of a picture in a block
 DIGITS = 1797  # of the data set
-SIZE = 32  # pixels of a side that the model takes
+SIZE = 16  # pixels of a side that the model takes
 JOB = """
 import json, os, sys
 import ray
@@ -67,7 +68,7 @@ context.checkpoint_config = CheckpointConfig(
 )
 rows = ray.data.read_parquet(f"{folder}/pictures").map_batches(
     cvt.Classifier,
-    fn_constructor_args=(f"{folder}/model", "torch"),
+    fn_constructor_args=(f"{folder}/model", "openvino"),
     fn_constructor_kwargs={"threads": 1} | json.loads(sys.argv[4]),
     compute=ray.data.ActorPoolStrategy(size=2),
     batch_size=batch_size,
@@ -108,7 +109,7 @@ def start(folder: Path, options: argparse.Namespace) -> subprocess.Popen:
     """The job, in a session of its own."""
     arguments = (str(folder), str(folder / "labels"), str(options.batch_size))
     kind = {"features": True} if options.embed else {}
-    block = options.rows // BLOCKS * ROW
+    block = min(options.rows // BLOCKS, BLOCK_ROWS) * ROW
     return subprocess.Popen(
         [sys.executable, "-c", JOB, *arguments, json.dumps(kind), str(block)],
         env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"},
@@ -212,7 +213,7 @@ def checked(folder: Path, options: argparse.Namespace) -> Row:
 
 def differing(folder: Path, table: pyarrow.Table, embed: bool) -> int:
     """How many labels differ from those of single calls, and features by more than rounding."""
-    classifier = cvt.Classifier(folder / "model", "torch", threads=1, features=embed)
+    classifier = cvt.Classifier(folder / "model", "openvino", threads=1, features=embed)
     first = dataset.dataset(folder / "pictures").head(DIGITS)["image"].to_pylist()
     pictures = [image["bytes"] for image in first]
     own = [classifier(picture, top_k=1)[0]["label"] for picture in pictures]
