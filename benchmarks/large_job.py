@@ -1,6 +1,6 @@
 """Is each picture of a large job labelled once, if a worker is killed and the job is stopped?
 
-    python benchmarks/large_job.py                      # 10^6 rows: about a quarter of an hour
+    python benchmarks/large_job.py                      # 10^6 rows: about half an hour
     python benchmarks/large_job.py --rows 100000
     python benchmarks/large_job.py --quick              # 2,000 rows
 
@@ -49,7 +49,7 @@ from cvt.inference.benchmark import device_name, versions
 FILES = 20  # of pictures
 GROUP = 1000  # rows of a row group
 BLOCKS = 40  # of a small job: each is computed by one worker and written at its end
-BLOCK_ROWS = 2500  # of a large one: Ray 2.60 writes little before the end if few blocks fit its store
+BLOCK_ROWS = 2500  # of a large one: if few blocks fit its store, Ray 2.60 writes only at the end
 ROW = 400  # bytes, about, of a picture in a block
 DIGITS = 1797  # of the data set
 SIZE = 16  # pixels of a side that the model takes
