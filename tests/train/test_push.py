@@ -151,7 +151,10 @@ def test_a_dry_run_shows_the_files_and_contacts_nothing(server, run, cvt):
     assert f"{weights:,}" in out
     assert "license: mit" in out
     assert "Nothing was uploaded." in out
-    assert not any(word in out for word in ("state.pt", "notes.txt", "args.yaml"))
+    left_out, _, uploaded = out.partition("\n")
+    assert left_out.startswith("not files of the model, not uploaded: ")
+    assert "notes.txt" in left_out
+    assert not any(word in uploaded for word in ("state.pt", "notes.txt", "args.yaml"))
     assert server.requests == []
 
 

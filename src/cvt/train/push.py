@@ -42,6 +42,7 @@ class Upload:
         repository: the repository on the hub, and its branch.
         files: size in bytes of each file, by its name in the folder and in the repository.
         card: the model card, README.md.
+        left_out: other files in the folder, which are not uploaded.
         replaced: files of the repository that had this name before; None where nothing was asked.
         deleted: files that an earlier model has left there, and that are deleted.
         url: of the commit; None of a dry run.
@@ -51,6 +52,7 @@ class Upload:
     repository: Repository
     files: dict[str, int]
     card: str
+    left_out: list[str]
     replaced: list[str] | None = None
     deleted: list[str] | None = None
     url: str | None = None
@@ -108,7 +110,8 @@ def push(
         file: len(content) if isinstance(content, bytes) else content.stat().st_size
         for file, content in sorted(contents.items())
     }
-    upload = Upload(source.path, target, sizes, card)
+    left_out = sorted(set(_names_in(source.path)) - set(contents))
+    upload = Upload(source.path, target, sizes, card, left_out)
     return upload if dry_run else _commit(upload, contents, private, overwrite)
 
 
@@ -148,14 +151,17 @@ def files_of(folder: Path) -> list[str]:
     Raises:
         ValueError: its weights are pickled.
     """
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    found = set(filter_repo_objects(names, allow_patterns=list(MODEL_FILES))) - {CARD}
+    found = set(filter_repo_objects(_names_in(folder), allow_patterns=list(MODEL_FILES))) - {CARD}
     if not any(name.endswith(".safetensors") or name == "export.json" for name in found):
         raise ValueError(
             f"{folder} has its weights in a pickled file, which others need not trust: "
             f"`cvt convert {folder} NEW` writes model.safetensors"
         )
     return sorted(found)
+
+
+def _names_in(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def code_of(source: ModelSource, replace_other: bool) -> dict[str, Path | bytes]:
