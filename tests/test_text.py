@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from cvt.text import csv_cell, printable
+from cvt.text import csv_cell, listed, printable
 
 HARMFUL = {
     "\x1b[31mcat": r"\x1b[31mcat",
@@ -50,3 +50,8 @@ def test_different_texts_stay_different():
     texts = {"".join(generator.choices(pieces, k=generator.randint(1, 5))) for _ in range(20_000)}
     assert len({printable(text) for text in texts}) == len(texts)
     assert len({csv_cell(text) for text in texts}) == len(texts)
+
+
+def test_a_list_ends_with_the_number_of_those_that_it_leaves_out():
+    assert listed(["a", "b"], most=2) == "a, b"
+    assert listed(["a", "b", "c", "d"], most=2) == "a, b and 2 more"

@@ -1,6 +1,7 @@
-"""Names from files, escaped for a terminal, a page and a spreadsheet."""
+"""Names from files: escaped for a terminal, a page and a spreadsheet, and listed."""
 
 import re
+from collections.abc import Sequence
 
 # Control characters, what reorders text, line separators, and single surrogates of UTF-16.
 _UNSAFE = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
@@ -41,3 +42,9 @@ def csv_cell(text: str) -> str:
     """
     text = printable(text)
     return f"'{text}" if _FORMULA.match(text) else text
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -26,6 +26,7 @@ from cvt.checkpoints.names import (
     without_wrappers,
 )
 from cvt.files import pointer_fault
+from cvt.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +228,7 @@ def without_prefix(
             named[f"{dialect.modules['classifier']}.{tensor}"] = weights[f"{head}.{tensor}"]
             beside.remove(f"{head}.{tensor}")
     if beside or (head and not head.endswith(dialect.modules["classifier"])):
-        names = ", ".join(beside[:5]) + (f" and {len(beside) - 5} more" if len(beside) > 5 else "")
+        names = listed(beside)
         begin = f"{prefix!r} and {head!r}" if head else repr(prefix)
         logger.warning(
             f"{path}: the weights are those whose names begin with {begin}"

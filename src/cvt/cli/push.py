@@ -33,14 +33,14 @@ def push(
     The account is that of `hf auth login`.
     """
     from cvt.cli.console import out, quiet_libraries
+    from cvt.text import listed
     from cvt.train.push import push as upload
 
     quiet_libraries()
     how = {"private": private, "overwrite": force, "with_code": with_code, "dry_run": dry_run}
     done = upload(folder, name, licence=license, **how)
-    if left_out := done.left_out:
-        names = ", ".join(left_out[:5]) + f" and {len(left_out) - 5} more" * (len(left_out) > 5)
-        out.print(f"not files of the model, not uploaded: {names}")
+    if done.left_out:
+        out.print(f"not files of the model, not uploaded: {listed(done.left_out)}")
     if dry_run:
         print_files(done)
         out.print("Nothing was uploaded.")

@@ -97,7 +97,8 @@ def push(
     if target is None or not name.startswith(target.hub_id):
         raise ValueError(f"{name}: must be USER/NAME, or USER/NAME@BRANCH")
     source = uploadable(Path(folder))
-    files = {file: source.path / file for file in files_of(source.path)}
+    names, others = files_of(source.path)
+    files = {file: source.path / file for file in names}
     head = card_of(source)
     code: dict[str, Path | bytes] = {}
     if with_code or carries_code(source.path):
@@ -110,8 +111,7 @@ def push(
         file: len(content) if isinstance(content, bytes) else content.stat().st_size
         for file, content in sorted(contents.items())
     }
-    left_out = sorted(set(_names_in(source.path)) - set(contents))
-    upload = Upload(source.path, target, sizes, card, left_out)
+    upload = Upload(source.path, target, sizes, card, sorted(others - contents.keys()))
     return upload if dry_run else _commit(upload, contents, private, overwrite)
 
 
@@ -145,23 +145,20 @@ def uploadable(folder: Path) -> ModelSource:
     return source
 
 
-def files_of(folder: Path) -> list[str]:
-    """The files in a model folder that a repository gets; its card comes beside.
+def files_of(folder: Path) -> tuple[list[str], set[str]]:
+    """The files in a model folder that a repository gets, and the others; its card comes beside.
 
     Raises:
         ValueError: its weights are pickled.
     """
-    found = set(filter_repo_objects(_names_in(folder), allow_patterns=list(MODEL_FILES))) - {CARD}
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    found = set(filter_repo_objects(names, allow_patterns=list(MODEL_FILES))) - {CARD}
     if not any(name.endswith(".safetensors") or name == "export.json" for name in found):
         raise ValueError(
             f"{folder} has its weights in a pickled file, which others need not trust: "
             f"`cvt convert {folder} NEW` writes model.safetensors"
         )
-    return sorted(found)
-
-
-def _names_in(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return sorted(found), names - found
 
 
 def code_of(source: ModelSource, replace_other: bool) -> dict[str, Path | bytes]:
