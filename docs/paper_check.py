@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python docs/paper_check.py    # exits with 1 where a page differs
 
-A table is checked if it has a column for multiply-adds. Its first column names a published model,
+A table is checked if it has a column for billions of multiply-adds (G). Its first column names a published model,
 or a variant and what the setting `architecture` of a recipe changes: `cvt-13 stride_kv=1`. The
 column of the pixels has the height and width; other columns, such as the paper's, are not read.
 """
@@ -26,7 +26,11 @@ from cvt.train.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "README.zh-CN.md", "docs/en/paper.md", "docs/zh/paper.md")
 # How the header of a column begins, in English and in Chinese.
-PIXELS, PARAMETERS, MACS = ("pixels", "像素"), ("parameters", "参数"), ("multiply-adds", "乘加")
+PIXELS, PARAMETERS, MACS = (
+    ("pixels", "像素"),
+    ("parameters", "参数"),
+    ("multiply-adds, G", "乘加运算，G"),
+)
 MODEL = re.compile(r"`(\S+?)((?: \w+=\S+)*)`")
 
 
@@ -49,7 +53,7 @@ class Cost(NamedTuple):
 
 
 def rows(text: str) -> Iterator[Row]:
-    """The rows of the tables of a page that have a column for multiply-adds.
+    """The rows of the tables of a page that have a column for billions of multiply-adds.
 
     Raises:
         ValueError: such a table has no column for the pixels or for the parameters.
@@ -73,7 +77,7 @@ def column(header: list[str], word: tuple[str, ...], line: int) -> int:
     for i, cell in enumerate(header):
         if cell.startswith(word):
             return i
-    raise ValueError(f"line {line}: a table of multiply-adds needs a column {word[0]}")
+    raise ValueError(f"line {line}: a table of {MACS[0]} needs a column {word[0]}")
 
 
 def count(model: str, pixels: int) -> Cost:
