@@ -200,18 +200,19 @@ def verdict(paper: str, mean: float, margin: float) -> str:
 
 
 def draw(found: dict[str, Rows], figure: Path) -> None:
-    """The differences of all ablations with their errors, a row of panels for each data set."""
+    """The differences of all ablations with their errors, two rows of panels for each data set."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shape = {"figsize": (4 * len(ABLATIONS), 2.8 * len(found)), "squeeze": False}
-    drawing, panels = pyplot.subplots(len(found), len(ABLATIONS), **shape, layout="constrained")
-    for (data, rows), of_data in zip(found.items(), panels, strict=True):
+    shape = {"figsize": (8, 5 * len(found)), "squeeze": False}
+    drawing, panels = pyplot.subplots(2 * len(found), 2, **shape, layout="constrained")
+    places = iter(panels.flat)
+    for data, rows in found.items():
         by_name = by_fold(rows)
         folds = len(next(iter(by_name.values())))
-        for (ablation, models), panel in zip(ABLATIONS.items(), of_data, strict=True):
+        for (ablation, models), panel in zip(ABLATIONS.items(), places, strict=False):
             reference = top1_of(by_name[models[-1].name])
             labels = []
             for place, model in enumerate(models):
@@ -223,9 +224,8 @@ def draw(found: dict[str, Rows], figure: Path) -> None:
             panel.axvline(0, color="grey", linewidth=0.8)
             panel.set_yticks([-place for place in range(len(models))], labels, fontsize=8)
             panel.set_ylim(0.5 - len(models), 0.5)
-            panel.set_title(ablation, fontsize=10)
+            panel.set_title(f"{ablation}: {data}, {folds} folds", fontsize=10)
             panel.set_xlabel(f"top-1 less that of {models[-1].label}, points", fontsize=8)
-        of_data[0].set_ylabel(f"{data}, {folds} folds")
     save(drawing, figure)
     pyplot.close(drawing)
 

@@ -184,16 +184,16 @@ def draw(rows: Rows, figure: Path) -> None:
     from matplotlib import pyplot
 
     curves = curves_of(rows, "top1")
-    shape = {"figsize": (4 * len(curves), 3.4), "squeeze": False}
-    drawing, (panels,) = pyplot.subplots(1, len(curves), **shape, layout="constrained", sharey=True)
-    for (question, peers), panel in zip(curves.items(), panels, strict=True):
+    drawing, panels = pyplot.subplots(2, 2, figsize=(8, 6), layout="constrained", sharey=True)
+    for (question, peers), panel in zip(curves.items(), panels.flat, strict=True):
         for peer, of_peer in peers.items():
             means, errors = zip(*map(mean_and_error, of_peer.values()), strict=True)
             panel.errorbar(list(of_peer), means, yerr=errors, marker="o", capsize=3, label=peer)
         panel.set_title(question)
         panel.set_xlabel(AXES[question])
-    panels[0].set_ylabel("top-1, %")
-    panels[0].legend()
+    for panel in panels[:, 0]:
+        panel.set_ylabel("top-1, %")
+    panels[0, 0].legend()
     save(drawing, figure)
     pyplot.close(drawing)
 
