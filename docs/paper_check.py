@@ -2,9 +2,10 @@
 
     PYTHONPATH=src python docs/paper_check.py    # exits with 1 where a page differs
 
-A table is checked if it has a column for billions of multiply-adds (G). Its first column names a published model,
-or a variant and what the setting `architecture` of a recipe changes: `cvt-13 stride_kv=1`. The
-column of the pixels has the height and width; other columns, such as the paper's, are not read.
+A table is checked if it has a column for billions of multiply-adds (G). Its first column names a
+published model, or a variant and what the setting `architecture` of a recipe changes: `cvt-13
+stride_kv=1`. The column of the pixels has the height and width; other columns, such as the
+paper's, are not read.
 """
 
 import re
