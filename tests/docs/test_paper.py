@@ -83,7 +83,8 @@ def test_a_page_with_a_wrong_row_or_without_models_fails(check, tmp_path, monkey
 
 
 def test_a_table_of_multiply_adds_has_pixels_and_parameters(check):
-    with pytest.raises(ValueError, match="line 3: a table of multiply-adds, G needs a column"):
+    message = "line 3: a table of multiply-adds, G needs a column pixels"
+    with pytest.raises(ValueError, match=message):
         list(check.rows((TABLE + ROW).replace("pixels", "size")))
 
 

@@ -188,8 +188,8 @@ def test_half_precision_stays_near_single_precision_and_no_further_than_the_mode
             fast.append(difference(logits, expected))
             plain.append(difference(model.to(dtype)(pixels).logits, expected))
     *others, worst = sorted(fast)  # one of the models is ill-conditioned: as far, then, as it is
-    assert others[-1] < TOLERANCES[dtype] / 2
-    assert worst < 2 * max(plain)
+    assert others[-1] < TOLERANCES[dtype] / 3  # 0.0026 in fp16 where PyTorch has AVX2 alone
+    assert worst < 1.5 * max(plain)
     assert sum(fast) < 1.25 * sum(plain)
 
 
