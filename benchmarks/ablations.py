@@ -206,13 +206,13 @@ def draw(found: dict[str, Rows], figure: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shape = {"figsize": (8, 5 * len(found)), "squeeze": False}
-    drawing, panels = pyplot.subplots(2 * len(found), 2, **shape, layout="constrained")
-    places = iter(panels.flat)
-    for data, rows in found.items():
+    size = (8, 5 * len(found))
+    drawing, panels = pyplot.subplots(2 * len(found), 2, figsize=size, layout="constrained")
+    by_data = panels.reshape(len(found), len(ABLATIONS))
+    for (data, rows), of_data in zip(found.items(), by_data, strict=True):
         by_name = by_fold(rows)
         folds = len(next(iter(by_name.values())))
-        for (ablation, models), panel in zip(ABLATIONS.items(), places, strict=False):
+        for (ablation, models), panel in zip(ABLATIONS.items(), of_data, strict=True):
             reference = top1_of(by_name[models[-1].name])
             labels = []
             for place, model in enumerate(models):

@@ -27,11 +27,8 @@ from cvt.train.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "README.zh-CN.md", "docs/en/paper.md", "docs/zh/paper.md")
 # How the header of a column begins, in English and in Chinese.
-PIXELS, PARAMETERS, MACS = (
-    ("pixels", "像素"),
-    ("parameters", "参数"),
-    ("multiply-adds, G", "乘加运算，G"),
-)
+PIXELS, PARAMETERS = ("pixels", "像素"), ("parameters", "参数")
+MACS = ("multiply-adds, G", "乘加运算，G")
 MODEL = re.compile(r"`(\S+?)((?: \w+=\S+)*)`")
 
 
