@@ -26,6 +26,7 @@ with `--data NAME --resume FILE` on another day. Prints a table for each data se
 """
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -206,13 +207,12 @@ def draw(found: dict[str, Rows], figure: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    size = (8, 5 * len(found))
-    drawing, panels = pyplot.subplots(2 * len(found), 2, figsize=size, layout="constrained")
-    by_data = panels.reshape(len(found), len(ABLATIONS))
-    for (data, rows), of_data in zip(found.items(), by_data, strict=True):
+    lines = math.ceil(len(ABLATIONS) / 2) * len(found)
+    drawing, panels = pyplot.subplots(lines, 2, figsize=(8, 2.5 * lines), layout="constrained")
+    for (data, rows), of_data in zip(found.items(), panels.reshape(len(found), -1), strict=True):
         by_name = by_fold(rows)
         folds = len(next(iter(by_name.values())))
-        for (ablation, models), panel in zip(ABLATIONS.items(), of_data, strict=True):
+        for (ablation, models), panel in zip(ABLATIONS.items(), of_data, strict=False):
             reference = top1_of(by_name[models[-1].name])
             labels = []
             for place, model in enumerate(models):
