@@ -177,8 +177,11 @@ def _state(step):
     return {"step": step, "weights": torch.full((100_000,), step), "words": [str(step)] * 100}
 
 
-def kill_during_saves(folder, kills, keep, seed):
+def kill_during_saves(folder, kills, keep, seed, torn_at_least=0):
     """Kill a process that does nothing but save, at random moments; nothing finished may be lost.
+
+    On a fast disk few kills meet a save: then up to ten times as many follow, until
+    `torn_at_least` have left a torn checkpoint.
 
     Returns:
         How many kills left a torn checkpoint beside the whole ones, and how many saves were done.
@@ -186,7 +189,9 @@ def kill_during_saves(folder, kills, keep, seed):
     from cvt.train.checkpointing import newest_checkpoint
 
     moments, torn, step = random.Random(seed), 0, 0
-    for _ in range(kills):
+    for turn in range(10 * kills):
+        if turn >= kills and torn >= torn_at_least:
+            break
         receiver, sender = forks.Pipe(duplex=False)
         process = forks.Process(target=_save_endlessly, args=(folder, step, keep, sender))
         process.start()
