@@ -519,6 +519,7 @@ def saved(content):
         (pickle.dumps([1, 2], protocol=2), "is no PyTorch checkpoint, or not a whole one"),
         (saved({}), "holds no weights, but dict"),
         (saved([1, 2]), "holds no weights, but list"),
+        (saved({"a": dict.fromkeys(range(9), 1)}), "'a' is a dict of 0, 1, 2, 3, 4 and 4 more"),
         (saved({"a": 3, "b": "x"}), r"'a' is int\s+'b' is str"),
     ],
 )

@@ -102,6 +102,12 @@ def test_the_card_names_base_and_data_of_the_hub(model, data, base, datasets):
     assert "trained from random weights" in scratch.text
 
 
+def test_the_card_lists_twenty_classes_and_counts_the_others():
+    text = trained_card(CvtConfig(num_labels=25), Recipe(data="photos"), ROW).text
+    assert "25 classes: LABEL_0, LABEL_1, " in text
+    assert ", LABEL_19 and 5 more." in text
+
+
 def test_the_card_has_the_metrics_of_the_averaged_weights_where_they_are_saved():
     averaged = ROW | {"ema_loss": 0.2, "ema_top1": 0.95, "ema_top5": 0.99}
     card = trained_card(CvtConfig(num_labels=9), Recipe(data="photos"), averaged)

@@ -93,8 +93,8 @@ def read_weights(path: str | Path, key: str | None = None) -> dict[str, Tensor]:
         content = {key: v for key, v in content.items() if not isinstance(v, PLAIN)}
     others = {key: value for key, value in content.items() if not isinstance(value, Tensor)}
     if others:
-        listed = "".join(f"\n  {key!r} is {describe(value)}" for key, value in others.items())
-        raise CheckpointError(f"{path} holds things that are no weights:{listed}")
+        lines = "".join(f"\n  {key!r} is {describe(value)}" for key, value in others.items())
+        raise CheckpointError(f"{path} holds things that are no weights:{lines}")
     named = {without_wrappers(str(name)): weight for name, weight in content.items()}
     if len(named) < len(content):
         raise CheckpointError(f"{path} holds weights twice: compiled, under _orig_mod., and not")
@@ -291,5 +291,5 @@ def functions_asked_for(path: Path) -> list[str]:
 def describe(value: Any) -> str:
     """A short description of what a checkpoint holds."""
     if isinstance(value, dict) and value:
-        return f"a dict of {', '.join(repr(key) for key in list(value)[:5])}"
+        return f"a dict of {listed([repr(key) for key in value])}"
     return f"{type(value).__name__}"

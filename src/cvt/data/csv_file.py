@@ -9,11 +9,11 @@ from cvt.data.folder import Files
 from cvt.data.labelled import SPLIT_NAMES, LabelledImages, SplitReaders
 from cvt.data.task import Task
 from cvt.problem_type import REGRESSION
+from cvt.text import listed
 
 PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
 LABEL_NAMES = ("label", "class", "class_name")
 UNNAMED = "value"  # what a file without a header has
-SHOWN = 5  # files or lines that an error lists
 
 
 def csv_splits(
@@ -58,8 +58,8 @@ def csv_splits(
     splits = _by_split(path, rows, (image, labels, split_column, group), len(header), task)
     if not splits:
         raise ValueError(f"{path} lists no images")
-    listed = [name for names, _, _ in splits.values() for name in names]
-    missing = [name for name in listed if not os.path.isfile(path.parent / name)]
+    files = [name for names, _, _ in splits.values() for name in names]
+    missing = [name for name in files if not os.path.isfile(path.parent / name)]
     if not has_header and rows[0][1][0] in missing:
         first = ", ".join(rows[0][1])
         raise ValueError(
@@ -69,7 +69,7 @@ def csv_splits(
     if missing:
         raise FileNotFoundError(
             f"{path} lists {len(missing)} files that do not exist (paths are relative to its "
-            f"folder): {', '.join(missing[:SHOWN])}{', ...' if missing[SHOWN:] else ''}"
+            f"folder): {listed(missing)}"
         )
     return {
         split: partial(

@@ -25,6 +25,7 @@ from cvt.data.labelled import (
     resembles_splits,
     split_name,
 )
+from cvt.text import listed
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def refuse_missing(source: Path, files: Files) -> None:
     if missing:
         raise FileNotFoundError(
             f"{source} lists {len(missing)} images that are not in {files.folder}: "
-            f"{', '.join(missing[:SHOWN])}{', ...' if missing[SHOWN:] else ''}"
+            f"{listed(missing)}"
         )
 
 
@@ -318,8 +319,7 @@ def folder_splits(root: Path) -> SplitReaders:
     if len(found) == 1 and beside:
         raise ValueError(
             f"{root} has the folder {next(iter(names)).name}, which is a split, beside "
-            f"{', '.join(beside[:SHOWN])}{', ...' if beside[SHOWN:] else ''}; put the classes to "
-            "train on into a folder train"
+            f"{listed(beside)}; put the classes to train on into a folder train"
         )
     return {name: partial(image_folder, path) for path, name in names.items()} or {
         "": partial(image_folder, root)

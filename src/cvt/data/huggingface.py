@@ -24,6 +24,7 @@ from cvt.data.labelled import (
     resembles_splits,
     split_name,
 )
+from cvt.text import listed
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features, IterableDataset
@@ -64,9 +65,7 @@ def files_of(suffix: str, name: str) -> list[Path]:
     elif not path.exists():
         files = [Path(file) for file in sorted(glob.glob(name))] or files
     if missing := [str(file) for file in files if not file.is_file()]:
-        raise FileNotFoundError(
-            f"{len(missing)} files of {name} do not exist: {', '.join(missing[:5])}"
-        )
+        raise FileNotFoundError(f"{len(missing)} files of {name} do not exist: {listed(missing)}")
     return files
 
 
