@@ -20,6 +20,13 @@ TENSORFLOW = "tf_model.h5"  # the weights of transformers 4 in TensorFlow
 # The files of a model whose sums are kept; a model card may be edited.
 SUMMED = ("*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json",
           "adapter_config.json")  # fmt: skip
+# Suffixes that no new folder may have: who gives one expects a file.
+FILE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".pdf", ".html"),
+    *(".csv", ".json", ".jsonl", ".parquet", ".npy", ".npz", ".txt", ".md", ".yaml", ".yml"),
+    *(".pth", ".pt", ".pt2", ".bin", ".ckpt", ".safetensors", ".h5", ".keras", ".pdparams"),
+    *(".onnx", ".xml", ".tflite", ".tar", ".gz", ".zip"),
+)
 
 
 def check_path(path: str | os.PathLike, name: str) -> None:
@@ -30,6 +37,19 @@ def check_path(path: str | os.PathLike, name: str) -> None:
     """
     if not os.fspath(path):
         raise ValueError(f"{name} = '': an empty path names nothing; the working folder is '.'")
+
+
+def check_folder_name(path: str | os.PathLike) -> None:
+    """Refuse the name of a file for a new folder; a folder that is there may have any name.
+
+    Raises:
+        ValueError: the name ends as that of a file.
+    """
+    path = Path(path)
+    if path.suffix.lower() in FILE_SUFFIXES and not path.is_dir():
+        raise ValueError(
+            f"{path} is the name of a file, but a folder is written: leave {path.suffix} out"
+        )
 
 
 def is_occupied(output: Path) -> bool:

@@ -250,6 +250,8 @@ def test_a_file_of_another_kind_than_its_software_reads_is_not_written(model, tm
             convert(tmp_path / "folder", tmp_path / name, to="authors")
     with pytest.raises(ValueError, match="must be one of transformers, authors"):
         convert(tmp_path / "folder", tmp_path / "a.h5", to="cvt-tensorflow")
+    with pytest.raises(ValueError, match=r"a\.safetensors is the name of a file, but a folder is"):
+        convert(tmp_path / "folder", tmp_path / "a.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 

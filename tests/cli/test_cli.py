@@ -635,6 +635,27 @@ def test_wrong_usage_exits_with_2(cvt, arguments):
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        *(
+            (name, "--output", "a.png")
+            for name, options in COMMANDS.items()
+            if "--output" in options and name not in ("predict", "embed", "search")
+        ),
+        ("evaluate", "--label-errors", "a.png"),
+        ("serve", "--write-config", "a.png"),
+        ("export", "cvt-13", "a.png"),
+    ],
+)
+def test_a_new_folder_has_no_name_of_a_file(cvt, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = cvt(*arguments)
+    assert code == 2
+    assert "a.png is the name of a file, but a folder is written: leave .png out" in err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("predict", "{model}", "nowhere.png"), "nowhere.png does not exist"),

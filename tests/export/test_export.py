@@ -460,10 +460,12 @@ def test_logits_of_fewer_bits_may_differ_by_their_share_of_the_largest(precision
         ({"dynamic": ("channels",)}, "dynamic = .*: may hold batch and size"),
         ({"min_agreement": 1.01}, "min_agreement = 1.01: must be a share from 0 to 1"),
         ({"overwrite": True, "output": "model"}, "is the model itself"),
+        ({"output": "model.onnx"}, "model.onnx is the name of a file, but a folder is written"),
     ],
 )
 def test_bad_arguments_are_refused(small, tmp_path, changes, message):
-    output = small if changes.get("output") else tmp_path / "out"
+    name = changes.get("output", "out")
+    output = small if name == "model" else tmp_path / name
     arguments = {"to": "torch-export", **changes, "source": small, "output": output}
     with pytest.raises(ValueError, match=message):
         export(**arguments)

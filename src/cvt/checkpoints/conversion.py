@@ -18,7 +18,7 @@ from cvt.checkpoints.names import DIALECTS, Dialect, dialect_of
 from cvt.checkpoints.reading import read_weights
 from cvt.checkpoints.source import model_source
 from cvt.data.class_names import read_labels
-from cvt.files import staged, write_checksums
+from cvt.files import check_folder_name, staged, write_checksums
 from cvt.modeling import CvtForImageClassification
 from cvt.strict_loading import COUNTER
 
@@ -105,12 +105,13 @@ def convert(
     if to not in WRITTEN:
         raise ValueError(f"to = {to!r}: must be one of {', '.join(WRITTEN)}")
     dialect = DIALECTS[to]
-    if to != "transformers" and not str(dest).endswith(dialect.suffixes):
+    if to == "transformers":
+        check_folder_name(dest)
+    elif not str(dest).endswith(dialect.suffixes):
         raise ValueError(f"{dest}: {to} is written to a file {' or '.join(dialect.suffixes)}")
-    if to != "transformers":
-        for name, value in {"image_size": image_size, "labels": labels}.items():
-            if value is not None:
-                raise ValueError(f"{name} = {value}: is for a folder; a file of {to} records none")
+    elif image_size is not None or labels is not None:
+        given = f"labels = {labels}" if image_size is None else f"image_size = {image_size}"
+        raise ValueError(f"{given}: is for a folder; a file of {to} records none")
     with staged(dest, overwrite=force) as written:  # refuses an existing `dest` before the work
         changes: dict[str, Any] = {"num_labels": num_labels, "hidden_act": hidden_act}
         named = model_source(source)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cvt.cli.options import (
-    FILE,
+    FOLDER,
     FiniteRange,
     argument,
     command,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     default=3.0,
     help="Seconds per row; every row gets at least eight turns.",
 )
-@click.option("--output", type=FILE, help="New folder for benchmark.csv and benchmark.png.")
+@click.option("--output", type=FOLDER, help="New folder for benchmark.csv and benchmark.png.")
 @no_verify_option
 @force_option("Overwrite files in the output folder.")
 def benchmark(

@@ -9,6 +9,7 @@ import click
 
 from cvt.cli.options import (
     FILE,
+    FOLDER,
     FiniteRange,
     argument,
     command,
@@ -29,7 +30,7 @@ SHOWN = 20  # classes in the table
 
 @command
 @argument("data", help="Folder with a sub-folder per class, .csv, .parquet, hub:NAME, CIFAR.")
-@click.option("--output", type=FILE, help="New folder for report.html and findings.csv.")
+@click.option("--output", type=FOLDER, help="New folder for report.html and findings.csv.")
 @click.option(
     "--groups",
     type=FILE,

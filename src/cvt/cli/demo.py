@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from cvt.cli.options import FILE, command
+from cvt.cli.options import FOLDER, command
 
 
 def free(path: Path) -> Path:
@@ -22,7 +22,7 @@ def free(path: Path) -> Path:
 @command
 @click.option(
     "--output",
-    type=FILE,
+    type=FOLDER,
     default=Path("runs/demo"),
     help="Run folder to create; where there is one, its name gets a number.",
 )

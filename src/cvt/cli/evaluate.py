@@ -10,6 +10,7 @@ import click
 
 from cvt.cli.options import (
     FILE,
+    FOLDER,
     argument,
     command,
     data_options,
@@ -41,13 +42,13 @@ if TYPE_CHECKING:
 @tta_option
 @click.option(
     "--output",
-    type=FILE,
+    type=FOLDER,
     help="New folder for metrics.json, per_class.csv, confusion_matrix.csv, predictions.csv.",
 )
 @click.option("--report", type=FILE, help="New HTML page of figures, tables and pictures.")
 @click.option(
     "--label-errors",
-    type=FILE,
+    type=FOLDER,
     help="New folder for the labels that are probably wrong: a page with the pictures, a csv file.",
 )
 @click.option(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from cvt.cli.options import (
-    FILE,
+    FOLDER,
     argument,
     command,
     device_option,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--output",
-    type=FILE,
+    type=FOLDER,
     default=Path("explanations"),
     help="New folder for a .png and an .npz per image and sheet.png.",
 )

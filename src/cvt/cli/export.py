@@ -8,6 +8,7 @@ import click
 
 from cvt.cli.options import (
     FILE,
+    FOLDER,
     FiniteRange,
     argument,
     command,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @command
 @argument("model", help="MODEL to export.")
-@argument("output", type=FILE, help="Folder to write.")
+@argument("output", type=FOLDER, help="Folder to write.")
 @click.option(
     "--to",
     required=True,

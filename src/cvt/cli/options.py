@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from cvt.files import check_folder_name
 from cvt.limits import BOUNDS
 from cvt.problem_type import PROBLEMS
 from cvt.runtime import OF_EXPORTS, PRECISIONS, RUNTIMES
@@ -15,7 +16,6 @@ from cvt.runtime import OF_EXPORTS, PRECISIONS, RUNTIMES
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
 
-FILE = click.Path(path_type=Path)  # or a folder; whether it is there, the command checks
 LONGEST_CHOICES = 28  # characters; of a setting with more, an error lists them
 
 
@@ -30,6 +30,25 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", parameter, context)
         return number
+
+
+class Folder(click.Path):
+    """The path of a folder to write, which is not the name of a file."""
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> Any:
+        """The path; a usage error if it ends as that of a file."""
+        path: Any = super().convert(value, parameter, context)
+        try:
+            check_folder_name(path)
+        except ValueError as error:
+            self.fail(str(error), parameter, context)
+        return path
+
+
+FILE = click.Path(path_type=Path)  # or a folder; whether it is there, the command checks
+FOLDER = Folder(path_type=Path)  # to write
 
 
 def check_model(name: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cvt.cli.options import (
-    FILE,
+    FOLDER,
     argument,
     batch_size_option,
     command,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 @max_pixels_option
 @click.option(
     "--output",
-    type=FILE,
+    type=FOLDER,
     help="New folder for tables, predictions, confusion matrices, and the model with the linear "
     "probe as its classifier.",
 )

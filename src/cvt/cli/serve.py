@@ -7,6 +7,7 @@ import click
 
 from cvt.cli.options import (
     FILE,
+    FOLDER,
     FiniteRange,
     argument,
     command,
@@ -65,7 +66,7 @@ from cvt.cli.options import (
 @click.option("--api-key-file", type=FILE, help="File with the key that requests must send.")
 @click.option(
     "--write-config",
-    type=FILE,
+    type=FOLDER,
     help="Folder for the files of a cluster with Ray Serve or KubeRay; nothing is served.",
 )
 @no_verify_option

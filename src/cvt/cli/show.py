@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from cvt.cli.options import FILE, command, force_option, recipe_options, with_settings
+from cvt.cli.options import FOLDER, command, force_option, recipe_options, with_settings
 from cvt.cli.train import read_recipe
 
 
@@ -13,7 +13,7 @@ from cvt.cli.train import read_recipe
 @recipe_options
 @click.option(
     "--output",
-    type=FILE,
+    type=FOLDER,
     default=Path("views"),
     help="New folder for training.png and validation.png.",
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cvt.cli.options import FILE, argument, check_data, check_model, command, with_settings
+from cvt.cli.options import FILE, FOLDER, argument, check_data, check_model, command, with_settings
 from cvt.text import printable
 from cvt.train.recipe import Recipe, json_schema, load_recipe, read_settings
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--output",
-    type=FILE,
+    type=FOLDER,
     help="Run folder to create (default runs/ and the recipe's name, or train).",
 )
 @click.option(

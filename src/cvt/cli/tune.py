@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cvt.cli.options import FILE, command, recipe_options, with_settings
+from cvt.cli.options import FOLDER, command, recipe_options, with_settings
 from cvt.cli.train import default_output, read_recipe
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     default=True,
     help="End trials that are worse than the median of those before.",
 )
-@click.option("--output", type=FILE, help="Folder to create (default runs/tune).")
+@click.option("--output", type=FOLDER, help="Folder to create (default runs/tune).")
 @click.option(
     "--resume/--no-resume",
     default=False,

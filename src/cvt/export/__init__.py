@@ -41,7 +41,7 @@ from cvt.export.tensorflow import (
     write_saved_model,
 )
 from cvt.export.web import LANGUAGES, check_page, runtime_folder, write_page
-from cvt.files import check_path, staged, sums_of
+from cvt.files import check_folder_name, check_path, staged, sums_of
 from cvt.libraries import require, version_of
 from cvt.modeling import CvtForImageClassification
 from cvt.problem_type import REGRESSION
@@ -157,6 +157,7 @@ def export(
     extra = "tensorflow" if to in BY_KERAS else "export"
     require(f"an export to {to} in {precision}", *libraries, extra=extra)
     check_path(source, "source")
+    check_folder_name(output)
     if Path(output).resolve() == Path(source).resolve():
         raise ValueError(f"{output} is the model itself; export to another folder")
     with staged(output, overwrite=overwrite) as folder:
