@@ -8,6 +8,7 @@ _UNSAFE = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-
 UNSAFE = re.compile(f"[{_UNSAFE}]")
 _ESCAPED = re.compile(r"\\x[0-9a-f]{2}|\\u[0-9a-f]{4}")
 _FORMULA = re.compile(r"'*[=+\-@]")
+CLASSES = 20  # that a message names
 
 
 def printable(text: str, keep: str = "") -> str:

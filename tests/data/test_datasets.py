@@ -249,6 +249,14 @@ def test_splits_that_differ_in_their_classes_are_named(tmp_path):
         open_training(folder)
 
 
+def test_of_many_classes_without_images_twenty_are_named(tmp_path):
+    folder = write_folder(tmp_path / "data")
+    for i in range(10, 60):
+        (folder / f"train/{i}").mkdir()
+    with pytest.raises(ValueError, match="classes without images: 10, 11, .*, 29 and 30 more$"):
+        open_training(folder)
+
+
 def test_a_class_of_a_table_without_images_in_one_split_is_named(tmp_path):
     splits = {"train": table(), "test": table([2, 4])}
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")

@@ -7,6 +7,8 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+from cvt.text import CLASSES, listed
+
 
 @cache
 def imagenet_classes() -> dict[str, str]:
@@ -68,5 +70,5 @@ def read_labels(path: str | Path, classes: int | None = None) -> list[str]:
     if classes is not None and len(labels) != classes:
         raise ValueError(f"{path} has {len(labels)} names; the classifier has {classes} classes")
     if repeated := sorted(label for label, count in Counter(labels).items() if count > 1):
-        raise ValueError(f"{path} names classes twice: {', '.join(repeated)}")
+        raise ValueError(f"{path} names classes twice: {listed(repeated, CLASSES)}")
     return labels

@@ -42,6 +42,7 @@ from cvt.data.split_file import recorded_split
 from cvt.data.task import NEEDS_SEPARATOR, Task, other_task
 from cvt.files import check_path
 from cvt.problem_type import MULTI_LABEL, PROBLEMS, REGRESSION, SINGLE_LABEL
+from cvt.text import CLASSES, listed
 
 logger = logging.getLogger(__name__)
 
@@ -162,11 +163,11 @@ def _check(
     if differing := sorted(set(train.classes) ^ set(validation.classes)):
         raise ValueError(
             f"of the training and the validation split of {where} only one has the class "
-            f"{', '.join(differing)}"
+            f"{listed(differing, CLASSES)}"
         )
     if test is not None and (unknown := sorted(set(test.classes) - set(train.classes))):
         raise ValueError(
-            f"{where}: only the test split has the class {', '.join(unknown)}, which is not "
+            f"{where}: only the test split has the class {listed(unknown, CLASSES)}, which is not "
             "trained on"
         )
     for images, name in ((train, "training"), (validation, "validation")):
@@ -177,7 +178,9 @@ def _check(
         used = {name for label in set(images.labels) for name in images.task.classes_of(label)}
         if train.task.problem_type != REGRESSION and (empty := sorted(set(images.classes) - used)):
             if not (may_lack and images is validation):
-                raise ValueError(f"{where} has classes without {name} images: {', '.join(empty)}")
+                raise ValueError(
+                    f"{where} has classes without {name} images: {listed(empty, CLASSES)}"
+                )
             logger.warning(
                 "%s: %d of the %d classes have validation images",
                 *(where, len(used), len(train.classes)),
@@ -208,7 +211,9 @@ def _check_names(data: str | Path, classes: list[str]) -> None:
                 f"{data} has a class whose name is not UTF-8, {name!a}; rename it"
             ) from None
     if pairs := [repr(name) for names in alike.values() if len(names) > 1 for name in names]:
-        raise ValueError(f"{data} has classes that differ in spaces alone: {', '.join(pairs)}")
+        raise ValueError(
+            f"{data} has classes that differ in spaces alone: {listed(pairs, CLASSES)}"
+        )
 
 
 def open_labelled(
@@ -442,7 +447,7 @@ def _renamed(splits: SplitReaders, names: list[str] | None, path: Path) -> Split
         used = {name for label in set(images.labels) for name in task.classes_of(label)}
         if unknown := sorted(used - known.keys()):
             raise ValueError(
-                f"{path} has labels that are none of the classes: {', '.join(unknown)}"
+                f"{path} has labels that are none of the classes: {listed(unknown, CLASSES)}"
             )
         labels = [
             task.joined([known[name] for name in task.classes_of(label)]) for label in images.labels

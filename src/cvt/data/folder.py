@@ -25,7 +25,7 @@ from cvt.data.labelled import (
     resembles_splits,
     split_name,
 )
-from cvt.text import listed
+from cvt.text import CLASSES, listed
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ def image_folder(root: str | Path) -> LabelledImages:
             empty.append(path.name)
     skipped.log()
     if empty:
-        raise ValueError(f"{root} has classes without images: {', '.join(empty)}")
+        raise ValueError(f"{root} has classes without images: {listed(empty, CLASSES)}")
     if not classes:
         raise ValueError(f"{root} has no folder per class in it")
     return LabelledImages(Files(root, names), labels, classes)

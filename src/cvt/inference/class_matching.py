@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cvt.architecture import Architecture
 from cvt.data.class_names import imagenet_classes
+from cvt.text import CLASSES, listed
 
 
 def class_indices(names: Iterable[str], config: Architecture) -> dict[str, int]:
@@ -62,12 +63,11 @@ def match_classes(
 
 
 def _nearest(unknown: list[str], known: Iterable[str]) -> str:
-    described = []
-    for name in unknown[:20]:
-        near = get_close_matches(name, known, n=1)
-        described.append(f"{name!r}" + (f" (is it {near[0]!r}?)" if near else ""))
-    more = len(unknown) - len(described)
-    return ", ".join(described) + (f" and {more} more" if more else "")
+    described = [repr(name) for name in unknown]
+    for i, name in enumerate(unknown[:CLASSES]):
+        if near := get_close_matches(name, known, n=1):
+            described[i] += f" (is it {near[0]!r}?)"
+    return listed(described, CLASSES)
 
 
 def read_class_map(path: str | Path) -> dict[str, str | None]:
@@ -95,7 +95,7 @@ def read_class_map(path: str | Path) -> dict[str, str | None]:
             "name of each class in the data and in the model, or nothing to leave it out"
         )
     if twice := [name for name, count in Counter(name for name, _ in rows).items() if count > 1]:
-        raise ValueError(f"{path} maps classes twice: {', '.join(twice)}")
+        raise ValueError(f"{path} maps classes twice: {listed(twice, CLASSES)}")
     return {name: wanted or None for name, wanted in rows}
 
 

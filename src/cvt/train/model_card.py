@@ -14,7 +14,7 @@ from cvt.configuration import CvtConfig
 from cvt.inference.metrics import METRIC_NAMES
 from cvt.libraries import version_of
 from cvt.problem_type import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from cvt.text import listed, printable
+from cvt.text import CLASSES, listed, printable
 from cvt.train.best_epoch import result
 from cvt.train.progress import Row
 from cvt.train.recipe import Recipe
@@ -135,7 +135,7 @@ def model_card(
         **head,
     )
     names = config.class_names
-    classes = printable(listed(names, 20))
+    classes = printable(listed(names, CLASSES))
     package = {"adapter": "'cvt-vision[train]'", "export": "'cvt-vision[export]'"}
     sections = [
         f"# {title}",

@@ -22,7 +22,7 @@ from cvt.inference.class_matching import class_rows
 from cvt.kernels import apply_cpu_bf16, apply_triton, recompute_activations
 from cvt.modeling import CvtForImageClassification
 from cvt.problem_type import REGRESSION, SINGLE_LABEL
-from cvt.text import listed
+from cvt.text import CLASSES, listed
 from cvt.train.recipe import Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -127,7 +127,7 @@ def adapt_head(model: Any, classes: list[str], reuses: bool = True) -> str:
     elif reused:
         sentence = (
             f"{len(reused)} of {len(classes)} rows of the classifier are those of the starting "
-            f"model, by class name; new, random rows: {listed(new, 20)}"
+            f"model, by class name; new, random rows: {listed(new, CLASSES)}"
         )
     else:
         outputs = "classes" if reuses else "outputs"
