@@ -223,7 +223,7 @@ def test_a_file_of_classes_gives_their_order_and_the_meaning_of_numbers(tmp_path
         ("broken.tar.gz", ValueError, "broken.tar.gz is not a whole archive"),
         ("part-{000..003}.tar", FileNotFoundError, r"4 files .* part-000.tar, part-001.tar"),
         ("part-{0..7}.tar", FileNotFoundError, r"8 files .* part-4.tar and 3 more$"),
-        ("none-*.tar", FileNotFoundError, "none-"),
+        ("none-*.tar", FileNotFoundError, r"^none-\*\.tar matches no file$"),
         ("mixed", ValueError, "a.parquet: its name gives no split .train"),
         ("digits", ValueError, "digits has no columns to choose from"),
     ],
@@ -253,7 +253,7 @@ def test_of_many_classes_without_images_twenty_are_named(tmp_path):
     folder = write_folder(tmp_path / "data")
     for i in range(10, 60):
         (folder / f"train/{i}").mkdir()
-    with pytest.raises(ValueError, match="classes without images: 10, 11, .*, 29 and 30 more$"):
+    with pytest.raises(ValueError, match=r"classes without images: 10, 11, .*, 29 and 30 more$"):
         open_training(folder)
 
 

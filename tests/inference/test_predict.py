@@ -50,10 +50,17 @@ def test_images_are_found_in_files_folders_and_globs(photos):
     assert list(find_images([one, str(photos / "green")]))[:2] == [one, photos / "green" / "00.png"]
 
 
-@pytest.mark.parametrize("source", ["missing.png", "nowhere/", "*.webp"])
-def test_a_source_without_images_is_named(photos, source):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        find_images([photos, str(photos / source)])
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ("missing.png", r"missing\.png does not exist"),
+        ("nowhere/", "nowhere/ does not exist"),
+        ("*.webp", r"\*\.webp matches no file"),
+    ],
+)
+def test_a_source_without_images_is_named(photos, source, fault):
+    with pytest.raises(FileNotFoundError, match=f"{fault}$"):
+        find_images([photos, f"{photos}/{source}"])
 
 
 def test_an_empty_folder_is_named(tmp_path):

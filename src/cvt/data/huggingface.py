@@ -63,7 +63,9 @@ def files_of(suffix: str, name: str) -> list[Path]:
         chosen = range(int(first), int(last) + 1)
         files = [Path(f"{before}{i:0{len(first)}}{after}") for i in chosen]
     elif not path.exists():
-        files = [Path(file) for file in sorted(glob.glob(name))] or files
+        files = [Path(file) for file in sorted(glob.glob(name))]
+    if not files:
+        raise FileNotFoundError(f"{name} matches no file")
     if missing := [str(file) for file in files if not file.is_file()]:
         raise FileNotFoundError(f"{len(missing)} files of {name} do not exist: {listed(missing)}")
     return files

@@ -108,7 +108,7 @@ def find_images(sources: Iterable[str | Path]) -> Iterator[Path]:
 
 def _found(source: str | Path) -> Iterator[Path]:
     check_path(source, "source")
-    path, fault = Path(source), "does not exist"
+    path = Path(source)
     if path.is_file():
         return iter([path])
     if path.is_dir():
@@ -117,6 +117,7 @@ def _found(source: str | Path) -> Iterator[Path]:
         raise FileNotFoundError(f"{source} is none of the files that are read: {unreadable(path)}")
     else:
         images = _matching(str(source))
+        fault = "matches no file" if set(str(source)) & set("*?") else "does not exist"
     first = next(images, None)
     if first is None:
         raise FileNotFoundError(f"{source} {fault}")
