@@ -1,6 +1,7 @@
 """CvtConfig: the architecture of a CvT as a configuration of transformers."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -17,7 +18,7 @@ from .architecture import (
     refuse_code,
     with_activation,
 )
-from .files import named_in_errors
+from .files import model_folder, named_in_errors
 from .hub import published, resolved
 
 
@@ -130,7 +131,10 @@ class CvtConfig(Architecture, BackboneConfigMixin, PreTrainedConfig):
         with resolved(pretrained_model_name_or_path, kwargs) as source:
             config_dict, kwargs = super().get_config_dict(source, **kwargs)
         if not config_dict:
-            raise OSError(f"{pretrained_model_name_or_path} has no config.json")
+            name = Path(pretrained_model_name_or_path)
+            best = model_folder(name)
+            hint = "" if best == name else f"; the best model of this run is {best}"
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json{hint}")
         if "hidden_act" not in config_dict and published(pretrained_model_name_or_path):
             config_dict["hidden_act"] = "quick_gelu"
             config_dict["layer_norm_eps"] = 1e-5

@@ -52,6 +52,12 @@ def check_folder_name(path: str | os.PathLike) -> None:
         )
 
 
+def model_folder(folder: Path) -> Path:
+    """The folder of a model: of a run, its `best`; else itself."""
+    is_run = (folder / "args.yaml").is_file() and not (folder / "config.json").is_file()
+    return folder / "best" if is_run else folder
+
+
 def is_occupied(output: Path) -> bool:
     """Whether no new folder can be here: a file is, or a folder with files that are not hidden."""
     return output.is_file() or any(path.name[0] != "." for path in output.glob("*"))

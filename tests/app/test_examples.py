@@ -48,7 +48,7 @@ def test_of_a_run_that_drew_its_validation_images_none_that_it_was_trained_on(ru
     settings(run, data=str(photos))
     (run / "best/adapter").mkdir()
     (run / "best/adapter/adapter_config.json").write_text("{}")
-    for folder in ("best", "best/adapter"):
+    for folder in ("best", "best/adapter", "."):
         found = find_examples(str(run / folder), None, private=True)
         assert [each.name for each in found] == ["blue", "green", "red"]
         assert {each.source for each in found} <= set(validation.sources)

@@ -94,6 +94,19 @@ def test_a_name_of_the_hub_is_resolved_to_the_files_of_a_commit(server, reposito
     files_asked_for(server)
 
 
+def test_of_a_run_folder_the_best_model_is_taken(model_folder, cvt, photo, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(model_folder, run / "best")
+    (run / "args.yaml").touch()
+    assert model_source(run) == ModelSource(str(run), "folder", run / "best")
+    expected = cvt("predict", *TORCH, run / "best", photo, "--json", "--workers", 0)
+    assert cvt("predict", *TORCH, run, photo, "--json", "--workers", 0) == expected
+    with pytest.raises(OSError, match=r"no config\.json; the best model of this run is .*best$"):
+        CvtForImageClassification.from_pretrained(run)
+    shutil.copytree(model_folder, run, dirs_exist_ok=True)  # a model that was saved there
+    assert model_source(run).path == run
+
+
 @pytest.mark.parametrize("revision", ["", "@v2"])
 def test_predict_takes_a_name_of_the_hub_and_asks_for_no_file_twice(
     server, repositories, cvt, photo, revision

@@ -504,7 +504,7 @@ def test_evaluate_takes_the_validation_images_of_the_run(cvt, model_folder, phot
     settings = ("lora_r=2", "steps=1", "batch_size=4", "image_size=32", "track=none")
     assert cvt("train", photos, "--model", model_folder, *settings, "--output", run)[0] == 0
     train, _, _ = open_training(photos)
-    for folder in ("best", "best/adapter"):
+    for folder in ("best", "best/adapter", "."):
         code, out, err = cvt("evaluate", *TORCH, run / folder, photos)
         assert code == 0, err
         assert "6 images" in out

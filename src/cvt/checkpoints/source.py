@@ -9,7 +9,7 @@ from typing import Literal
 from cvt import hub
 from cvt.architecture import VARIANTS
 from cvt.checkpoints.errors import CheckpointError
-from cvt.files import ADAPTER, TENSORFLOW, check_path, sha256, weight_files
+from cvt.files import ADAPTER, TENSORFLOW, check_path, model_folder, sha256, weight_files
 from cvt.hub import PUBLISHED
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", TENSORFLOW, ADAPTER)
@@ -37,8 +37,8 @@ class ModelSource:
         name: as it was given.
         kind: a `file` of weights, a model `folder` or an exported one, a folder with an `adapter`
             of PEFT, a `published` checkpoint on the hub, or a `variant`, which has no weights.
-        path: the file or the folder on this machine, also of a model that was downloaded from the
-            hub; else the name.
+        path: the file or the folder on this machine, of a run its `best`, also of a model that was
+            downloaded from the hub; else the name.
         hub_id: the repository on the hub, if it comes from there.
         revision: of the repository: the commit of the files in `path`; of a published checkpoint
             what was asked for, if anything.
@@ -118,6 +118,7 @@ def model_source(name: str | Path | ModelSource) -> ModelSource:
         image_size = published.image_size if published else None
         return ModelSource(text, "file", path, image_size=image_size)
     if path.is_dir():
+        path = model_folder(path)
         return ModelSource(text, folder_kind(path), path)
     found = hub.repository(text)
     if found and (checkpoint := hub.published(text)):

@@ -126,7 +126,8 @@ def verbs(debug: bool) -> None:
     """CvT, the Convolutional vision Transformer: train, evaluate, predict, export, convert.
 
     A MODEL is a published name (cvt-13, cvt-13-384, ...), USER/NAME or USER/NAME@REVISION of the
-    hub, a model folder, a folder with a PEFT adapter, or a file of weights, as the authors' .pth.
+    hub, a model folder, a run folder (its best model), a folder with a PEFT adapter, or a file of
+    weights, as the authors' .pth.
     """
 
 

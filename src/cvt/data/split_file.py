@@ -4,15 +4,15 @@ import csv
 from pathlib import Path
 
 from cvt.data.labelled import LabelledImages, divide
-from cvt.files import ADAPTER, staged
+from cvt.files import ADAPTER, model_folder, staged
 
 COLUMNS = ["path", "split"]
 TRAIN, VALIDATION = "train", "validation"
 
 
 def run_of(model: str | Path) -> Path:
-    """The folder of the run that a model folder is in, or the adapter in a model folder."""
-    folder = Path(model).resolve()
+    """The folder of a run, that a model folder is in, or the adapter in a model folder."""
+    folder = model_folder(Path(model)).resolve()
     return folder.parent.parent if (folder / ADAPTER).is_file() else folder.parent
 
 

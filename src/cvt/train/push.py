@@ -24,7 +24,7 @@ from cvt.architecture import LIBRARY
 from cvt.checkpoints import ModelSource, load_classifier, load_config, model_source
 from cvt.checkpoints.adapters import read_adapter, settings
 from cvt.checkpoints.source import EXPORT_FILES, MODEL_FILES, check_folder
-from cvt.files import CHECKSUMS, check_checksums, checksums_text, read_json
+from cvt.files import CHECKSUMS, check_checksums, checksums_text, model_folder, read_json
 from cvt.hub import Repository, repository
 from cvt.model_code import AUTO_MAP, carries_code, code_files, other_code
 from cvt.runtime.manifest import Manifest
@@ -122,8 +122,7 @@ def uploadable(folder: Path) -> ModelSource:
         FileNotFoundError: there is no such folder, or no model in it.
         ValueError: it is another thing, or the weights do not fit; names what to do.
     """
-    if (folder / "args.yaml").is_file() and not (folder / "config.json").is_file():
-        folder = folder / "best"
+    folder = model_folder(folder)
     check_folder(folder)
     source = model_source(folder)
     check_checksums(folder)
