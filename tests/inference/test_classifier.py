@@ -383,3 +383,16 @@ def test_tables_of_good_and_of_bad_images_are_one_data_set(clf, paths, tmp_path)
 def test_a_batch_that_does_not_fit_is_refused(clf, batch, message):
     with pytest.raises(ValueError, match=message):
         clf(batch)
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("image", Image.new("RGB", (8, 8))),
+        ("image", np.zeros((8, 8, 3), np.uint8)),
+        ("bytes", b"\x89PNG"),
+    ],
+)
+def test_a_row_in_place_of_a_batch_is_refused(clf, name, image):
+    with pytest.raises(TypeError, match=rf"{name} is one image: .* as classifier\(row\['{name}'\]"):
+        clf({name: image})

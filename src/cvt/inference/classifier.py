@@ -183,7 +183,7 @@ class Classifier:
 
         Raises:
             ImageError: an image cannot be decoded or has wrong pixels; names which and why.
-            TypeError: something is no image at all.
+            TypeError: something is no image at all, or a single image in place of a batch.
             ValueError: a URL is given and not allowed, or a batch has no column of images.
         """
         if isinstance(images, Mapping):
@@ -354,7 +354,13 @@ class Classifier:
                 f"the batch has the columns {', '.join(batch)}: expected image (arrays or structs "
                 "of bytes and path) or bytes"
             )
-        cells = map(self._cell, batch[name])
+        column = batch[name]
+        if isinstance(column, bytes | Image.Image) or getattr(column, "shape", ())[2:] == (3,):
+            raise TypeError(
+                f"{name} is one image: Ray Data's map_batches gives batches; classify one image as "
+                f"classifier(row[{name!r}])"
+            )
+        cells = map(self._cell, column)
         results: list[Any] = [*(self._predict(cells, 1) if has_labels else self._embed(cells))]
         columns: dict[str, Any] = {}
         if has_labels:
