@@ -63,6 +63,12 @@ def test_a_source_without_images_is_named(photos, source, fault):
         find_images([photos, f"{photos}/{source}"])
 
 
+def test_a_table_is_named_with_what_reads_it(tmp_path):
+    (tmp_path / "TEST.CSV").write_text("path,label\n")
+    with pytest.raises(ValueError, match=r"TEST\.CSV is no image: `cvt evaluate` and"):
+        find_images([tmp_path / "TEST.CSV"])
+
+
 def test_an_empty_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no images in it"):
         find_images([tmp_path])

@@ -10,11 +10,9 @@ import numpy as np
 
 from cvt.data import open_splits
 from cvt.data.decoding import IMAGE_SUFFIXES, Source
-from cvt.inference.predict import Result, classify, find_images
+from cvt.inference.predict import TABLES, Result, classify, find_images
 from cvt.runtime.base import Runtime
 from cvt.runtime.features import FEATURES
-
-TABLES = (".csv", ".parquet", ".tar", ".tgz", ".tar.gz")
 
 
 def open_images(data: Sequence[str], **how_labelled: Any) -> Iterator[tuple[Source, str | None]]:

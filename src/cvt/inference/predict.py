@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TTA = ("flip", "five-crop")
+TABLES = (".csv", ".parquet", ".tar", ".tgz", ".tar.gz")  # and archives of labelled images
 BLANK = Image.new("RGB", (32, 32), "grey")  # in the place of what cannot be decoded
 # Returns the image of a number, which it may have kept; else it calls what prepares it.
 Keep = Callable[[int, Callable[[], Image.Image]], Image.Image]
@@ -102,6 +103,7 @@ def find_images(sources: Iterable[str | Path]) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: a source names no image; raised before the first image is read.
+        ValueError: a source is a table; likewise.
     """
     return chain.from_iterable([_found(source) for source in sources])
 
@@ -110,6 +112,10 @@ def _found(source: str | Path) -> Iterator[Path]:
     check_path(source, "source")
     path = Path(source)
     if path.is_file():
+        if path.name.lower().endswith(TABLES):
+            raise ValueError(
+                f"{source} is no image: `cvt evaluate` and `cvt embed` read the images of one table"
+            )
         return iter([path])
     if path.is_dir():
         images, fault = images_below(path), "has no images in it"
