@@ -107,11 +107,8 @@ def convert(
     dialect = DIALECTS[to]
     if to == "transformers":
         check_folder_name(dest)
-    elif not str(dest).endswith(dialect.suffixes):
-        raise ValueError(f"{dest}: {to} is written to a file {' or '.join(dialect.suffixes)}")
-    elif image_size is not None or labels is not None:
-        given = f"labels = {labels}" if image_size is None else f"image_size = {image_size}"
-        raise ValueError(f"{given}: is for a folder; a file of {to} records none")
+    else:
+        _check_file(dest, dialect, image_size=image_size, labels=labels)
     with staged(dest, overwrite=force) as written:  # refuses an existing `dest` before the work
         changes: dict[str, Any] = {"num_labels": num_labels, "hidden_act": hidden_act}
         named = model_source(source)
@@ -135,6 +132,18 @@ def convert(
                 f"{dest} was not written: read back, its logits differ by {difference:.3g}"
             )
     return Conversion(model=model, image_size=image_size, largest_difference=difference)
+
+
+def _check_file(dest: str | Path, dialect: Dialect, **of_folders: Any) -> None:
+    """Raise a ValueError for a file that is not of the dialect, and for settings of folders."""
+    if not str(dest).endswith(dialect.suffixes):
+        suffixes = " or ".join(dialect.suffixes)
+        raise ValueError(f"{dest}: {dialect.name} is written to a file {suffixes}")
+    for name, value in of_folders.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} = {value}: is for a folder; a file of {dialect.name} records none"
+            )
 
 
 def _write_folder(

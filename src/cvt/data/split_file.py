@@ -11,7 +11,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 def run_of(model: str | Path) -> Path:
-    """The folder of a run, that a model folder is in, or the adapter in a model folder."""
+    """The folder of a run: itself, or where its model folder is, or the adapter in that."""
     folder = model_folder(Path(model)).resolve()
     return folder.parent.parent if (folder / ADAPTER).is_file() else folder.parent
 
