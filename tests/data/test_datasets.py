@@ -601,7 +601,7 @@ def test_labels_of_a_csv_file_may_be_positions_in_the_file_of_classes(names, tmp
         ("0.png,cat\n\n0.png,cat,dog\n", "line 3: 3 columns, expected 2"),
         ("0.png,cat\n0.png,dog\n", r"line 2: 0.png is dog, and cat on an earlier line"),
         ("0.png,cat\n./0.png,dog\n", r"line 2: ./0.png is dog, and cat on an earlier line"),
-        ("img,kind\n0.png,cat\n", "line 1: img, kind is neither a file and its label nor a head"),
+        ("img,kind\n0.png,cat\n", "line 1: img, kind is neither a file, relative"),
         (
             "path,label,split\n0.png,cat,train\nx/../0.png,cat,val\n",
             "line 3: x/../0.png is cat val, and cat train on an earlier line",
@@ -617,7 +617,7 @@ def test_labels_of_a_csv_file_may_be_positions_in_the_file_of_classes(names, tmp
         ("0.png,c\udce4t\n", "is not UTF-8 text"),
         (
             "0.png,cat\n" + "".join(f"{i}.png,cat\n" for i in range(1, 9)),
-            r"lists 8 files that do not exist .*: 1.png, 2.png, 3.png, 4.png, 5.png and 3 more$",
+            r"lists 8 images that are not in .*: 1.png, 2.png, 3.png, 4.png, 5.png and 3 more$",
         ),
     ],
 )

@@ -14,6 +14,7 @@ from pyarrow import parquet
 import cvt as package
 from cvt.data import decode, images_below
 from cvt.data.decoding import ImageError
+from cvt.inference.embed import open_images
 from cvt.inference.embedding_file import read_embeddings
 from cvt.inference.predict import classify, scores
 from cvt.runtime import FeatureSettings
@@ -99,6 +100,22 @@ def test_the_command_skips_what_it_cannot_read(cvt, model_folder, photos, tmp_pa
     assert found.values.shape == (16, 16)
     np.testing.assert_allclose(np.linalg.norm(found.values, axis=1), 1, rtol=1e-6)
     assert found.labels == [None] * 16
+
+
+def test_a_csv_file_has_labels_or_none(photos):
+    images = [photos / "red/03.png", photos / "blue/00.png"]
+    for lines, labels, options in (
+        ("path,label\nred/03.png,a\nblue/00.png,b\n", ["a", "b"], {}),
+        ("red/03.png,a\nblue/00.png,b\n", ["a", "b"], {}),
+        ("path,kind\nred/03.png,a\nblue/00.png,b\n", [None, None], {}),
+        ("path,kind\nred/03.png,a\nblue/00.png,b\n", ["a", "b"], {"label_column": "kind"}),
+        ("red/03.png\nblue/00.png\n", [None, None], {}),
+    ):
+        (photos / "list.csv").write_text(lines)
+        found = list(open_images([str(photos / "list.csv")], **options))
+        assert found == list(zip(images, labels, strict=True)), lines
+    with pytest.raises(ValueError, match=r"label_column: .*list\.csv, .* without labels"):
+        open_images([str(photos / "list.csv"), str(images[0])], label_column="kind")
 
 
 @pytest.mark.parametrize(

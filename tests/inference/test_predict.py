@@ -63,10 +63,47 @@ def test_a_source_without_images_is_named(photos, source, fault):
         find_images([photos, f"{photos}/{source}"])
 
 
-def test_a_table_is_named_with_what_reads_it(tmp_path):
-    (tmp_path / "TEST.CSV").write_text("path,label\n")
-    with pytest.raises(ValueError, match=r"TEST\.CSV is no image: `cvt evaluate` and"):
-        find_images([tmp_path / "TEST.CSV"])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "ID,Image,note\n7,red/03.png,a\n8,blue/00.png,\n9,red/03.png,b\n",  # unlabelled, one twice
+        "path,label\nred/03.png,red\nblue/00.png,blue\n",
+        "red/03.png\nblue/00.png\n",
+        "red/03.png,red\nblue/00.png,blue\n",
+    ],
+)
+def test_a_csv_file_names_the_images_that_it_lists(photos, lines):
+    (photos / "LIST.CSV").write_text(lines)
+    listed = [photos / "red/03.png", photos / "blue/00.png"]
+    assert list(find_images([photos / "LIST.CSV"])) == listed
+    assert list(find_images([photos / "LIST.CSV", listed[0]])) == [*listed, listed[0]]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "is empty"),
+        ("path\n", "lists no images"),
+        ("path,note\n,x\n", "line 2: has no path"),
+        ("path,note\nred/03.png\n", "line 2: 1 columns, expected 2"),
+        (
+            "id,score\n1,2\n",
+            "line 1: id, score is neither a file, .* header that names a column",
+        ),
+        ("path\nred/03.png\nx.png\n", "lists 1 images that are not in .*: x.png"),
+        ("path,image\nred/03.png,x.png\n", "several could have the paths"),
+    ],
+)
+def test_a_malformed_csv_file_is_named(photos, lines, message):
+    (photos / "list.csv").write_text(lines)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"list\.csv.*{message}"):
+        find_images([photos / "list.csv"])
+
+
+def test_another_table_is_named_with_what_reads_it(tmp_path):
+    (tmp_path / "TEST.PARQUET").touch()
+    with pytest.raises(ValueError, match=r"TEST\.PARQUET is neither .*: `cvt evaluate` and"):
+        find_images([tmp_path / "TEST.PARQUET"])
 
 
 def test_an_empty_folder_is_named(tmp_path):

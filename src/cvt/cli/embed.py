@@ -27,7 +27,8 @@ from cvt.cli.options import (
     "data",
     nargs=-1,
     required=True,
-    help="Labelled data as `cvt check` takes it, or image files, folders of these, glob patterns.",
+    help="Labelled data as `cvt check` takes it, or image files, folders of these, glob patterns, "
+    "csv files of paths.",
 )
 @click.option("--output", type=FILE, required=True, help="Write .parquet, .npz or .npy.")
 @click.option(

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 @command
 @argument("model", help="MODEL that classifies; no export.")
-@argument("images", nargs=-1, required=True, help="Image files, folders, glob patterns.")
+@argument(
+    "images",
+    nargs=-1,
+    required=True,
+    help="Image files, folders, glob patterns, csv files of paths.",
+)
 @click.option("--class", "class_name", help="Class to explain; default: the best of each image.")
 @click.option(
     "--method",

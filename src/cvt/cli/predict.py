@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
 @command
 @argument("model", help="MODEL that classifies, or an exported folder.")
-@argument("images", nargs=-1, required=True, help="Image files, folders, glob patterns.")
+@argument(
+    "images",
+    nargs=-1,
+    required=True,
+    help="Image files, folders, glob patterns, csv files of paths.",
+)
 @click.option(
     "--topk",
     type=click.IntRange(min=1),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @command
 @argument("index", type=FILE, help="File of `cvt embed`: .parquet, .npz or .npy.")
-@argument("images", nargs=-1, help="Image files, folders of these, glob patterns.")
+@argument("images", nargs=-1, help="Image files, folders, glob patterns, csv files of paths.")
 @click.option("--top", type=click.IntRange(min=1), default=12, help="Neighbours of each image.")
 @click.option(
     "--output",

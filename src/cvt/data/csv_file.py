@@ -5,15 +5,15 @@ import os
 from functools import partial
 from pathlib import Path
 
-from cvt.data.folder import Files
+from cvt.data.folder import Files, refuse_missing
 from cvt.data.labelled import SPLIT_NAMES, LabelledImages, SplitReaders
 from cvt.data.task import Task
 from cvt.problem_type import REGRESSION
-from cvt.text import listed
 
 PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
 LABEL_NAMES = ("label", "class", "class_name")
 UNNAMED = "value"  # what a file without a header has
+Rows = list[tuple[int, list[str]]]  # number and cells of each line
 
 
 def csv_splits(
@@ -32,45 +32,27 @@ def csv_splits(
         ValueError: the file is malformed; names the line, or the files that are missing.
         OSError: the file cannot be read.
     """
-    rows = _read(path)
-    if not rows:
-        raise ValueError(f"{path} is empty")
-    header = [cell.lower() for cell in rows[0][1]]
+    advice = "; name the columns with image_column and label_column"
+    header, rows = _table(path, bool(image_column or label_column or group_column), advice)
     image, labels, split_column, group = 0, {UNNAMED: 1}, None, None
-    columns_given = image_column or label_column or group_column
-    has_header = bool(columns_given or set(header) & set(PATH_NAMES))
-    if has_header:
-        image = _column(path, rows[0][1], image_column, PATH_NAMES, "image_column")
-        labels = _label_columns(path, rows[0][1], label_column, task)
-        if "split" in header:
-            split_column = _column(path, header, "split", (), "")
+    if header:
+        image = _column(path, header, image_column, PATH_NAMES, "image_column")
+        labels = _label_columns(path, header, label_column, task)
+        if "split" in (lowered := [cell.lower() for cell in header]):
+            split_column = _column(path, lowered, "split", (), "")
         if group_column:
-            group = _column(path, rows[0][1], group_column, (), "group_column")
-        del rows[0]
-    elif len(header) != 2:
+            group = _column(path, header, group_column, (), "group_column")
+    elif len(rows[0][1]) != 2:
         raise ValueError(
-            f"{path} has {len(header)} columns, separated by commas, and no header that names a "
-            "path column"
+            f"{path} has {len(rows[0][1])} columns, separated by commas, and no header that names "
+            "a path column"
         )
 
     has_columns = len(labels) > 1 or task.problem_type == REGRESSION
     classes = list(labels) if has_columns else None
-    splits = _by_split(path, rows, (image, labels, split_column, group), len(header), task)
-    if not splits:
-        raise ValueError(f"{path} lists no images")
-    files = [name for names, _, _ in splits.values() for name in names]
-    missing = [name for name in files if not os.path.isfile(path.parent / name)]
-    if not has_header and rows[0][1][0] in missing:
-        first = ", ".join(rows[0][1])
-        raise ValueError(
-            f"{path}, line 1: {first} is neither a file and its label nor a header that names a "
-            f"column {', '.join(PATH_NAMES)}; name the columns with image_column and label_column"
-        )
-    if missing:
-        raise FileNotFoundError(
-            f"{path} lists {len(missing)} files that do not exist (paths are relative to its "
-            f"folder): {listed(missing)}"
-        )
+    splits = _by_split(path, rows, (image, labels, split_column, group), task)
+    names = [name for of_split, _, _ in splits.values() for name in of_split]
+    refuse_missing(path, Files(path.parent, names))
     return {
         split: partial(
             LabelledImages,
@@ -84,11 +66,64 @@ def csv_splits(
     }
 
 
+def csv_images(path: Path) -> Files:
+    """The images that a file lists, once each, in its order; its other columns are not read.
+
+    Its first line is a header if a cell of it is one of `PATH_NAMES`; without a header, a line
+    begins with the path.
+
+    Raises:
+        ValueError: the file is malformed; names the line.
+        FileNotFoundError: images that it lists are missing; names them.
+    """
+    header, rows = _table(path)
+    image = _column(path, header, None, PATH_NAMES, "") if header else 0
+    names: dict[str, None] = {}
+    for line, cells in rows:
+        if not cells[image]:
+            raise ValueError(f"{path}, line {line}: has no path")
+        names[cells[image]] = None
+    files = Files(path.parent, list(names))
+    refuse_missing(path, files)
+    return files
+
+
+def has_labels(path: Path) -> bool:
+    """Whether a file has a label for each of the images that it lists, as `csv_splits` finds it."""
+    header, rows = _table(path)
+    if header:
+        return any(cell.lower() in LABEL_NAMES for cell in header)
+    return len(rows[0][1]) == 2
+
+
+def _table(path: Path, has_header: bool = False, advice: str = "") -> tuple[list[str] | None, Rows]:
+    """The header, if it has one or must have one, and the other lines; all are of one width.
+
+    The advice ends the error for a first line that is neither a header nor an image.
+    """
+    rows = _read(path)
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    first = rows[0][1]
+    for line, cells in rows:
+        if len(cells) != len(first):
+            raise ValueError(f"{path}, line {line}: {len(cells)} columns, expected {len(first)}")
+    if has_header or {cell.lower() for cell in first} & set(PATH_NAMES):
+        if not rows[1:]:
+            raise ValueError(f"{path} lists no images")
+        return first, rows[1:]
+    if not (path.parent / first[0]).is_file():
+        raise ValueError(
+            f"{path}, line 1: {', '.join(first)} is neither a file, relative to the folder of the "
+            f"list, nor a header that names a column {', '.join(PATH_NAMES)}{advice}"
+        )
+    return None, rows
+
+
 def _by_split(
     path: Path,
-    rows: list[tuple[int, list[str]]],
+    rows: Rows,
     columns: tuple[int, dict[str, int], int | None, int | None],
-    width: int,
     task: Task,
 ) -> dict[str, tuple[list[str], list[str], list[str]]]:
     """The paths, labels and groups in the rows, by the name of their split, once each.
@@ -97,15 +132,12 @@ def _by_split(
         path: of the csv file.
         rows: number and cells of each line.
         columns: of path, labels by their names, split and group.
-        width: cells that a line must have.
         task: what the labels mean.
     """
     image, label_columns, split_column, group_column = columns
     splits: dict[str, tuple[list[str], list[str], list[str]]] = {}
     seen: dict[str, tuple[str, str, str]] = {}  # by path, however it is written
     for line, cells in rows:
-        if len(cells) != width:
-            raise ValueError(f"{path}, line {line}: {len(cells)} columns, expected {width}")
         name = cells[image]
         try:
             written = task.label_of({column: cells[i] for column, i in label_columns.items()})
@@ -140,7 +172,7 @@ def _by_split(
     return splits
 
 
-def _read(path: Path) -> list[tuple[int, list[str]]]:
+def _read(path: Path) -> Rows:
     """The lines that are not blank, with their numbers; cells without the spaces around them."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -160,11 +192,11 @@ def _column(
     found = [i for i, name in enumerate(names) if name in ((chosen,) if chosen else known)]
     if len(found) == 1:
         return found[0]
-    fault = f"{'several are' if found else 'none is'} called {chosen}"
-    raise ValueError(
-        f"{path} has the columns {', '.join(header)}: "
-        + (fault if chosen else f"name the one to use with {option}")
-    )
+    if chosen:
+        fault = f"{'several are' if found else 'none is'} called {chosen}"
+    else:
+        fault = f"name the one to use with {option}" if option else "several could have the paths"
+    raise ValueError(f"{path} has the columns {', '.join(header)}: {fault}")
 
 
 def _label_columns(path: Path, header: list[str], chosen: str | None, task: Task) -> dict[str, int]:

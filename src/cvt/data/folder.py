@@ -67,7 +67,7 @@ class Files(Sequence[Path]):
 
 def refuse_missing(source: Path, files: Files) -> None:
     """Raise a FileNotFoundError if images that a file lists are not there."""
-    missing = [path.name for path in files if not path.is_file()]
+    missing = [files.name(i) for i, path in enumerate(files) if not path.is_file()]
     if missing:
         raise FileNotFoundError(
             f"{source} lists {len(missing)} images that are not in {files.folder}: "

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cvt.data import open_splits
+from cvt.data.csv_file import has_labels
 from cvt.data.decoding import IMAGE_SUFFIXES, Source
 from cvt.inference.predict import TABLES, Result, classify, find_images
 from cvt.runtime.base import Runtime
@@ -20,7 +21,8 @@ def open_images(data: Sequence[str], **how_labelled: Any) -> Iterator[tuple[Sour
 
     Args:
         data: the name of a data set, all splits of which are read, see `cvt.data`; or image files,
-            glob patterns and folders that have images directly in them, whose images have no class.
+            glob patterns, csv files that list them and folders that have images directly in them,
+            whose images have no class. One csv file that has a label column is a data set.
         how_labelled: arguments of `cvt.data.open_splits`, for a data set.
 
     Raises:
@@ -37,16 +39,19 @@ def open_images(data: Sequence[str], **how_labelled: Any) -> Iterator[tuple[Sour
         >>> [label for _, label in open_images(["to-embed"])]
         ['cat', 'dog']
     """
-    if len(data) == 1 and _is_data_set(data[0]):
+    given = [name for name, value in how_labelled.items() if value is not None]
+    if len(data) == 1 and _is_data_set(data[0], bool(given)):
         splits = open_splits(data[0], **how_labelled).values()
         return ((source, label or None) for source, label in chain.from_iterable(splits))
-    if given := [name for name, value in how_labelled.items() if value is not None]:
+    if given:
         raise ValueError(f"{given[0]}: {', '.join(data)} are images without labels")
     return ((path, None) for path in find_images(data))
 
 
-def _is_data_set(name: str) -> bool:
+def _is_data_set(name: str, is_described: bool) -> bool:
     path = Path(name)
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return is_described or has_labels(path)
     if path.is_dir():
         entries = (entry for entry in path.iterdir() if entry.suffix.lower() in IMAGE_SUFFIXES)
         return not any(entry.is_file() for entry in entries)

@@ -17,6 +17,7 @@ from PIL import Image
 
 from cvt.architecture import Architecture
 from cvt.data import images_below
+from cvt.data.csv_file import csv_images
 from cvt.data.decoding import ImageError, Source, StoredImage, decode
 from cvt.data.folder import Skipped, unreadable
 from cvt.data.preprocessing import (
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TTA = ("flip", "five-crop")
-TABLES = (".csv", ".parquet", ".tar", ".tgz", ".tar.gz")  # and archives of labelled images
+TABLES = (".parquet", ".tar", ".tgz", ".tar.gz")  # and archives, of labelled images
 BLANK = Image.new("RGB", (32, 32), "grey")  # in the place of what cannot be decoded
 # Returns the image of a number, which it may have kept; else it calls what prepares it.
 Keep = Callable[[int, Callable[[], Image.Image]], Image.Image]
@@ -99,11 +100,13 @@ class Prediction:
 def find_images(sources: Iterable[str | Path]) -> Iterator[Path]:
     """The image files that files, folders (with all below them) and glob patterns name, in order.
 
-    Folders are read while one walks on: a million images are never in a list.
+    A csv file names the images that it lists, see `cvt.data.csv_file.csv_images`. Folders are read
+    while one walks on: a million images are never in a list.
 
     Raises:
-        FileNotFoundError: a source names no image; raised before the first image is read.
-        ValueError: a source is a table; likewise.
+        FileNotFoundError: a source names no image, or one that is missing; raised before the first
+            image is read.
+        ValueError: a source is another table or an archive, or a malformed csv file; likewise.
     """
     return chain.from_iterable([_found(source) for source in sources])
 
@@ -112,9 +115,12 @@ def _found(source: str | Path) -> Iterator[Path]:
     check_path(source, "source")
     path = Path(source)
     if path.is_file():
+        if path.suffix.lower() == ".csv":
+            return iter(csv_images(path))
         if path.name.lower().endswith(TABLES):
             raise ValueError(
-                f"{source} is no image: `cvt evaluate` and `cvt embed` read the images of one table"
+                f"{source} is neither an image nor a csv file of paths: `cvt evaluate` and "
+                "`cvt embed` read the labelled images in it"
             )
         return iter([path])
     if path.is_dir():
