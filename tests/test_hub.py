@@ -5,6 +5,7 @@ The hub library reads its settings when it is imported, so each situation is a p
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -18,7 +19,7 @@ import transformers
 from helpers.hub_server import HubServer
 from helpers.small_models import images, make, tiny
 
-from cvt import CvtBackbone, CvtForImageClassification, CvtModel, hub
+from cvt import CvtBackbone, CvtConfig, CvtForImageClassification, CvtModel, hub
 from cvt.architecture import VARIANTS
 from cvt.hub import PUBLISHED
 
@@ -366,6 +367,16 @@ def test_a_folder_comes_before_a_published_name(tmp_path, monkeypatch):
     Path("microsoft/cvt-21").mkdir(parents=True)
     Path("cvt-21").mkdir()
     assert hub.published("cvt-21") is hub.published("microsoft/cvt-21") is None
+
+
+@pytest.mark.parametrize("cls", [CvtConfig, CvtModel, CvtBackbone])
+@pytest.mark.parametrize("name", ["./nope", "nope/", "/no/such/folder", "nope.pth", "cvt-99"])
+def test_a_name_that_means_no_model_is_not_asked_for(cls, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in (name, Path(name)):
+        message = rf"^no model {re.escape(str(given))}: .* none of cvt-13, "
+        with pytest.raises(FileNotFoundError, match=message):
+            cls.from_pretrained(given)
 
 
 # ------------------------------------------------------------------------------ files of weights

@@ -6,7 +6,7 @@ the Hugging Face hub. Top-1 in percent, ImageNet-1k validation: table 3 of the p
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +90,14 @@ def published(name: str | os.PathLike | None) -> Published | None:
     return by_hub_id.get(found.hub_id) if found else None
 
 
+def unknown_model(name: str | os.PathLike, known: Iterable[str] = PUBLISHED) -> FileNotFoundError:
+    """The error for a name that means no model; `known` are names that do."""
+    return FileNotFoundError(
+        f"no model {os.fspath(name)}: it is no file, no folder, no USER/NAME of the hub and none "
+        f"of {', '.join(known)}"
+    )
+
+
 class UnavailableError(FileNotFoundError):
     """A model is neither on this machine nor within reach on the hub."""
 
@@ -104,12 +112,15 @@ def resolved(name: str | os.PathLike, kwargs: dict[str, Any]) -> Iterator[str | 
 
     Raises:
         UnavailableError: the model is neither here nor within reach; names what to do.
+        FileNotFoundError: the name means no model.
         ValueError: `kwargs` have another revision than the name.
     """
     from huggingface_hub.errors import HTTPError  # of the connection; not all are an OSError
 
     found = repository(name)
     if found is None:
+        if name is not None and not os.path.exists(name):
+            raise unknown_model(name)
         yield name
         return
     if found.revision:

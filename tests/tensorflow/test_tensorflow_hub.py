@@ -19,7 +19,7 @@ SCRIPT = """
 import cvt
 cvt.TFCvtForImageClassification.from_pretrained("cvt-13").save_pretrained("published")
 cvt.TFCvtModel.from_pretrained("someone/cvt").save_pretrained("old")
-for name in ("cvt-21", "no/such"):
+for name in ("cvt-21", "no/such", "./nope"):
     try:
         cvt.TFCvtModel.from_pretrained(name)
     except OSError as error:
@@ -45,9 +45,10 @@ def test_models_come_from_the_hub_with_their_activation(tmp_path):
             timeout=200,
         )
     assert done.returncode == 0, done.stderr
-    published, other = done.stdout.splitlines()
+    published, other, path = done.stdout.splitlines()
     assert published.startswith("no model microsoft/cvt-21: there is no such folder here")
     assert "no/such" in other
+    assert path.startswith("no model ./nope: it is no file")
     found = load_file(tmp_path / "published" / "model.safetensors")
     assert_equal(found, model.state_dict(), tolerance=0)
     assert CvtConfig.from_pretrained(tmp_path / "published").hidden_act == "quick_gelu"

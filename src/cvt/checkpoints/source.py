@@ -178,8 +178,5 @@ def folder_kind(folder: Path) -> Literal["folder", "adapter"]:
 
 
 def unknown_model(name: str | Path) -> FileNotFoundError:
-    """The error for a name that means no model."""
-    return FileNotFoundError(
-        f"no model {name}: it is no file, no folder, no USER/NAME of the hub and none of "
-        + ", ".join(dict.fromkeys([*PUBLISHED, *VARIANTS]))
-    )
+    """The error for a name that means no model; of a variant there is one without weights."""
+    return hub.unknown_model(name, dict.fromkeys([*PUBLISHED, *VARIANTS]))
